@@ -1,0 +1,325 @@
+"""A recurrent language model: GLA or Mamba2 blocks, the LM around them, checkpoints, generation.
+
+The blocks are the public ones, parameter for parameter: GLA as in flash-linear-attention's GLAForCausalLM, Mamba2 as in
+mamba_ssm. Both carry a state of fixed size through time. How large it is can differ from layer to layer (that is what
+expand.py changes): `n_head` sets it for GLA (d_k d_v / n_head numbers a layer), `d_state` for Mamba2 (d_inner d_state).
+
+    python model.py --ckpt=out/recipe-gla/statex.pt --prompt="def read("
+"""
+import math, os, pickle, sys
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data.prepare import BadInput, command_line, load_tokenizer, main_line
+from kernels import gla, ssd
+
+
+@dataclass
+class Config:
+    """The shape of a model. Lengths are counted in channels, `n_head` and `d_state` are one number or one per layer."""
+    block: str = "gla"               # "gla" or "mamba2"
+    vocab_size: int = 4096
+    n_layer: int = 24
+    d_model: int = 1024
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    conv_size: int = 0               # taps of the causal convolution; GLA: 0 for none, Mamba2: 4
+    # GLA
+    n_head: int | list = 4
+    expand_k: float = 0.5            # key channels over d_model
+    expand_v: float = 1.0            # value channels over d_model
+    d_mlp: int = 0                   # width of the MLP; 0: 2/3 * 4 * d_model, rounded up to a multiple of 256
+    # Mamba2
+    d_state: int | list = 128
+    headdim: int = 64
+    expand: int = 2                  # inner channels over d_model
+    n_groups: int = 1                # heads of a group share B and C
+    pad_vocab: int = 1               # rows of the embedding are rounded up to a multiple of this
+    # what the token ids mean: an encoding that data/prepare.py knows, "" when unknown
+    tokenizer: str = ""
+
+    def __post_init__(self):
+        if self.block not in ("gla", "mamba2"):
+            raise BadInput(f"block is {self.block!r}; expected 'gla' or 'mamba2'")
+        for name in ("n_head", "d_state"):                 # one number becomes one per layer
+            value = getattr(self, name)
+            value = [value] * self.n_layer if isinstance(value, int) else list(value)
+            if len(value) != self.n_layer or not all(isinstance(x, int) and x > 0 for x in value):
+                raise BadInput(f"{name} is {value}; expected a positive number, or {self.n_layer} of them, one per layer")
+            setattr(self, name, value)
+        if self.block == "gla":
+            self.d_mlp = self.d_mlp or -(-int(self.d_model * 4 * 2 / 3) // 256) * 256
+            for h in set(self.n_head):
+                if self.d_k % h or self.d_v % h:
+                    raise BadInput(f"n_head {h} does not divide the {self.d_k} key and {self.d_v} value channels; "
+                                   "choose a common divisor")
+        else:
+            if self.d_inner % self.headdim:
+                raise BadInput(f"headdim {self.headdim} does not divide the {self.d_inner} inner channels")
+            if (self.d_inner // self.headdim) % self.n_groups:
+                raise BadInput(f"n_groups {self.n_groups} does not divide the {self.d_inner // self.headdim} heads")
+            if self.conv_size < 1:
+                raise BadInput("conv_size is 0; Mamba2 needs its convolution, of 4 taps in every public model")
+
+    d_k = property(lambda self: int(self.d_model * self.expand_k))
+    d_v = property(lambda self: int(self.d_model * self.expand_v))
+    d_inner = property(lambda self: self.d_model * self.expand)
+
+    def state_numbers(self, layer):
+        """Numbers in one layer's recurrent state, for one sequence (the few of the convolution not counted)."""
+        return self.d_k * self.d_v // self.n_head[layer] if self.block == "gla" else self.d_inner * self.d_state[layer]
+
+
+# The public checkpoints' shapes.
+SIZES = {
+    "gla-340m": Config("gla", 32000, 24, 1024, norm_eps=1e-6),
+    "gla-1.3b": Config("gla", 32000, 24, 2048, norm_eps=1e-6),
+    "mamba2-370m": Config("mamba2", 50277, 48, 1024, tie_embeddings=True, conv_size=4, pad_vocab=16),
+    "mamba2-1.3b": Config("mamba2", 50277, 48, 2048, tie_embeddings=True, conv_size=4, pad_vocab=16),
+}
+
+
+def causal_conv(x, weight, bias, before):
+    """Depthwise convolution over time, then silu. x (B,T,D), weight (D,1,taps), before (B,taps-1,D): the inputs
+    before x, None for zeros. Returns y (B,T,D) and the inputs that the next call needs before its own.
+
+    A sum of shifted copies: faster than conv1d on a CPU, and fused by torch.compile on a GPU."""
+    taps, T = weight.shape[-1], x.shape[1]
+    x = F.pad(x, (0, 0, taps - 1, 0)) if before is None else torch.cat((before.to(x.dtype), x), dim=1)
+    y = sum(x[:, i:i + T] * weight[:, 0, i] for i in range(taps))
+    return F.silu(y if bias is None else y + bias), x[:, T:]
+
+
+class GLA(nn.Module):
+    """Gated linear attention (arXiv 2312.06635, section 4.4). State: S (B,H,K,V) and the convolution's inputs."""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.n_head = c.n_head[layer]
+        self.q_proj = nn.Linear(c.d_model, c.d_k, bias=False)
+        self.k_proj = nn.Linear(c.d_model, c.d_k, bias=False)
+        self.v_proj = nn.Linear(c.d_model, c.d_v, bias=False)
+        self.g_proj = nn.Linear(c.d_model, c.d_v, bias=False)
+        self.gk_proj = nn.Sequential(nn.Linear(c.d_model, 16, bias=False), nn.Linear(16, c.d_k))
+        self.g_norm_swish_gate = nn.RMSNorm(c.d_v // self.n_head, eps=c.norm_eps)
+        self.o_proj = nn.Linear(c.d_v, c.d_model, bias=False)
+        if c.conv_size:
+            for name, d in (("q_conv1d", c.d_k), ("k_conv1d", c.d_k), ("v_conv1d", c.d_v)):
+                self.add_module(name, nn.Conv1d(d, d, c.conv_size, groups=d, bias=False))
+        self.conv_size = c.conv_size
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        for m in self.children():
+            if m is not self.gk_proj:
+                m.reset_parameters()
+        nn.init.kaiming_uniform_(self.gk_proj[0].weight, a=5 ** 0.5)
+        nn.init.kaiming_uniform_(self.gk_proj[1].weight, a=5 ** 0.5)
+        nn.init.zeros_(self.gk_proj[1].bias)
+
+    def forward(self, x, state=None):
+        S, before = state or (None, None)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.conv_size:
+            weight = torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight))
+            qkv, before = causal_conv(torch.cat((q, k, v), dim=-1), weight, None, before)
+            q, k, v = qkv.split((q.shape[-1], k.shape[-1], v.shape[-1]), dim=-1)
+        g = F.logsigmoid(self.gk_proj(x).float()) / 16                                  # log decay, one per key channel
+        q, k, v, g = (t.unflatten(-1, (self.n_head, -1)) for t in (q, k, v, g))         # (B,T,H,K or V)
+        o, S = gla(q, k, v, g, state=S)
+        o = self.g_norm_swish_gate(o).flatten(-2) * F.silu(self.g_proj(x))
+        return self.o_proj(o), (S, before)
+
+
+class Mamba2(nn.Module):
+    """Mamba2 (arXiv 2405.21060, section 7). State: S (B,H,P,N) and the convolution's inputs."""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.d_inner, self.headdim, self.n_groups, self.d_state = c.d_inner, c.headdim, c.n_groups, c.d_state[layer]
+        self.n_layer, H = c.n_layer, c.d_inner // c.headdim
+        d_conv = c.d_inner + 2 * c.n_groups * self.d_state
+        self.in_proj = nn.Linear(c.d_model, c.d_inner + d_conv + H, bias=False)         # rows: z, x, B, C, dt
+        self.conv1d = nn.Conv1d(d_conv, d_conv, c.conv_size, groups=d_conv)             # channels: x, B, C
+        self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(H)) for _ in range(3))
+        self.norm = nn.RMSNorm(c.d_inner, eps=c.norm_eps)
+        self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        for m in (self.in_proj, self.conv1d, self.norm, self.out_proj):
+            m.reset_parameters()
+        with torch.no_grad():
+            self.out_proj.weight /= math.sqrt(self.n_layer)
+            self.D.fill_(1.0)
+            self.A_log.uniform_(1, 16).log_()
+            dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))                       # softplus(dt_bias) = dt
+
+    def forward(self, x, state=None):
+        S, before = state or (None, None)
+        N = self.n_groups * self.d_state
+        z, xBC, dt = self.in_proj(x).split((self.d_inner, self.d_inner + 2 * N, len(self.D)), dim=-1)
+        xBC, before = causal_conv(xBC, self.conv1d.weight, self.conv1d.bias, before)
+        x, B, C = xBC.split((self.d_inner, N, N), dim=-1)
+        x = x.unflatten(-1, (-1, self.headdim))                                         # (B,T,H,P)
+        B, C = (t.unflatten(-1, (self.n_groups, -1)) for t in (B, C))                   # (B,T,G,N)
+        dt = F.softplus(dt.float() + self.dt_bias)
+        y, S = ssd(x, dt, -self.A_log.float().exp(), B, C, self.D, state=S)
+        y = (y.flatten(-2) * F.silu(z)).unflatten(-1, (self.n_groups, -1))
+        y = F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(-2) * self.norm.weight
+        return self.out_proj(y), (S, before)
+
+
+class GLABlock(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
+        self.attn = GLA(c, layer)
+        self.mlp_norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
+        self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(c.d_model, c.d_mlp, bias=False),
+                                  "up_proj": nn.Linear(c.d_model, c.d_mlp, bias=False),
+                                  "down_proj": nn.Linear(c.d_mlp, c.d_model, bias=False)})
+
+    def forward(self, x, state=None):
+        y, state = self.attn(self.attn_norm(x), state)
+        x = x + y
+        y = self.mlp_norm(x)
+        y = F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y)
+        return x + self.mlp["down_proj"](y), state
+
+
+class Mamba2Block(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
+        self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
+        self.mixer = Mamba2(c, layer)
+
+    def forward(self, x, state=None):
+        y, state = self.mixer(self.norm(x), state)
+        return x + y, state
+
+
+class LM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        rows = -(-c.vocab_size // c.pad_vocab) * c.pad_vocab
+        self.embeddings = nn.Embedding(rows, c.d_model)
+        self.layers = nn.ModuleList((GLABlock if c.block == "gla" else Mamba2Block)(c, i) for i in range(c.n_layer))
+        self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
+        self.lm_head = nn.Linear(c.d_model, rows, bias=False)
+        nn.init.normal_(self.embeddings.weight, std=0.02)
+        if c.tie_embeddings:
+            self.lm_head.weight = self.embeddings.weight
+
+    def features(self, idx, state=None):
+        """idx (B,T) -> the last layer's output (B,T,d_model) after the final norm, and the state after token T."""
+        x, states = self.embeddings(idx), []
+        for i, layer in enumerate(self.layers):
+            x, s = layer(x, None if state is None else state[i])
+            states.append(s)
+        return self.norm(x), states
+
+    def forward(self, idx, targets=None, state=None):
+        """idx, targets (B,T) int64; targets of -100 are not counted. state: what an earlier call returned, or None.
+
+        Returns logits (B,T,vocab_size), loss (a scalar) and state, one entry a layer. Without targets loss is None;
+        with them logits is None, so that they are only computed where a target counts."""
+        x, state = self.features(idx, state)
+        if targets is None:
+            return self.lm_head(x)[..., :self.config.vocab_size], None, state
+        counted = targets != -100
+        logits = self.lm_head(x[counted])[..., :self.config.vocab_size]
+        return None, F.cross_entropy(logits.float(), targets[counted]), state
+
+    @torch.no_grad()
+    def generate(self, idx, n, temperature=1.0, top_k=None):
+        """Continue idx (B,T) by n tokens, returned as (B,T+n). Memory does not grow with n: each step carries the
+        state and one token. temperature 0 takes the likeliest token; top_k keeps only the k likeliest."""
+        out, state = [idx], None
+        for _ in range(n):
+            x, state = self.features(out[-1], state)
+            logits = self.lm_head(x[:, -1])[:, :self.config.vocab_size].float()
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -torch.inf)
+                token = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)
+            out.append(token)
+        return torch.cat(out, dim=1)
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """The model of a checkpoint that this project wrote (a .pt file)."""
+        return load_checkpoint(name)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints: {"config": dict, "model": state_dict, "train": dict or None}
+
+
+def save_checkpoint(path, lm, train=None):
+    """Write to a temporary file, flush it to the disk, rename: a kill at any moment leaves the old file or the new."""
+    tmp = f"{path}.tmp"
+    try:
+        with open(tmp, "wb") as f:
+            torch.save({"config": asdict(lm.config), "model": lm.state_dict(), "train": train}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:                       # a full disk reaches us as either
+        if os.path.exists(tmp):
+            os.remove(tmp)
+        raise BadInput(f"cannot save {path}: {e}; the last checkpoint is untouched")
+
+
+def load_checkpoint(path, block=None):
+    """-> (lm, train). Raises BadInput for a file that is missing, cut short, not ours, or of another block type."""
+    if not os.path.isfile(path):
+        raise BadInput(f"no checkpoint at {path}; train.py and expand.py write them")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as e:
+        raise BadInput(f"{path} is not a whole checkpoint ({type(e).__name__}); it may be cut short or another format")
+    if not isinstance(ckpt, dict) or set(ckpt) != {"config", "model", "train"}:
+        raise BadInput(f"{path} is not a StateX checkpoint; expected config, model and train in it")
+    unknown = set(ckpt["config"]) - {f.name for f in fields(Config)}
+    if unknown:
+        raise BadInput(f"{path} has options that this version does not know: {', '.join(sorted(unknown))}")
+    config = Config(**ckpt["config"])
+    if block and config.block != block:
+        raise BadInput(f"{path} holds a {config.block} model; expected {block}, so use --block={config.block}")
+    with torch.device("meta"):
+        lm = LM(config)
+    if config.tie_embeddings:
+        ckpt["model"]["lm_head.weight"] = ckpt["model"]["embeddings.weight"]
+    try:
+        lm.load_state_dict(ckpt["model"], assign=True)
+    except RuntimeError as e:
+        raise BadInput(f"{path} does not fit its own config: {' '.join(str(e).split())[:300]}")
+    if config.tie_embeddings:
+        lm.lm_head.weight = lm.embeddings.weight
+    return lm, ckpt["train"]
+
+
+def main():
+    o = command_line(__doc__, ckpt="", prompt="", n=200, temperature=0.8, top_k=50, seed=0,
+                     device="cuda" if torch.cuda.is_available() else "cpu")
+    if not o.ckpt:
+        raise BadInput("name a checkpoint: --ckpt=out/recipe-gla/statex.pt")
+    lm = LM.from_pretrained(o.ckpt).to(o.device).eval()
+    tokenizer = load_tokenizer(lm.config.tokenizer)
+    ids = tokenizer.encode_ordinary(o.prompt) or [0]
+    torch.manual_seed(o.seed)
+    idx = torch.tensor([ids], device=o.device)
+    print(tokenizer.decode(lm.generate(idx, o.n, o.temperature, o.top_k or None)[0].tolist()))
+
+
+if __name__ == "__main__":
+    main_line(main)
