@@ -203,6 +203,47 @@ class Mamba2Block(nn.Module):
         return x + y, state
 
 
+class SlicedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of x @ weight.T against targets, without the (tokens, vocabulary) table of logits.
+
+    x (n,d), weight (rows,d), targets (n,), vocab_size <= rows. A slice of tokens at a time, the forward pass computes the
+    logits, the loss, and at once the gradient (softmax - onehot) / n, which goes straight into x's and weight's gradients;
+    the backward pass only scales them. Peak memory is one slice's logits."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, slice_numbers):
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
+        n, w = len(x), weight[:vocab_size].to(dtype)
+        need_x, need_w = ctx.needs_input_grad[:2]
+        dx = torch.empty_like(x) if need_x else None
+        dw = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32)) if need_w else None
+        total, rows = 0.0, max(1, slice_numbers // vocab_size)
+        for xs, ts, at in zip(x.split(rows), targets.split(rows), range(0, n, rows)):
+            xs, ts = xs.to(dtype), ts[:, None]
+            p = (xs @ w.T).to(torch.promote_types(dtype, torch.float32))
+            p -= p.amax(1, keepdim=True)
+            right = p.gather(1, ts)
+            z = p.exp_().sum(1, keepdim=True)
+            total = total + (z.log() - right).sum()
+            if need_x or need_w:
+                p /= z * n
+                p.scatter_add_(1, ts, p.new_full((1, 1), -1 / n).expand_as(ts))
+                p = p.to(dtype)
+                if need_x:
+                    dx[at:at + rows] = p @ w
+                if need_w:
+                    dw[:vocab_size] += p.T @ xs
+        ctx.save_for_backward(dx, dw)
+        ctx.dtypes = x.dtype, weight.dtype
+        return total / n
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return (None if dx is None else dx * grad.to(dx.dtype), None if dw is None else (dw * grad).to(ctx.dtypes[1]),
+                None, None, None)
+
+
 class LM(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -233,8 +274,9 @@ class LM(nn.Module):
         if targets is None:
             return self.lm_head(x)[..., :self.config.vocab_size], None, state
         counted = targets != -100
-        logits = self.lm_head(x[counted])[..., :self.config.vocab_size]
-        return None, F.cross_entropy(logits.float(), targets[counted]), state
+        slice_numbers = 1 << (28 if x.is_cuda else 20)                    # logits in memory at a time
+        return None, SlicedCrossEntropy.apply(x[counted], self.lm_head.weight, targets[counted],
+                                              self.config.vocab_size, slice_numbers), state
 
     @torch.no_grad()
     def generate(self, idx, n, temperature=1.0, top_k=None):

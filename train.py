@@ -36,11 +36,12 @@ DEFAULTS = dict(
     # the model, when from scratch
     n_layer=2, d_model=64, tie_embeddings=False, norm_eps=1e-5, conv_size=4,
     n_head=4,                      # GLA: heads; the state of a layer is d_k d_v / n_head numbers
+    d_mlp=128,                     # GLA: width of the MLP; 0 for the public rule, 2/3 * 4 * d_model in multiples of 256
     d_state=8, headdim=16,         # Mamba2: the state of a layer is 2 d_model d_state numbers
     # the data: text, and sequences of multi-query recall (data/recall.py) beside it
     batch_size=16,                 # text sequences a step, in all
     block_size=128,                # tokens of a text sequence
-    recall_batch=64,               # recall sequences a step; 0 for text alone
+    recall_tokens=2048,            # tokens of recall sequences a step; 0 for text alone
     pairs="4,8,16,32",             # key-value pairs of a recall sequence: one of these a step
     # the optimizer: AdamW, linear warm-up, cosine to 0
     steps=1000, lr=3e-3, warmup=50, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0,
@@ -55,7 +56,7 @@ DEFAULTS = dict(
 
 PRESETS = {
     # post-training as in the paper, section 5.1: 10B tokens, 64K context, 512K tokens a batch, lr 3e-4 -> 0
-    "paper-gla": dict(block="gla", block_size=65536, batch_size=8, accumulate=8, recall_batch=0, steps=20000, lr=3e-4,
+    "paper-gla": dict(block="gla", block_size=65536, batch_size=8, accumulate=8, recall_tokens=0, steps=20000, lr=3e-4,
                       warmup=1000, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0, eval_interval=500, every=6),
     "recipe-mamba2": dict(block="mamba2", tie_embeddings=True),
 }
@@ -76,7 +77,8 @@ def text_batch(tokens, o, step, part):
 
 def recall_batch(o, vocab_size, step):
     rng = np.random.default_rng([o.seed, 1, step])
-    return recall.mqar(rng, o.recall_batch, int(rng.choice([int(p) for p in o.pairs.split(",")])), vocab_size)
+    pairs = int(rng.choice([int(p) for p in o.pairs.split(",")]))
+    return recall.mqar(rng, -(-o.recall_tokens // (4 * pairs)), pairs, vocab_size)
 
 
 def make_optimizer(lm, o):
@@ -98,7 +100,7 @@ def held_out(lm, o, val):
     lm.eval()
     text = recall.text_loss(lm, val, min(o.block_size, len(val) - 1))[0]
     asked = 0.0
-    if o.recall_batch:
+    if o.recall_tokens:
         sizes = [int(p) for p in o.pairs.split(",")]
         with torch.no_grad():
             for p in sizes:
@@ -148,7 +150,7 @@ def train(lm, o, corpus, resume=None):
             part_loss.backward()
             loss += part_loss.item()
             seen += idx.size
-        if o.recall_batch:
+        if o.recall_tokens:
             idx, targets = recall_batch(o, lm.config.vocab_size, step)
             with bf16:
                 part_loss = lm(to(idx, o), to(targets, o))[1]
@@ -190,7 +192,7 @@ def train(lm, o, corpus, resume=None):
 def new_model(o, meta):
     torch.manual_seed(o.seed)
     shape = {k: getattr(o, k) for k in ("block", "n_layer", "d_model", "tie_embeddings", "norm_eps", "conv_size",
-                                        "n_head", "d_state", "headdim")}
+                                        "n_head", "d_mlp", "d_state", "headdim")}
     return LM(Config(vocab_size=meta["vocab_size"], tokenizer=meta["tokenizer"], **shape))
 
 
