@@ -49,9 +49,7 @@ def ssd(x, dt, A, B, C, D=None, state=None, impl="auto"):
     Differentiable in every tensor, through both results.
     """
     y, state = {"recurrent": ssd_recurrent, "chunked": ssd_chunked, "triton": ssd_triton}[pick(impl, x)](
-        x, dt, A, B, C, state)
-    if D is not None:
-        y = y + D[:, None] * x
+        x, dt, A, B, C, D, state)
     return y.to(x.dtype), state
 
 
@@ -82,8 +80,8 @@ def gla_recurrent(q, k, v, g, scale, state):
     return torch.stack(o, dim=1), S
 
 
-def ssd_recurrent(x, dt, A, B, C, state):
-    x, dt, A, B, C, S = widen(x, dt, A, B, C, state)
+def ssd_recurrent(x, dt, A, B, C, D, state):
+    x, dt, A, B, C, D, S = widen(x, dt, A, B, C, D, state)
     heads = x.shape[2] // B.shape[2]                                                # heads that share one B and C
     B, C = B.repeat_interleave(heads, dim=2), C.repeat_interleave(heads, dim=2)     # (B,T,H,N)
     if S is None:
@@ -93,7 +91,8 @@ def ssd_recurrent(x, dt, A, B, C, state):
         a = torch.exp(dt[:, t] * A)[:, :, None, None]
         S = a * S + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None, :]
         y.append(torch.einsum("bhpn,bhn->bhp", S, C[:, t]))
-    return torch.stack(y, dim=1), S
+    y = torch.stack(y, dim=1)
+    return y if D is None else y + D[:, None] * x, S
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,13 +138,13 @@ def gla_chunked(q, k, v, g, scale, state, C=32):
     return o.flatten(2, 3)[:, :, :T].transpose(1, 2), S
 
 
-def ssd_chunked(x, dt, A, B, C, state, L=64):
+def ssd_chunked(x, dt, A, B, C, D, state, L=64):
     """Inside a chunk of L tokens, y_i sums (C_i . B_j) exp(g_{j+1} + ... + g_i) dt_j x_j over j <= i, g = dt A.
 
     One decay a head: the exponents form an L x L table a head, and C B^T is computed once for all heads of a group.
     The cumulative sums are taken in float64: differences of large float32 sums would lose the small decays.
     """
-    x, dt, A, B, C, S = widen(x, dt, A, B, C, state)
+    x, dt, A, B, C, D, S = widen(x, dt, A, B, C, D, state)
     (b, T, H, P), (G, N) = x.shape, B.shape[2:]
     L = min(L, T)
     n, M = -(-T // L), H // G                                                       # chunks, heads in a group
@@ -171,7 +170,8 @@ def ssd_chunked(x, dt, A, B, C, state, L=64):
     before = torch.stack(before, dim=2).view(b, G, n, M * P, N)
     carried = (C @ before.mT).view(b, G, n, L, M, P).transpose(3, 4)                # (B,G,n,M,L,P)
     y = y + g.to(x.dtype).exp()[..., None] * carried
-    return y.permute(0, 2, 4, 1, 3, 5).reshape(b, n * L, H, P)[:, :T], S.view(b, H, P, N)
+    y = y.permute(0, 2, 4, 1, 3, 5).reshape(b, n * L, H, P)[:, :T]
+    return y if D is None else y + D[:, None] * x, S.view(b, H, P, N)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,5 +427,394 @@ def gla_triton(q, k, v, g, scale, state):
     return GLATriton.apply(q, k, v, g.float().contiguous(), scale, None if state is None else state.float().contiguous())
 
 
-def ssd_triton(*args):
-    raise NotImplementedError
+# ---------------------------------------------------------------------------------------------------------------------
+# Triton, Mamba2's state space recurrence
+#
+# Three launches forward, five backward. One decay a head, so the scores inside a chunk are a table C B^T, shared by all
+# heads of a group, times a table of decays W_ij = exp(g_{j+1} + ... + g_i) for each head, with g = dt A and v = dt x.
+#
+#   ssd_prepare   CB_c = C_c B_c^T, and cum = the sums of g from the start of the chunk, as hi + lo
+#   ssd_scan      S_0 = state,  S_{c+1} = decay_c S_c + (to_end v)^T B         stores S_c, the state before chunk c
+#   ssd_rows      y = exp(cum) (C S_c^T) + (CB W) v + D x
+#
+#   ssd_scan      dS_{c-1} = decay_c dS_c + (exp(cum) dy)^T C                  stores dS_c, the gradient after chunk c
+#   ssd_rows      dv = to_end (B dS_c^T) + (CB W)^T dy; from it dx, D's and dt's parts
+#   ssd_scores    dCB = sum over heads of W (dy v^T), and for each head its sums along rows and columns
+#   ssd_through   dC = sum over heads of exp(cum) dy S_c + dCB B,  dB = the same of to_end v dS_c + dCB^T C
+#   ssd_finish    dg from the sums over all pairs that span a token, as in gla_finish; then d(dt) and dA
+#
+# Chunk length L = 128: the table of decays costs L exponentials a token and head, a stored state 2 N P / L numbers.
+# cum is a float64 sum kept as two float32: a difference of two large sums then keeps the digits of the small decays.
+
+
+@triton.jit
+def ssd_prepare(B, C, dt, A, CB, hi, lo, T, G, N, H, L: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+                DOT: tl.constexpr):
+    """One program: one chunk of one group. dt is (B,T,H); hi, lo are (B,H,T); CB is (B,T,G,L)."""
+    c, bg = tl.program_id(0), tl.program_id(1)
+    b, group, i = (bg // G).to(tl.int64), bg % G, tl.arange(0, L)
+    t = c * L + i
+    row = (b * T + t) * G + group
+    acc = tl.zeros((L, L), tl.float32)
+    for n0 in range(0, N, BN):
+        col = n0 + tl.arange(0, BN)
+        at, inside = row[:, None] * N + col[None, :], (t < T)[:, None] & (col < N)[None, :]
+        acc = tl.dot(tl.load(C + at, inside, 0.0), tl.trans(tl.load(B + at, inside, 0.0)), acc, input_precision=DOT)
+    acc = tl.where(i[:, None] >= i[None, :], acc, 0.0)
+    tl.store(CB + row[:, None] * L + i[None, :], acc.to(CB.dtype.element_ty), (t < T)[:, None])
+    for h0 in range(0, H // G, BH):
+        of_group = h0 + tl.arange(0, BH)
+        h = group * (H // G) + of_group
+        inside = (t < T)[:, None] & (of_group < H // G)[None, :]
+        g = tl.load(dt + ((b * T + t) * H)[:, None] + h[None, :], inside, 0.0) * tl.load(A + h, of_group < H // G, 0.0)[None, :]
+        cum = tl.cumsum(g.to(tl.float64), 0)
+        at = (b * H + h)[None, :] * T + t[:, None]
+        tl.store(hi + at, cum.to(tl.float32), inside)
+        tl.store(lo + at, (cum - cum.to(tl.float32).to(tl.float64)).to(tl.float32), inside)
+
+
+@triton.jit
+def ssd_decays(hi, lo, dt, b, h, c, T, H, L: tl.constexpr):
+    """A chunk's cum as (hi, lo), dt, and to_end_j = exp(g_{j+1} + ... to the chunk's end), (L,) each, for one head."""
+    t = c * L + tl.arange(0, L)
+    at = (b * H + h) * T + tl.minimum(t, T - 1)                             # past the end, the sums stay as they are
+    cum_hi, cum_lo = tl.load(hi + at), tl.load(lo + at)
+    end = (b * H + h) * T + tl.minimum(c * L + L, T) - 1
+    to_end = tl.exp((tl.load(hi + end) - cum_hi) + (tl.load(lo + end) - cum_lo))
+    return cum_hi, cum_lo, tl.load(dt + (b * T + t) * H + h, t < T, 0.0), to_end
+
+
+@triton.jit
+def ssd_table(hi, lo, L: tl.constexpr):
+    """W_ij = exp(g_{j+1} + ... + g_i) for i >= j, else 0."""
+    between = (hi[:, None] - hi[None, :]) + (lo[:, None] - lo[None, :])
+    return tl.exp(tl.where(tl.arange(0, L)[:, None] >= tl.arange(0, L)[None, :], between, float("-inf")))
+
+
+@triton.jit
+def ssd_scan(x, y, dt, hi, lo, first, S, last, T, n, H, G, P, N,
+             L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr,
+             DOT: tl.constexpr):
+    """One program: BN columns of one head's state, carried over all chunks in registers, stored before each.
+    x is x or dy (B,T,H,P), y is B or C (B,T,G,N)."""
+    nb, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    p, col, i = tl.arange(0, BP), nb * BN + tl.arange(0, BN), tl.arange(0, L)
+    tile, inside = p[:, None] * N + col[None, :], (p < P)[:, None] & (col < N)[None, :]
+    carry = tl.zeros((BP, BN), tl.float32)
+    if FIRST:
+        carry += tl.load(first + (b * H + h) * P * N + tile, inside, 0.0)
+    for step in range(n):
+        c = n - 1 - step if REVERSE else step
+        tl.store(S + ((b * H + h) * n + c) * P * N + tile, carry.to(S.dtype.element_ty), inside)
+        t = c * L + i
+        cum, cum_lo, dts, to_end = ssd_decays(hi, lo, dt, b, h, c, T, H, L)
+        weight = tl.exp(cum) if REVERSE else to_end * dts
+        xt = tl.load(x + (((b * T + t) * H + h) * P)[None, :] + p[:, None], (t < T)[None, :] & (p < P)[:, None], 0.0)
+        yt = tl.load(y + (((b * T + t) * G + h // (H // G)) * N)[:, None] + col[None, :],
+                     (t < T)[:, None] & (col < N)[None, :], 0.0)
+        whole = tl.exp(tl.load(hi + (b * H + h) * T + tl.minimum(c * L + L, T) - 1))
+        carry = tl.dot((xt.to(tl.float32) * weight[None, :]).to(yt.dtype), yt, carry * whole, input_precision=DOT)
+    tl.store(last + (b * H + h) * P * N + tile, carry, inside)
+
+
+@triton.jit
+def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, out, ddt, keys, dD, T, n, H, G, P, N,
+             L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BACKWARD: tl.constexpr, SKIP: tl.constexpr,
+             DOT: tl.constexpr):
+    """One program: one chunk of one head. Forward z is C and out is y; backward z is B, S is dS and out is dx, with
+    ddt = sum_p x dv (B,H,T), keys = sum_p v (dv through the state) (B,H,T) and dD = sum_tp dy x (B,H,n)."""
+    h, c, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    p, i = tl.arange(0, BP), tl.arange(0, L)
+    t = c * L + i
+    row = (b * T + t) * G + h // (H // G)
+    acc = tl.zeros((L, BP), tl.float32)
+    for n0 in range(0, N, BN):
+        col = n0 + tl.arange(0, BN)
+        zt = tl.load(z + row[:, None] * N + col[None, :], (t < T)[:, None] & (col < N)[None, :], 0.0)
+        s = tl.load(S + (((b * H + h) * n + c) * P + p[None, :]) * N + col[:, None], (p < P)[None, :] & (col < N)[:, None], 0.0)
+        acc = tl.dot(zt, s, acc, input_precision=DOT)
+    cum, cum_lo, dts, to_end = ssd_decays(hi, lo, dt, b, h, c, T, H, L)
+    at, inside = (((b * T + t) * H + h) * P)[:, None] + p[None, :], (t < T)[:, None] & (p < P)[None, :]
+    xt = tl.load(x + at, inside, 0.0)
+    cb = tl.load(CB + row[:, None] * L + i[None, :], (t < T)[:, None], 0.0)
+    w = (cb.to(tl.float32) * ssd_table(cum, cum_lo, L)).to(cb.dtype)
+    if BACKWARD:
+        dyt = tl.load(dy + at, inside, 0.0)
+        v = xt.to(tl.float32) * dts[:, None]
+        acc = acc * to_end[:, None]
+        tl.store(keys + (b * H + h) * T + t, tl.sum(v * acc, axis=1), t < T)
+        acc = tl.dot(tl.trans(w), dyt, acc, input_precision=DOT)                        # dv
+        tl.store(ddt + (b * H + h) * T + t, tl.sum(xt.to(tl.float32) * acc, axis=1), t < T)
+        acc = acc * dts[:, None]
+        if SKIP:
+            acc += tl.load(D + h) * dyt.to(tl.float32)
+            tl.store(dD + (b * H + h) * n + c, tl.sum(tl.sum(xt.to(tl.float32) * dyt.to(tl.float32), axis=1), axis=0))
+    else:
+        v = (xt.to(tl.float32) * dts[:, None]).to(xt.dtype)
+        acc = tl.dot(w, v, acc * tl.exp(cum)[:, None], input_precision=DOT)
+        if SKIP:
+            acc += tl.load(D + h) * xt.to(tl.float32)
+    tl.store(out + at, acc.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def ssd_scores(x, dy, dt, hi, lo, CB, dCB, pairs, T, H, G, P, L: tl.constexpr, BP: tl.constexpr, DOT: tl.constexpr):
+    """One program: one chunk of one group, its heads in turn. dCB (B,T,G,L) sums over the heads; pairs (B,H,T) is, for
+    each head, the sum of weight x gradient over pairs that end at t less those that begin at t."""
+    c, bg = tl.program_id(0), tl.program_id(1)
+    b, group, i, p = (bg // G).to(tl.int64), bg % G, tl.arange(0, L), tl.arange(0, BP)
+    t = c * L + i
+    row = (b * T + t) * G + group
+    cb = tl.load(CB + row[:, None] * L + i[None, :], (t < T)[:, None], 0.0)
+    acc = tl.zeros((L, L), tl.float32)
+    for m in range(H // G):
+        h = group * (H // G) + m
+        cum, cum_lo, dts, to_end = ssd_decays(hi, lo, dt, b, h, c, T, H, L)
+        at, inside = (((b * T + t) * H + h) * P)[:, None] + p[None, :], (t < T)[:, None] & (p < P)[None, :]
+        dyt, xt = tl.load(dy + at, inside, 0.0), tl.load(x + at, inside, 0.0)
+        v = (xt.to(tl.float32) * dts[:, None]).to(xt.dtype)
+        d = tl.dot(dyt, tl.trans(v), input_precision=DOT) * ssd_table(cum, cum_lo, L)
+        acc += d
+        # The diagonal spans nothing. The two sums nearly cancel in ssd_finish: float64 for float32 inputs.
+        d = tl.where(i[:, None] > i[None, :], d * cb.to(tl.float32), 0.0).to(pairs.dtype.element_ty)
+        tl.store(pairs + (b * H + h) * T + t, tl.sum(d, axis=1) - tl.sum(d, axis=0), t < T)
+    tl.store(dCB + row[:, None] * L + i[None, :], acc.to(dCB.dtype.element_ty), (t < T)[:, None])
+
+
+@triton.jit
+def ssd_through(x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, T, n, H, G, P, N,
+                L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr):
+    """One program: BN columns of one chunk of one group, its heads in turn. For every head also the part of
+    queries = sum_n C (dC through the state) (blocks of N, B,H,T) and both = sum S dS (blocks of N, B,H,n)."""
+    nb, c, bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, group, i, p, col = (bg // G).to(tl.int64), bg % G, tl.arange(0, L), tl.arange(0, BP), nb * BN + tl.arange(0, BN)
+    t = c * L + i
+    row = (b * T + t) * G + group
+    wide, inside = row[:, None] * N + col[None, :], (t < T)[:, None] & (col < N)[None, :]
+    ct, bt = tl.load(C + wide, inside, 0.0), tl.load(B + wide, inside, 0.0)
+    d = tl.load(dCB + row[:, None] * L + i[None, :], (t < T)[:, None], 0.0)
+    dc, db = tl.dot(d, bt, input_precision=DOT), tl.dot(tl.trans(d), ct, input_precision=DOT)
+    batch = tl.num_programs(2) // G
+    for m in range(H // G):
+        h = group * (H // G) + m
+        cum, cum_lo, dts, to_end = ssd_decays(hi, lo, dt, b, h, c, T, H, L)
+        at, there = (((b * T + t) * H + h) * P)[:, None] + p[None, :], (t < T)[:, None] & (p < P)[None, :]
+        dyt, xt = tl.load(dy + at, there, 0.0), tl.load(x + at, there, 0.0)
+        tile = (((b * H + h) * n + c) * P + p[:, None]) * N + col[None, :]
+        s = tl.load(S + tile, (p < P)[:, None] & (col < N)[None, :], 0.0)
+        ds = tl.load(dS + tile, (p < P)[:, None] & (col < N)[None, :], 0.0)
+        read = tl.dot((dyt.to(tl.float32) * tl.exp(cum)[:, None]).to(dyt.dtype), s, input_precision=DOT)
+        dc += read
+        tl.store(queries + ((nb * batch + b) * H + h) * T + t, tl.sum(read * ct.to(tl.float32), axis=1), t < T)
+        db = tl.dot((xt.to(tl.float32) * (to_end * dts)[:, None]).to(xt.dtype), ds, db, input_precision=DOT)
+        tl.store(both + ((nb * batch + b) * H + h) * n + c,
+                 tl.sum(tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1), axis=0))
+    tl.store(dC + wide, dc.to(dC.dtype.element_ty), inside)
+    tl.store(dB + wide, db.to(dB.dtype.element_ty), inside)
+
+
+@triton.jit
+def ssd_finish(queries, keys, pairs, both, hi, dt, A, ddt_x, ddt, dA, T, n, H, blocks, L: tl.constexpr):
+    """One program: one chunk of one head: dg, and from g = dt A the gradients of dt (B,T,H) and A (B,H,n)."""
+    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i = tl.arange(0, L)
+    t = c * L + i
+    here, heads = bh * T + t, tl.num_programs(1)
+    ends, always = tl.load(pairs + here, t < T, 0.0), 0.0
+    for nb in range(blocks):
+        ends += tl.load(queries + nb * heads * T + here, t < T, 0.0)
+        always += tl.load(both + (nb * heads + bh) * n + c)
+    always = always * tl.exp(tl.load(hi + bh * T + tl.minimum(c * L + L, T) - 1))
+    begun = tl.load(keys + here - 1, (t < T) & (i > 0), 0.0)
+    dg = tl.cumsum(ends, 0, reverse=True) + tl.cumsum(begun, 0) + always
+    at = ((bh // H) * T + t) * H + bh % H
+    tl.store(ddt + at, tl.load(ddt_x + here, t < T, 0.0) + dg * tl.load(A + bh % H), t < T)
+    tl.store(dA + bh * n + c, tl.sum(tl.where(t < T, dg * tl.load(dt + at, t < T, 0.0), 0.0), axis=0))
+
+
+class SSDTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, state):
+        (b, T, H, P), (G, N) = x.shape, B.shape[2:]
+        L = pow2(T, 16, 128)
+        n, BP, BN = triton.cdiv(T, L), pow2(P, 16, 128), pow2(N, 16, 64)
+        dot = "tf32x3" if x.dtype == torch.float32 else None
+        CB, hi, lo = x.new_empty(b, T, G, L), dt.new_empty(b, H, T), dt.new_empty(b, H, T)
+        S, last, y = x.new_empty(b, H, n, P, N), dt.new_empty(b, H, P, N), torch.empty_like(x)
+        ssd_prepare[(n, b * G)](B, C, dt, A, CB, hi, lo, T, G, N, H, L, BN, 16, dot, num_warps=8)
+        ssd_scan[(triton.cdiv(N, BN), H, b)](x, B, dt, hi, lo, state, S, last, T, n, H, G, P, N, L, BP, BN, False,
+                                             state is not None, dot, num_warps=4, num_stages=3)
+        ssd_rows[(H, n, b)](C, S, CB, x, None, dt, hi, lo, D, y, None, None, None, T, n, H, G, P, N, L, BP, BN, False,
+                            D is not None, dot, num_warps=4, num_stages=3)
+        ctx.save_for_backward(x, dt, A, B, C, D, CB, hi, lo, S)
+        ctx.L, ctx.dot, ctx.has_state = L, dot, state is not None
+        return y, last
+
+    @staticmethod
+    def backward(ctx, dy, dlast):
+        x, dt, A, B, C, D, CB, hi, lo, S = ctx.saved_tensors
+        (b, T, H, P), (G, N), L, dot = x.shape, B.shape[2:], ctx.L, ctx.dot
+        n, BP, BN, dy, dlast = triton.cdiv(T, L), pow2(P, 16, 128), pow2(N, 16, 64), dy.contiguous(), dlast.contiguous()
+        blocks = triton.cdiv(N, BN)
+        dS, first, dx, dCB = torch.empty_like(S), torch.empty_like(dlast), torch.empty_like(x), torch.empty_like(CB)
+        dB, dC, ddt = torch.empty_like(B), torch.empty_like(C), torch.empty_like(dt)
+        ddt_x, keys, queries = (hi.new_empty(m * b, H, T) for m in (1, 1, blocks))
+        pairs = torch.empty_like(hi, dtype=torch.float64 if x.dtype == torch.float32 else torch.float32)
+        both, dA, dD = (hi.new_empty(m * b, H, n) for m in (blocks, 1, 1))
+        ssd_scan[(blocks, H, b)](dy, C, dt, hi, lo, dlast, dS, first, T, n, H, G, P, N, L, BP, BN, True, True, dot,
+                                 num_warps=4, num_stages=3)
+        ssd_rows[(H, n, b)](B, dS, CB, x, dy, dt, hi, lo, D, dx, ddt_x, keys, dD, T, n, H, G, P, N, L, BP, BN, True,
+                            D is not None, dot, num_warps=4, num_stages=3)
+        ssd_scores[(n, b * G)](x, dy, dt, hi, lo, CB, dCB, pairs, T, H, G, P, L, BP, dot, num_warps=8, num_stages=2)
+        ssd_through[(blocks, n, b * G)](x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, T, n, H, G, P, N,
+                                        L, BP, BN, dot, num_warps=8, num_stages=2)
+        ssd_finish[(n, b * H)](queries, keys, pairs, both, hi, dt, A, ddt_x, ddt, dA, T, n, H, blocks, L, num_warps=4)
+        return (dx, ddt, dA.sum((0, 2)), dB, dC, dD.sum((0, 2)) if D is not None else None,
+                first if ctx.has_state else None)
+
+
+def ssd_triton(x, dt, A, B, C, D, state):
+    dtype = torch.bfloat16 if {x.dtype, B.dtype, C.dtype} == {torch.bfloat16} else torch.float32
+    x, B, C = (t.to(dtype).contiguous() for t in (x, B, C))
+    dt, A, D, state = (None if t is None else t.float().contiguous() for t in (dt, A, D, state))
+    return SSDTriton.apply(x, dt, A, B, C, D, state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# run as a script: check every implementation against the definition, then time them
+
+CASES = {      # the public models' layers and their expansions: gla B T H K V, ssd B T H P N
+    "gla-340m": ("gla", 4, 8192, 4, 128, 256), "gla-340m expanded": ("gla", 4, 8192, 1, 512, 1024),
+    "gla-1.3b": ("gla", 4, 8192, 4, 256, 512), "gla-1.3b expanded": ("gla", 4, 8192, 1, 1024, 2048),
+    "mamba2-370m": ("ssd", 4, 8192, 32, 64, 128), "mamba2-370m expanded": ("ssd", 4, 8192, 32, 64, 512),
+    "mamba2-1.3b": ("ssd", 4, 8192, 64, 64, 128), "mamba2-1.3b expanded": ("ssd", 4, 8192, 64, 64, 512),
+}
+
+
+def example(op, B, T, H, K, V, G=1, dtype=torch.float32, device="cpu", decay=None, seed=0):
+    """Random arguments of gla (B T H K V) or ssd (B T H P N), in order, with a state. decay: the log decay of every step,
+    "mixed" for 0, -1e-4, -1 and -60 at random, None for what a model has."""
+    rng = torch.Generator(device=device).manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=rng, device=device, dtype=torch.float32).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def logs(*shape):
+        if decay is None:
+            return F.logsigmoid(normal(*shape).to(wide)) / 16
+        kinds = torch.tensor([0, -1e-4, -1, -60] if decay == "mixed" else [decay], dtype=wide, device=device)
+        return kinds[torch.randint(len(kinds), shape, generator=rng, device=device)]
+
+    if op == "gla":
+        return [normal(B, T, H, K), normal(B, T, H, K), normal(B, T, H, V), logs(B, T, H, K), normal(B, H, K, V).to(wide)]
+    dt = F.softplus(normal(B, T, H).to(wide)) if decay is None else -logs(B, T, H) + 1e-9
+    A = -1 - 15 * torch.rand(H, generator=rng, device=device).to(wide) if decay is None else dt.new_full((H,), -1.0)
+    return [normal(B, T, H, K), dt, A, normal(B, T, G, V), normal(B, T, G, V), normal(H).to(wide), normal(B, H, K, V).to(wide)]
+
+
+def run(op, args, impl):
+    """o and the final state of gla or ssd on the arguments that `example` makes."""
+    return gla(*args[:4], state=args[4], impl=impl) if op == "gla" else ssd(*args, impl=impl)
+
+
+def errors(op, args, impl, reference=None):
+    """||x - ref|| / ||ref|| of the output, the final state and every gradient, against the recurrent form in float64.
+    The gradient that arrives is random, in the output and in the final state."""
+    def everything(impl, dtype):
+        inputs = [a.detach().to(dtype or a.dtype).requires_grad_() for a in args]
+        o, s = run(op, inputs, impl)
+        rng = torch.Generator().manual_seed(1)
+        do, ds = (torch.randn(x.shape, generator=rng).to(x) for x in (o, s))
+        return [o, s, *torch.autograd.grad([o, s], inputs, [do, ds])]
+    names = "o state dq dk dv dg dstate" if op == "gla" else "y state dx ddt dA dB dC dD dstate"
+    pairs = zip(everything(impl, None), reference or everything("recurrent", torch.float64))
+    return {name: ((x.double() - ref.double()).norm() / ref.double().norm()).item() for name, (x, ref) in zip(names.split(), pairs)}
+
+
+def ceilings(device):
+    """Measured FLOP/s of a bfloat16 (CPU: float32) matrix product and bytes/s of a copy."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    x = torch.randn(1 << 30 if device == "cuda" else 1 << 24, device=device, dtype=dtype)
+    y = torch.empty_like(x)
+    return (2 * size ** 3 / median_ms(lambda: a @ b, device) * 1e3,
+            2 * x.numel() * x.element_size() / median_ms(lambda: y.copy_(x), device) * 1e3)
+
+
+def median_ms(f, device):
+    if device == "cuda":
+        return triton.testing.do_bench(f, warmup=50, rep=200, return_mode="median")
+    import statistics, time
+    f()
+    times = []
+    for _ in range(5):
+        t0 = time.perf_counter()
+        f()
+        times.append(time.perf_counter() - t0)
+    return statistics.median(times) * 1e3
+
+
+def peer(op, args):
+    """flash-linear-attention's chunk_gla or mamba_ssm's scan on the same arguments, or None where not importable."""
+    try:
+        if op == "gla":
+            from fla.ops.gla import chunk_gla
+            return lambda a: chunk_gla(*a[:4])[0]
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+        return lambda a: mamba_chunk_scan_combined(*a[:5], chunk_size=256, D=a[5])
+    except ImportError:
+        return None
+
+
+def bench(cases, device):
+    flops, bandwidth = ceilings(device)
+    print(f"\n{flops / 1e12:.2f} TFLOP/s matrix product, {bandwidth / 1e9:.0f} GB/s copy")
+    print(f"{'case':22s} {'B T H K V (ssd: P N)':24s} {'impl':10s} {'fwd ms':>8s} {'x floor':>8s} {'fwd+bwd':>8s} {'x floor':>8s} {'GB':>7s}")
+    for name, (op, B, T, H, K, V) in cases.items():
+        args = example(op, B, T, H, K, V, dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device)[:-1]
+        args = [a.requires_grad_() for a in args]
+        grad = torch.randn_like(args[2] if op == "gla" else args[0])
+        # The least work: intra-chunk scores of 64 (gla) or 256 (ssd) tokens, each input and output moved once.
+        work = B * T * (H * (4 * K * V + 64 * (K + V)) if op == "gla" else H * 4 * V * K + H * 256 * K + 256 * V)
+        moved = B * T * (H * ((2 * K + 2 * V) * 2 + K * 4) if op == "gla" else 2 * H * K * 2 + H * 2 + 2 * V * 2)
+        floor = max(work / flops, moved / bandwidth) * 1e3
+        impls = {"chunked": lambda a: run(op, [*a, None], "chunked")[0]}
+        if device == "cuda":
+            impls = {"triton": lambda a: run(op, [*a, None], "triton")[0], "peer": peer(op, args)}
+        else:
+            impls["recurrent"] = lambda a: run(op, [*a, None], "recurrent")[0]
+        for impl, f in impls.items():
+            if f is None:
+                continue
+
+            def both():
+                torch.autograd.grad(f(args), args, grad)
+            try:
+                forward = median_ms(lambda: f(args), device)
+                if device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated() if device == "cuda" else 0
+                total = median_ms(both, device)
+                peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if device == "cuda" else float("nan")
+                print(f"{name:22s} {f'{B} {T} {H} {K} {V}':24s} {impl:10s} {forward:8.3f} {forward / floor:8.1f} {total:8.3f} {total / 3 / floor:8.1f} {peak:7.2f}", flush=True)
+            except Exception as e:
+                print(f"{name:22s} {impl:10s} failed: {' '.join(str(e).split())[:150]}", flush=True)
+
+
+def main():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print("largest ||x - ref|| / ||ref|| over the output, the state and all gradients")
+    impls = [("chunked", torch.float32)] + ([("triton", torch.float32), ("triton", torch.bfloat16)] if device == "cuda" else [])
+    for op in ("gla", "ssd"):
+        for decay in (0, -1e-4, -1, -60, "mixed", None):
+            worst = []
+            for impl, dtype in impls:
+                e = errors(op, example(op, 2, 200, 6, 24, 40, G=2, dtype=dtype, device=device, decay=decay), impl)
+                worst.append(f"{impl} {str(dtype)[6:]} {max(e.values()):.1e} ({max(e, key=e.get)})")
+            print(f"{op} decay {'of a model' if decay is None else decay}:".ljust(22), "   ".join(worst), flush=True)
+    small = {"gla small": ("gla", 4, 512, 4, 32, 64), "gla small expanded": ("gla", 4, 512, 1, 128, 256),
+             "mamba2 small": ("ssd", 4, 512, 8, 64, 64), "mamba2 small expanded": ("ssd", 4, 512, 8, 64, 256)}
+    bench(CASES if device == "cuda" else small, device)
+
+
+if __name__ == "__main__":
+    main()
