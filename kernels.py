@@ -154,9 +154,11 @@ def ssd_chunked(x, dt, A, B, C, D, state, L=64):
     v = F.pad(x * dt[..., None], (0, 0, 0, 0, 0, pad)).view(b, n, L, G, M, P).permute(0, 3, 1, 4, 2, 5)  # (B,G,n,M,L,P)
     B, C = (F.pad(t, (0, 0, 0, 0, 0, pad)).view(b, n, L, G, N).permute(0, 3, 1, 2, 4) for t in (B, C))   # (B,G,n,L,N)
 
-    later = torch.ones(L, L, dtype=torch.bool, device=x.device).triu(1)             # key j after query i: not seen
-    between = (g[..., :, None] - g[..., None, :]).to(x.dtype).masked_fill(later, -torch.inf)             # i, j
-    y = ((C @ B.mT).unsqueeze(3) * between.exp()) @ v                               # (B,G,n,M,L,P)
+    # Keys after the query are not seen. The query's own key (the diagonal) has no decay: kept out of the exponentials,
+    # where its large gradient would cancel only to rounding.
+    unseen = torch.ones(L, L, dtype=torch.bool, device=x.device).triu()
+    between = (g[..., :, None] - g[..., None, :]).to(x.dtype).masked_fill(unseen, -torch.inf)            # i, j
+    y = ((C @ B.mT).unsqueeze(3) * between.exp()) @ v + (C * B).sum(-1)[:, :, :, None, :, None] * v      # (B,G,n,M,L,P)
 
     to_end = (g[..., -1:] - g).to(x.dtype).exp()[..., None]                         # (B,G,n,M,L,1)
     rows = (to_end * v).transpose(3, 4).reshape(b, G, n, L, M * P)
