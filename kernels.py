@@ -181,7 +181,7 @@ def ssd_chunked(x, dt, A, B, C, D, state, L=64):
 #
 # Three launches forward, five backward; each program owns one tile of one chunk of one head, or one tile of a state.
 #
-#   gla_prepare   q, k, g -> qs = scale q exp(upto), ks = k exp(after), A = the scores inside a chunk, decay of a chunk
+#   gla_prepare   q, k, g -> qs = scale q exp(upto), ks = k exp(after), A = the scores inside a chunk, decay = log of the chunk's
 #   gla_scan      S_0 = state,  S_{c+1} = decay_c S_c + ks_c^T v_c             stores S_c, the state before chunk c
 #   gla_rows      o_c = qs_c S_c + A_c v_c
 #
@@ -197,57 +197,71 @@ def ssd_chunked(x, dt, A, B, C, D, state, L=64):
 
 
 @triton.jit
-def seams(C: tl.constexpr, level: tl.constexpr):
-    """Which scores (i, j) of a C x C tile are decided at a level: i in the right half of a block of 2^(level+1) tokens,
-    j in its left half. (The levels and the diagonal together make up the lower triangle.)"""
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    return ((i >> level) == (j >> level) + 1) & ((i >> (level + 1)) == (j >> (level + 1)))
-
-
-@triton.jit
-def merge(upto, after, level: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
-    """upto (C,BK): sums of g from the start of a block of 2^level tokens to each token, inclusive; after: from each
-    token, exclusive, to the block's end. Returns the same for blocks twice as long. Only sums, never differences, so a
-    large decay somewhere does not cost the small ones their digits."""
-    h: tl.constexpr = 1 << level
-    pair: tl.constexpr = (C // (2 * h), 2, h, BK)
-    side = tl.arange(0, 2)[None, :, None, None]
-    total = tl.reshape(upto + after, pair)
-    left = tl.sum(tl.where(side == 0, total, 0.0), axis=1)
-    right = tl.sum(tl.where(side == 1, total, 0.0), axis=1)
-    upto = tl.reshape(upto, pair) + tl.where(side == 1, tl.expand_dims(left, 1), 0.0)
-    after = tl.reshape(after, pair) + tl.where(side == 0, tl.expand_dims(right, 1), 0.0)
-    return tl.reshape(upto, (C, BK)), tl.reshape(after, (C, BK))
-
-
-@triton.jit
-def gla_prepare(q, k, g, qs, ks, decay, A, scale, T, n, H, K,
-                C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
-    """One program: one chunk of one head. Slices of BK channels; the scores add up over the slices."""
-    c, bh = tl.program_id(0), tl.program_id(1)
-    i = tl.arange(0, C)
-    t = c * C + i
-    row = ((bh // H).to(tl.int64) * T + t) * H + bh % H
-    scores = tl.zeros((C, C), tl.float32)
+def gla_is_steep(whole, LIMIT, K, BK: tl.constexpr):
+    """Whether some channel of a chunk has a decay whose logarithm, in whole (K,), is below -2 LIMIT."""
+    lowest = 0.0
     for k0 in range(0, K, BK):
         col = k0 + tl.arange(0, BK)
-        at, inside = row[:, None] * K + col[None, :], (t < T)[:, None] & (col < K)[None, :]
-        qt = tl.load(q + at, inside, 0.0).to(tl.float32) * scale
-        kt = tl.load(k + at, inside, 0.0).to(tl.float32)
-        upto = tl.load(g + at, inside, 0.0)
-        after = tl.zeros((C, BK), tl.float32)
-        scores += tl.where(i[:, None] == i[None, :], tl.sum(qt * kt, axis=1)[:, None], 0.0)
-        for level in tl.static_range(LEVELS):
-            # A right half's rows are read as queries, a left half's as keys: one exponential serves both.
-            e = tl.exp(tl.where((((i >> level) & 1) == 1)[:, None], upto, after))
-            s = tl.dot((qt * e).to(q.dtype.element_ty), tl.trans((kt * e).to(q.dtype.element_ty)), input_precision=DOT)
-            scores += tl.where(seams(C, level), s, 0.0)
-            upto, after = merge(upto, after, level, C, BK)
-        tl.store(qs + at, (qt * tl.exp(upto)).to(qs.dtype.element_ty), inside)
-        tl.store(ks + at, (kt * tl.exp(after)).to(ks.dtype.element_ty), inside)
-        whole = tl.sum(tl.where((i == 0)[:, None], upto + after, 0.0), axis=0)
-        tl.store(decay + (bh.to(tl.int64) * n + c) * K + col, tl.exp(whole), col < K)
-    tl.store(A + row[:, None] * C + i[None, :], scores.to(A.dtype.element_ty), (t < T)[:, None])
+        lowest = tl.minimum(lowest, tl.min(tl.load(whole + col, col < K, 0.0)))
+    return lowest < -2 * LIMIT
+
+
+@triton.jit
+def gla_token(x, j, tokens, H, K, col):
+    """Channels col of token j of a chunk that starts at x and has `tokens` tokens; zeros past its end."""
+    xj = tl.load(x + tl.minimum(j, tokens - 1) * H * K + col, col < K, 0.0).to(tl.float32)
+    return tl.where(j < tokens, xj, 0.0)
+
+
+@triton.jit
+def gla_prepare(q, k, g, qs, ks, decay, A, scale, LIMIT, T, n, H, K, C: tl.constexpr, BK: tl.constexpr,
+                STEEP: tl.constexpr, DOT: tl.constexpr):
+    """One program: one chunk of one head. Slices of BK channels; the scores add up over the slices.
+
+    Score (i, j) of a channel is q_i k_j exp(c_i - c_j), c the running sum of g. Around the middle m of the chunk's decay it
+    splits into q_i exp(c_i - m) and k_j exp(m - c_j), one matrix product for all pairs. One of the two exponents can be
+    positive, by at most half of the chunk's decay. A chunk where that exceeds LIMIT is steep: a second launch (STEEP) does
+    it again, one key at a time, from sums that never cancel; its programs return at once where the chunk is gentle. (A
+    GLA model's g is above -1 almost always, so nearly all are.)"""
+    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if STEEP:
+        if not gla_is_steep(decay + (bh * n + c) * K, LIMIT, K, BK):
+            return
+    i = tl.arange(0, C)
+    t = c * C + i
+    start = ((bh // H) * T + c * C) * H + bh % H                          # token i of the chunk is row start + i H
+    scores, diagonal = tl.zeros((C, C), tl.float32), tl.zeros((C,), tl.float32)
+    for k0 in range(0, K, BK):
+        col = k0 + tl.arange(0, BK)
+        at, inside = i[:, None] * (H * K) + col[None, :], (t < T)[:, None] & (col < K)[None, :]
+        qt = tl.load(q + start * K + at, inside, 0.0).to(tl.float32) * scale
+        kt = tl.load(k + start * K + at, inside, 0.0).to(tl.float32)
+        if not STEEP:
+            gt = tl.load(g + start * K + at, inside, 0.0)
+            upto, whole = tl.cumsum(gt, 0), tl.sum(gt, 0)
+            after = whole[None, :] - upto
+            e = upto - 0.5 * whole[None, :]
+            scores = tl.dot((qt * tl.exp(e)).to(q.dtype.element_ty), tl.trans((kt * tl.exp(-e)).to(q.dtype.element_ty)),
+                            scores, input_precision=DOT)
+            tl.store(decay + (bh * n + c) * K + col, whole, col < K)
+        else:
+            upto, after = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
+            last = tl.zeros((BK,), tl.float32)
+            for step in range(1, C):
+                j = C - 1 - step                                          # upto_i is g_{j+1} + ... + g_i here
+                next_g = gla_token(g + start * K, j + 1, T - c * C, H, K, col)
+                kj = gla_token(k + start * K, j, T - c * C, H, K, col)
+                last += next_g
+                upto += tl.where((i > j)[:, None], next_g[None, :], 0.0)
+                after = tl.where((i == j)[:, None], last[None, :], after)
+                sj = tl.sum(qt * kj[None, :] * tl.exp(upto), axis=1)
+                scores += tl.where((i == j)[None, :], sj[:, None], 0.0)
+            upto += gla_token(g + start * K, 0, T, H, K, col)[None, :]
+        diagonal += tl.sum(qt * kt, axis=1)
+        tl.store(qs + start * K + at, (qt * tl.exp(upto)).to(qs.dtype.element_ty), inside)
+        tl.store(ks + start * K + at, (kt * tl.exp(after)).to(ks.dtype.element_ty), inside)
+    scores = tl.where(i[:, None] > i[None, :], scores, tl.where(i[:, None] == i[None, :], diagonal[:, None], 0.0))
+    tl.store(A + start * C + i[:, None] * (H * C) + i[None, :], scores.to(A.dtype.element_ty), (t < T)[:, None])
 
 
 @triton.jit
@@ -265,10 +279,10 @@ def gla_scan(x, y, decay, first, S, last, T, n, H, K, V, C: tl.constexpr, BK: tl
         c = n - 1 - step if REVERSE else step
         tl.store(S + (bh * n + c) * K * V + tile, carry.to(S.dtype.element_ty), inside)
         t = c * C + i
-        row = ((bh // H) * T + t) * H + bh % H
-        xt = tl.load(x + row[None, :] * K + col[:, None], (t < T)[None, :] & (col < K)[:, None], 0.0)     # (BK,C)
-        yt = tl.load(y + row[:, None] * V + val[None, :], (t < T)[:, None] & (val < V)[None, :], 0.0)     # (C,BV)
-        d = tl.load(decay + (bh * n + c) * K + col, col < K, 0.0)
+        start = ((bh // H) * T + c * C) * H + bh % H
+        xt = tl.load(x + start * K + i[None, :] * (H * K) + col[:, None], (t < T)[None, :] & (col < K)[:, None], 0.0)     # (BK,C)
+        yt = tl.load(y + start * V + i[:, None] * (H * V) + val[None, :], (t < T)[:, None] & (val < V)[None, :], 0.0)     # (C,BV)
+        d = tl.exp(tl.load(decay + (bh * n + c) * K + col, col < K, 0.0))
         carry = tl.dot(xt, yt, carry * d[:, None], input_precision=DOT)
     tl.store(last + bh * K * V + tile, carry, inside)
 
@@ -280,18 +294,18 @@ def gla_rows(x, S, A, y, out, T, n, H, K, V, C: tl.constexpr, BK: tl.constexpr, 
     vb, c, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     val, i = vb * BV + tl.arange(0, BV), tl.arange(0, C)
     t = c * C + i
-    row = ((bh // H) * T + t) * H + bh % H
+    start = ((bh // H) * T + c * C) * H + bh % H
     acc = tl.zeros((C, BV), tl.float32)
     for k0 in range(0, K, BK):
         col = k0 + tl.arange(0, BK)
-        xt = tl.load(x + row[:, None] * K + col[None, :], (t < T)[:, None] & (col < K)[None, :], 0.0)
-        s = tl.load(S + ((bh * n + c) * K + col[:, None]) * V + val[None, :], (col < K)[:, None] & (val < V)[None, :], 0.0)
+        xt = tl.load(x + start * K + i[:, None] * (H * K) + col[None, :], (t < T)[:, None] & (col < K)[None, :], 0.0)
+        s = tl.load(S + (bh * n + c) * K * V + col[:, None] * V + val[None, :], (col < K)[:, None] & (val < V)[None, :], 0.0)
         acc = tl.dot(xt, s, acc, input_precision=DOT)
     inside = (t < T)[:, None] & (val < V)[None, :]
-    a = tl.load(A + row[:, None] * C + i[None, :], (t < T)[:, None], 0.0)
-    yt = tl.load(y + row[:, None] * V + val[None, :], inside, 0.0)
+    a = tl.load(A + start * C + i[:, None] * (H * C) + i[None, :], (t < T)[:, None], 0.0)
+    yt = tl.load(y + start * V + i[:, None] * (H * V) + val[None, :], inside, 0.0)
     acc = tl.dot(tl.trans(a) if TRANSPOSE else a, yt, acc, input_precision=DOT)
-    tl.store(out + row[:, None] * V + val[None, :], acc.to(out.dtype.element_ty), inside)
+    tl.store(out + start * V + i[:, None] * (H * V) + val[None, :], acc.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -300,14 +314,14 @@ def gla_scores(do, v, dA, T, H, V, C: tl.constexpr, BV: tl.constexpr, DOT: tl.co
     c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, C)
     t = c * C + i
-    row = ((bh // H) * T + t) * H + bh % H
+    start = ((bh // H) * T + c * C) * H + bh % H
     acc = tl.zeros((C, C), tl.float32)
     for v0 in range(0, V, BV):
         val = v0 + tl.arange(0, BV)
-        at, inside = row[:, None] * V + val[None, :], (t < T)[:, None] & (val < V)[None, :]
-        acc = tl.dot(tl.load(do + at, inside, 0.0), tl.trans(tl.load(v + at, inside, 0.0)), acc, input_precision=DOT)
+        at, inside = i[:, None] * (H * V) + val[None, :], (t < T)[:, None] & (val < V)[None, :]
+        acc = tl.dot(tl.load(do + start * V + at, inside, 0.0), tl.trans(tl.load(v + start * V + at, inside, 0.0)), acc, input_precision=DOT)
     acc = tl.where(i[:, None] >= i[None, :], acc, 0.0)
-    tl.store(dA + row[:, None] * C + i[None, :], acc.to(dA.dtype.element_ty), (t < T)[:, None])
+    tl.store(dA + start * C + i[:, None] * (H * C) + i[None, :], acc.to(dA.dtype.element_ty), (t < T)[:, None])
 
 
 @triton.jit
@@ -317,27 +331,27 @@ def gla_through(do, v, S, dS, dqs, dks, both, T, n, H, K, V, C: tl.constexpr, BK
     kb, c, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     col, i = kb * BK + tl.arange(0, BK), tl.arange(0, C)
     t = c * C + i
-    row = ((bh // H) * T + t) * H + bh % H
+    start = ((bh // H) * T + c * C) * H + bh % H
     dq, dk = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
     sd = tl.zeros((BK,), tl.float32)
     for v0 in range(0, V, BV):
         val = v0 + tl.arange(0, BV)
-        at, inside = row[:, None] * V + val[None, :], (t < T)[:, None] & (val < V)[None, :]
-        tile = ((bh * n + c) * K + col[:, None]) * V + val[None, :]
+        at, inside = i[:, None] * (H * V) + val[None, :], (t < T)[:, None] & (val < V)[None, :]
+        tile = col[:, None] * V + val[None, :]
         there = (col < K)[:, None] & (val < V)[None, :]
-        s, ds = tl.load(S + tile, there, 0.0), tl.load(dS + tile, there, 0.0)
-        dq = tl.dot(tl.load(do + at, inside, 0.0), tl.trans(s), dq, input_precision=DOT)
-        dk = tl.dot(tl.load(v + at, inside, 0.0), tl.trans(ds), dk, input_precision=DOT)
+        s, ds = tl.load(S + (bh * n + c) * K * V + tile, there, 0.0), tl.load(dS + (bh * n + c) * K * V + tile, there, 0.0)
+        dq = tl.dot(tl.load(do + start * V + at, inside, 0.0), tl.trans(s), dq, input_precision=DOT)
+        dk = tl.dot(tl.load(v + start * V + at, inside, 0.0), tl.trans(ds), dk, input_precision=DOT)
         sd += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
-    at, inside = row[:, None] * K + col[None, :], (t < T)[:, None] & (col < K)[None, :]
-    tl.store(dqs + at, dq.to(dqs.dtype.element_ty), inside)
-    tl.store(dks + at, dk.to(dks.dtype.element_ty), inside)
+    at, inside = i[:, None] * (H * K) + col[None, :], (t < T)[:, None] & (col < K)[None, :]
+    tl.store(dqs + start * K + at, dq.to(dqs.dtype.element_ty), inside)
+    tl.store(dks + start * K + at, dk.to(dks.dtype.element_ty), inside)
     tl.store(both + (bh * n + c) * K + col, sd, col < K)
 
 
 @triton.jit
-def gla_finish(q, k, g, qs, ks, dA, dqs, dks, both, decay, dq, dk, dg, scale, T, n, H, K,
-               C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
+def gla_finish(q, k, g, ks, dA, dqs, dks, both, decay, dq, dk, dg, scale, LIMIT, T, n, H, K,
+               C: tl.constexpr, BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr):
     """One program: BK channels of one chunk.
 
     The weight of key j in query i is exp of the sum of g over j < t <= i, so dg_t adds up (weight x its gradient) over all
@@ -345,37 +359,62 @@ def gla_finish(q, k, g, qs, ks, dA, dqs, dks, both, decay, dq, dk, dg, scale, T,
     and the state before the chunk: those that end at t or later; a key and the state after it: those that begin before t;
     the two states: always. The diagonal i = j spans nothing and is left out, else it would drown small gradients."""
     kb, c, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if STEEP:
+        if not gla_is_steep(decay + (bh * n + c) * K, LIMIT, K, BK):
+            return
     col, i = kb * BK + tl.arange(0, BK), tl.arange(0, C)
     t = c * C + i
-    row = ((bh // H) * T + t) * H + bh % H
-    at, inside = row[:, None] * K + col[None, :], (t < T)[:, None] & (col < K)[None, :]
-    qt = tl.load(q + at, inside, 0.0).to(tl.float32) * scale
-    kt = tl.load(k + at, inside, 0.0).to(tl.float32)
-    upto = tl.load(g + at, inside, 0.0)
-    after = tl.zeros((C, BK), tl.float32)
-    ds = tl.load(dA + row[:, None] * C + i[None, :], (t < T)[:, None], 0.0)
-    dqt, dkt = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
-    for level in tl.static_range(LEVELS):
-        e = tl.exp(tl.where((((i >> level) & 1) == 1)[:, None], upto, after))
-        d = tl.where(seams(C, level), ds, 0.0).to(ds.dtype)
-        dqt += e * tl.dot(d, (kt * e).to(ds.dtype), input_precision=DOT)
-        dkt += e * tl.dot(tl.trans(d), (qt * e).to(ds.dtype), input_precision=DOT)
-        upto, after = merge(upto, after, level, C, BK)
+    start = ((bh // H) * T + c * C) * H + bh % H
+    at, inside = i[:, None] * (H * K) + col[None, :], (t < T)[:, None] & (col < K)[None, :]
+    qt = tl.load(q + start * K + at, inside, 0.0).to(tl.float32) * scale
+    kt = tl.load(k + start * K + at, inside, 0.0).to(tl.float32)
+    if not STEEP:
+        gt = tl.load(g + start * K + at, inside, 0.0)
+        upto, whole = tl.cumsum(gt, 0), tl.sum(gt, 0)
+        after = whole[None, :] - upto
+        e = upto - 0.5 * whole[None, :]
+        ds = tl.load(dA + start * C + i[:, None] * (H * C) + i[None, :], (t < T)[:, None] & (i[:, None] > i[None, :]), 0.0)
+        dqt = tl.exp(e) * tl.dot(ds, (kt * tl.exp(-e)).to(ds.dtype), input_precision=DOT)
+        dkt = tl.exp(-e) * tl.dot(tl.trans(ds), (qt * tl.exp(e)).to(ds.dtype), input_precision=DOT)
+    else:                                                                 # as in gla_prepare, one key at a time
+        dqt, dkt = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
+        upto, after = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
+        last = tl.zeros((BK,), tl.float32)
+        for step in range(1, C):
+            j = C - 1 - step
+            next_g = gla_token(g + start * K, j + 1, T - c * C, H, K, col)
+            kj = gla_token(k + start * K, j, T - c * C, H, K, col)
+            last += next_g
+            upto += tl.where((i > j)[:, None], next_g[None, :], 0.0)
+            after = tl.where((i == j)[:, None], last[None, :], after)
+            ds = tl.load(dA + start * C + i * (H * C) + j, (t < T) & (i > j), 0.0).to(tl.float32)[:, None] * tl.exp(upto)
+            dqt += ds * kj[None, :]
+            dkt = tl.where((i == j)[:, None], tl.sum(ds * qt, axis=0)[None, :], dkt)
+        upto += gla_token(g + start * K, 0, T, H, K, col)[None, :]
     pairs = qt * dqt - kt * dkt
-    diagonal = tl.sum(tl.where(i[:, None] == i[None, :], ds.to(tl.float32), 0.0), axis=1)[:, None]
-    from_state, to_state = tl.load(dqs + at, inside, 0.0).to(tl.float32), tl.load(dks + at, inside, 0.0).to(tl.float32)
-    pairs += tl.load(qs + at, inside, 0.0).to(tl.float32) * from_state
-    tl.store(dq + at, ((dqt + diagonal * kt + tl.exp(upto) * from_state) * scale).to(dq.dtype.element_ty), inside)
-    tl.store(dk + at, (dkt + diagonal * qt + tl.exp(after) * to_state).to(dk.dtype.element_ty), inside)
+    diagonal = tl.load(dA + start * C + i * (H * C) + i, t < T, 0.0).to(tl.float32)[:, None]
+    from_state = tl.exp(upto) * tl.load(dqs + start * K + at, inside, 0.0).to(tl.float32)
+    pairs += qt * from_state
+    tl.store(dq + start * K + at, ((dqt + diagonal * kt + from_state) * scale).to(dq.dtype.element_ty), inside)
+    to_state = tl.exp(after) * tl.load(dks + start * K + at, inside, 0.0).to(tl.float32)
+    tl.store(dk + start * K + at, (dkt + diagonal * qt + to_state).to(dk.dtype.element_ty), inside)
     begun = inside & (i > 0)[:, None]                                     # the key before t, within the chunk
-    keys = tl.load(ks + at - H * K, begun, 0.0).to(tl.float32) * tl.load(dks + at - H * K, begun, 0.0).to(tl.float32)
+    keys = tl.load(ks + start * K + at - H * K, begun, 0.0).to(tl.float32) * tl.load(dks + start * K + at - H * K, begun, 0.0).to(tl.float32)
     here = (bh * n + c) * K + col
-    always = tl.load(both + here, col < K, 0.0) * tl.load(decay + here, col < K, 0.0)
-    tl.store(dg + at, tl.cumsum(pairs, 0, reverse=True) + tl.cumsum(keys, 0) + always[None, :], inside)
+    always = tl.load(both + here, col < K, 0.0) * tl.exp(tl.load(decay + here, col < K, 0.0))
+    tl.store(dg + start * K + at, tl.cumsum(pairs, 0, reverse=True) + tl.cumsum(keys, 0) + always[None, :], inside)
 
 
 def pow2(x, low, high):
     return max(low, min(high, triton.next_power_of_2(x)))
+
+
+def scan_tile(K, V, heads):
+    """The largest tile of a state (rows, columns) that still makes two programs for each of a large GPU's processors."""
+    for BK, BV in ((128, 128), (64, 128), (64, 64), (32, 64)):
+        if triton.cdiv(K, BK) * triton.cdiv(V, BV) * heads >= 256:
+            break
+    return pow2(K, 16, BK), pow2(V, 16, BV)
 
 
 class GLATriton(torch.autograd.Function):
@@ -384,33 +423,38 @@ class GLATriton(torch.autograd.Function):
         (B, T, H, K), V = q.shape, v.shape[-1]
         small = K * V <= 1 << 15
         C = pow2(T, 16, 64 if small else 128)
-        n, levels = triton.cdiv(T, C), C.bit_length() - 1
-        dot = "tf32x3" if q.dtype == torch.float32 else None
+        n, warps = triton.cdiv(T, C), 4 if C <= 64 else 8
+        dot, limit = ("tf32x3", 20.0) if q.dtype == torch.float32 else (None, 60.0)
         qs, ks, A = torch.empty_like(q), torch.empty_like(k), q.new_empty(B, T, H, C)
         decay, S = g.new_empty(B, H, n, K), v.new_empty(B, H, n, K, V)
         o, last = torch.empty_like(v), g.new_empty(B, H, K, V)
+        for steep in (False, True):
+            gla_prepare[(n, B * H)](q, k, g, qs, ks, decay, A, scale, limit, T, n, H, K, C, pow2(K, 16, 32), steep, dot,
+                                    num_warps=warps, num_stages=2)
+        BK, BV = scan_tile(K, V, B * H)
+        gla_scan[(triton.cdiv(K, BK), triton.cdiv(V, BV), B * H)](
+            ks, v, decay, state, S, last, T, n, H, K, V, C, BK, BV, False, state is not None, dot,
+            num_warps=8 if BK * BV == 1 << 14 else 4, num_stages=3)
         BK, BV = pow2(K, 16, 64), pow2(V, 16, 128)
-        gla_prepare[(n, B * H)](q, k, g, qs, ks, decay, A, scale, T, n, H, K, C, levels, pow2(K, 16, 32), dot,
-                                num_warps=4 if C <= 64 else 8)
-        gla_scan[scan_grid := (triton.cdiv(K, BK), triton.cdiv(V, BK), B * H)](
-            ks, v, decay, state, S, last, T, n, H, K, V, C, BK, BK, False, state is not None, dot, num_warps=4, num_stages=3)
         gla_rows[(triton.cdiv(V, BV), n, B * H)](qs, S, A, v, o, T, n, H, K, V, C, BK, BV, False, dot,
-                                                 num_warps=4 if C <= 64 else 8, num_stages=3)
+                                                 num_warps=warps, num_stages=3)
         ctx.save_for_backward(q, k, v, g, qs, ks, A, decay, S)
-        ctx.scale, ctx.C, ctx.dot, ctx.has_state = scale, C, dot, state is not None
+        ctx.scale, ctx.C, ctx.dot, ctx.limit, ctx.has_state = scale, C, dot, limit, state is not None
         return o, last
 
     @staticmethod
     def backward(ctx, do, dlast):
         q, k, v, g, qs, ks, A, decay, S = ctx.saved_tensors
         (B, T, H, K), V, C, dot = q.shape, v.shape[-1], ctx.C, ctx.dot
-        n, levels, do, dlast = triton.cdiv(T, C), C.bit_length() - 1, do.contiguous(), dlast.contiguous()
+        n, warps, do, dlast = triton.cdiv(T, C), 4 if C <= 64 else 8, do.contiguous(), dlast.contiguous()
         dS, first, dA = torch.empty_like(S), torch.empty_like(dlast), torch.empty_like(A)
         dv, dqs, dks, both = torch.empty_like(v), torch.empty_like(q), torch.empty_like(k), torch.empty_like(decay)
         dq, dk, dg = torch.empty_like(q), torch.empty_like(k), torch.empty_like(g)
-        BK, BV, warps = pow2(K, 16, 64), pow2(V, 16, 128), 4 if C <= 64 else 8
-        gla_scan[(triton.cdiv(K, BK), triton.cdiv(V, BK), B * H)](
-            qs, do, decay, dlast, dS, first, T, n, H, K, V, C, BK, BK, True, True, dot, num_warps=4, num_stages=3)
+        BK, BV = scan_tile(K, V, B * H)
+        gla_scan[(triton.cdiv(K, BK), triton.cdiv(V, BV), B * H)](
+            qs, do, decay, dlast, dS, first, T, n, H, K, V, C, BK, BV, True, True, dot,
+            num_warps=8 if BK * BV == 1 << 14 else 4, num_stages=3)
+        BK, BV = pow2(K, 16, 64), pow2(V, 16, 128)
         gla_rows[(triton.cdiv(V, BV), n, B * H)](ks, dS, A, do, dv, T, n, H, K, V, C, BK, BV, True, dot,
                                                  num_warps=warps, num_stages=3)
         gla_scores[(n, B * H)](do, v, dA, T, H, V, C, pow2(V, 16, 64), dot, num_warps=warps, num_stages=3)
@@ -418,8 +462,9 @@ class GLATriton(torch.autograd.Function):
         gla_through[(triton.cdiv(K, BK), n, B * H)](do, v, S, dS, dqs, dks, both, T, n, H, K, V, C, BK, pow2(V, 16, 64),
                                                     dot, num_warps=8, num_stages=2)
         BK = pow2(K, 16, 32)
-        gla_finish[(triton.cdiv(K, BK), n, B * H)](q, k, g, qs, ks, dA, dqs, dks, both, decay, dq, dk, dg, ctx.scale,
-                                                   T, n, H, K, C, levels, BK, dot, num_warps=warps)
+        for steep in (False, True):
+            gla_finish[(triton.cdiv(K, BK), n, B * H)](q, k, g, ks, dA, dqs, dks, both, decay, dq, dk, dg, ctx.scale, ctx.limit,
+                                                       T, n, H, K, C, BK, steep, dot, num_warps=warps)
         return dq, dk, dv, dg, None, first if ctx.has_state else None
 
 
@@ -445,52 +490,55 @@ def gla_triton(q, k, v, g, scale, state):
 #   ssd_through   dC = sum over heads of exp(cum) dy S_c + dCB B,  dB = the same of to_end v dS_c + dCB^T C
 #   ssd_finish    dg from the sums over all pairs that span a token, as in gla_finish; then d(dt) and dA
 #
-# Chunk length L = 128: the table of decays costs L exponentials a token and head, a stored state 2 N P / L numbers.
+# Chunk length L. The tables of decays cost about L / 2 exponentials a token and head, a stored state 2 N P / L numbers:
+# L = 128 up to N = 128, 256 above. Tables are worked on in blocks of R = 64 x 64, those above the diagonal left out.
 # cum is a float64 sum kept as two float32: a difference of two large sums then keeps the digits of the small decays.
 
 
 @triton.jit
-def ssd_prepare(B, C, dt, A, CB, hi, lo, T, G, N, H, L: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+def ssd_prepare(B, C, dt, A, CB, hi, lo, T, G, N, H, L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
                 DOT: tl.constexpr):
-    """One program: one chunk of one group. dt is (B,T,H); hi, lo are (B,H,T); CB is (B,T,G,L)."""
-    c, bg = tl.program_id(0), tl.program_id(1)
-    b, group, i = (bg // G).to(tl.int64), bg % G, tl.arange(0, L)
-    t = c * L + i
-    row = (b * T + t) * G + group
-    acc = tl.zeros((L, L), tl.float32)
-    for n0 in range(0, N, BN):
-        col = n0 + tl.arange(0, BN)
-        at, inside = row[:, None] * N + col[None, :], (t < T)[:, None] & (col < N)[None, :]
-        acc = tl.dot(tl.load(C + at, inside, 0.0), tl.trans(tl.load(B + at, inside, 0.0)), acc, input_precision=DOT)
-    acc = tl.where(i[:, None] >= i[None, :], acc, 0.0)
-    tl.store(CB + row[:, None] * L + i[None, :], acc.to(CB.dtype.element_ty), (t < T)[:, None])
-    for h0 in range(0, H // G, BH):
-        of_group = h0 + tl.arange(0, BH)
-        h = group * (H // G) + of_group
-        inside = (t < T)[:, None] & (of_group < H // G)[None, :]
-        g = tl.load(dt + ((b * T + t) * H)[:, None] + h[None, :], inside, 0.0) * tl.load(A + h, of_group < H // G, 0.0)[None, :]
-        cum = tl.cumsum(g.to(tl.float64), 0)
-        at = (b * H + h)[None, :] * T + t[:, None]
-        tl.store(hi + at, cum.to(tl.float32), inside)
-        tl.store(lo + at, (cum - cum.to(tl.float32).to(tl.float64)).to(tl.float32), inside)
+    """One program: R rows of CB in one chunk of one group. dt is (B,T,H); hi, lo are (B,H,T); CB is (B,T,G,L)."""
+    block, bg = tl.program_id(0), tl.program_id(1)
+    c, r, b, group = block // (L // R), block % (L // R), (bg // G).to(tl.int64), bg % G
+    i, start = tl.arange(0, R), (b * T + c * L) * G + group                # token i of the chunk is row start + i G
+    rows = r * R + i
+    for jb in range(r + 1):
+        cols = jb * R + i
+        acc = tl.zeros((R, R), tl.float32)
+        for n0 in range(0, N, BN):
+            col = n0 + tl.arange(0, BN)
+            ct = tl.load(C + start * N + rows[:, None] * (G * N) + col[None, :], (c * L + rows < T)[:, None] & (col < N)[None, :], 0.0)
+            bt = tl.load(B + start * N + cols[:, None] * (G * N) + col[None, :], (c * L + cols < T)[:, None] & (col < N)[None, :], 0.0)
+            acc = tl.dot(ct, tl.trans(bt), acc, input_precision=DOT)
+        tl.store(CB + start * L + rows[:, None] * (G * L) + cols[None, :], acc.to(CB.dtype.element_ty), (c * L + rows < T)[:, None])
+    if r == 0:
+        t = c * L + tl.arange(0, L)
+        for h0 in range(0, H // G, BH):
+            of_group = h0 + tl.arange(0, BH)
+            h = group * (H // G) + of_group
+            inside = (t < T)[:, None] & (of_group < H // G)[None, :]
+            g = tl.load(dt + b * T * H + t[:, None] * H + h[None, :], inside, 0.0) * tl.load(A + h, of_group < H // G, 0.0)[None, :]
+            cum = tl.cumsum(g.to(tl.float64), 0)
+            at = b * H * T + h[None, :] * T + t[:, None]
+            tl.store(hi + at, cum.to(tl.float32), inside)
+            tl.store(lo + at, (cum - cum.to(tl.float32).to(tl.float64)).to(tl.float32), inside)
 
 
 @triton.jit
-def ssd_decays(hi, lo, dt, b, h, c, T, H, L: tl.constexpr):
-    """A chunk's cum as (hi, lo), dt, and to_end_j = exp(g_{j+1} + ... to the chunk's end), (L,) each, for one head."""
-    t = c * L + tl.arange(0, L)
-    at = (b * H + h) * T + tl.minimum(t, T - 1)                             # past the end, the sums stay as they are
-    cum_hi, cum_lo = tl.load(hi + at), tl.load(lo + at)
-    end = (b * H + h) * T + tl.minimum(c * L + L, T) - 1
+def ssd_decays(hi, lo, dt, b, h, t, end, T, H):
+    """cum as (hi, lo), dt, and to_end_j = exp(g_{j+1} + ... to token end), for tokens t (R,) of one head."""
+    at = (b * H + h) * T + tl.minimum(t, T - 1)                             # past T the sums stay as they are
+    cum_hi, cum_lo, end = tl.load(hi + at), tl.load(lo + at), (b * H + h) * T + end
     to_end = tl.exp((tl.load(hi + end) - cum_hi) + (tl.load(lo + end) - cum_lo))
-    return cum_hi, cum_lo, tl.load(dt + (b * T + t) * H + h, t < T, 0.0), to_end
+    return cum_hi, cum_lo, tl.load(dt + b * T * H + t * H + h, t < T, 0.0), to_end
 
 
 @triton.jit
-def ssd_table(hi, lo, L: tl.constexpr):
+def ssd_table(hi_i, lo_i, hi_j, lo_j, i, j):
     """W_ij = exp(g_{j+1} + ... + g_i) for i >= j, else 0."""
-    between = (hi[:, None] - hi[None, :]) + (lo[:, None] - lo[None, :])
-    return tl.exp(tl.where(tl.arange(0, L)[:, None] >= tl.arange(0, L)[None, :], between, float("-inf")))
+    between = (hi_i[:, None] - hi_j[None, :]) + (lo_i[:, None] - lo_j[None, :])
+    return tl.exp(tl.where(i[:, None] >= j[None, :], between, float("-inf")))
 
 
 @triton.jit
@@ -508,127 +556,159 @@ def ssd_scan(x, y, dt, hi, lo, first, S, last, T, n, H, G, P, N,
     for step in range(n):
         c = n - 1 - step if REVERSE else step
         tl.store(S + ((b * H + h) * n + c) * P * N + tile, carry.to(S.dtype.element_ty), inside)
-        t = c * L + i
-        cum, cum_lo, dts, to_end = ssd_decays(hi, lo, dt, b, h, c, T, H, L)
+        t, end = c * L + i, tl.minimum(c * L + L, T) - 1
+        cum, cum_lo, dts, to_end = ssd_decays(hi, lo, dt, b, h, t, end, T, H)
         weight = tl.exp(cum) if REVERSE else to_end * dts
-        xt = tl.load(x + (((b * T + t) * H + h) * P)[None, :] + p[:, None], (t < T)[None, :] & (p < P)[:, None], 0.0)
-        yt = tl.load(y + (((b * T + t) * G + h // (H // G)) * N)[:, None] + col[None, :],
+        xt = tl.load(x + ((b * T + c * L) * H + h) * P + i[None, :] * (H * P) + p[:, None], (t < T)[None, :] & (p < P)[:, None], 0.0)
+        yt = tl.load(y + ((b * T + c * L) * G + h // (H // G)) * N + i[:, None] * (G * N) + col[None, :],
                      (t < T)[:, None] & (col < N)[None, :], 0.0)
-        whole = tl.exp(tl.load(hi + (b * H + h) * T + tl.minimum(c * L + L, T) - 1))
+        whole = tl.exp(tl.load(hi + (b * H + h) * T + end))
         carry = tl.dot((xt.to(tl.float32) * weight[None, :]).to(yt.dtype), yt, carry * whole, input_precision=DOT)
     tl.store(last + (b * H + h) * P * N + tile, carry, inside)
 
 
 @triton.jit
 def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, out, ddt, keys, dD, T, n, H, G, P, N,
-             L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BACKWARD: tl.constexpr, SKIP: tl.constexpr,
-             DOT: tl.constexpr):
-    """One program: one chunk of one head. Forward z is C and out is y; backward z is B, S is dS and out is dx, with
-    ddt = sum_p x dv (B,H,T), keys = sum_p v (dv through the state) (B,H,T) and dD = sum_tp dy x (B,H,n)."""
-    h, c, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    p, i = tl.arange(0, BP), tl.arange(0, L)
-    t = c * L + i
-    row = (b * T + t) * G + h // (H // G)
-    acc = tl.zeros((L, BP), tl.float32)
+             L: tl.constexpr, R: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BACKWARD: tl.constexpr,
+             SKIP: tl.constexpr, DOT: tl.constexpr):
+    """One program: R tokens of one chunk of one head. Forward z is C and out is y; backward z is B, S is dS and out is dx,
+    with ddt = sum_p x dv (B,H,T), keys = sum_p v (dv through the state) (B,H,T), dD = sum_tp dy x (B,H,blocks)."""
+    h, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    c, r, p, i = block // (L // R), block % (L // R), tl.arange(0, BP), tl.arange(0, R)
+    rows = r * R + i
+    t, end = c * L + rows, tl.minimum(c * L + L, T) - 1
+    zs = z + ((b * T + c * L) * G + h // (H // G)) * N + rows[:, None] * (G * N)
+    xs = ((b * T + c * L) * H + h) * P + p[None, :]
+    cbs = CB + ((b * T + c * L) * G + h // (H // G)) * L
+    acc = tl.zeros((R, BP), tl.float32)
     for n0 in range(0, N, BN):
         col = n0 + tl.arange(0, BN)
-        zt = tl.load(z + row[:, None] * N + col[None, :], (t < T)[:, None] & (col < N)[None, :], 0.0)
-        s = tl.load(S + (((b * H + h) * n + c) * P + p[None, :]) * N + col[:, None], (p < P)[None, :] & (col < N)[:, None], 0.0)
+        zt = tl.load(zs + col[None, :], (t < T)[:, None] & (col < N)[None, :], 0.0)
+        s = tl.load(S + ((b * H + h) * n + c) * P * N + p[None, :] * N + col[:, None], (p < P)[None, :] & (col < N)[:, None], 0.0)
         acc = tl.dot(zt, s, acc, input_precision=DOT)
-    cum, cum_lo, dts, to_end = ssd_decays(hi, lo, dt, b, h, c, T, H, L)
-    at, inside = (((b * T + t) * H + h) * P)[:, None] + p[None, :], (t < T)[:, None] & (p < P)[None, :]
-    xt = tl.load(x + at, inside, 0.0)
-    cb = tl.load(CB + row[:, None] * L + i[None, :], (t < T)[:, None], 0.0)
-    w = (cb.to(tl.float32) * ssd_table(cum, cum_lo, L)).to(cb.dtype)
+    cum, cum_lo, dts, to_end = ssd_decays(hi, lo, dt, b, h, t, end, T, H)
+    inside = (t < T)[:, None] & (p < P)[None, :]
+    xt = tl.load(x + xs + rows[:, None] * (H * P), inside, 0.0).to(tl.float32)
     if BACKWARD:
-        dyt = tl.load(dy + at, inside, 0.0)
-        v = xt.to(tl.float32) * dts[:, None]
         acc = acc * to_end[:, None]
-        tl.store(keys + (b * H + h) * T + t, tl.sum(v * acc, axis=1), t < T)
-        acc = tl.dot(tl.trans(w), dyt, acc, input_precision=DOT)                        # dv
-        tl.store(ddt + (b * H + h) * T + t, tl.sum(xt.to(tl.float32) * acc, axis=1), t < T)
+        tl.store(keys + (b * H + h) * T + t, dts * tl.sum(xt * acc, axis=1), t < T)
+        for ib in range(r, L // R):                                                     # queries of this block and later
+            later = ib * R + i
+            u = c * L + later
+            hi_i, lo_i, _, _ = ssd_decays(hi, lo, dt, b, h, u, end, T, H)
+            cb = tl.load(cbs + later[:, None] * (G * L) + rows[None, :], (u < T)[:, None], 0.0)
+            w = cb.to(tl.float32) * ssd_table(hi_i, lo_i, cum, cum_lo, later, rows)
+            dyt = tl.load(dy + xs + later[:, None] * (H * P), (u < T)[:, None] & (p < P)[None, :], 0.0)
+            acc = tl.dot(tl.trans(w.to(cb.dtype)), dyt, acc, input_precision=DOT)       # dv
+        tl.store(ddt + (b * H + h) * T + t, tl.sum(xt * acc, axis=1), t < T)
         acc = acc * dts[:, None]
         if SKIP:
-            acc += tl.load(D + h) * dyt.to(tl.float32)
-            tl.store(dD + (b * H + h) * n + c, tl.sum(tl.sum(xt.to(tl.float32) * dyt.to(tl.float32), axis=1), axis=0))
+            dyt = tl.load(dy + xs + rows[:, None] * (H * P), inside, 0.0).to(tl.float32)
+            acc += tl.load(D + h) * dyt
+            tl.store(dD + (b * H + h) * tl.num_programs(1) + block, tl.sum(tl.sum(xt * dyt, axis=1), axis=0))
     else:
-        v = (xt.to(tl.float32) * dts[:, None]).to(xt.dtype)
-        acc = tl.dot(w, v, acc * tl.exp(cum)[:, None], input_precision=DOT)
+        acc = acc * tl.exp(cum)[:, None]
+        for jb in range(r + 1):                                                         # keys of this block and earlier
+            earlier = jb * R + i
+            u = c * L + earlier
+            hi_j, lo_j, dt_j, _ = ssd_decays(hi, lo, dt, b, h, u, end, T, H)
+            cb = tl.load(cbs + rows[:, None] * (G * L) + earlier[None, :], (t < T)[:, None], 0.0)
+            w = cb.to(tl.float32) * ssd_table(cum, cum_lo, hi_j, lo_j, rows, earlier) * dt_j[None, :]
+            xj = tl.load(x + xs + earlier[:, None] * (H * P), (u < T)[:, None] & (p < P)[None, :], 0.0)
+            acc = tl.dot(w.to(cb.dtype), xj, acc, input_precision=DOT)
         if SKIP:
-            acc += tl.load(D + h) * xt.to(tl.float32)
-    tl.store(out + at, acc.to(out.dtype.element_ty), inside)
+            acc += tl.load(D + h) * xt
+    tl.store(out + xs + rows[:, None] * (H * P), acc.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
-def ssd_scores(x, dy, dt, hi, lo, CB, dCB, pairs, T, H, G, P, L: tl.constexpr, BP: tl.constexpr, DOT: tl.constexpr):
-    """One program: one chunk of one group, its heads in turn. dCB (B,T,G,L) sums over the heads; pairs (B,H,T) is, for
-    each head, the sum of weight x gradient over pairs that end at t less those that begin at t."""
-    c, bg = tl.program_id(0), tl.program_id(1)
-    b, group, i, p = (bg // G).to(tl.int64), bg % G, tl.arange(0, L), tl.arange(0, BP)
-    t = c * L + i
-    row = (b * T + t) * G + group
-    cb = tl.load(CB + row[:, None] * L + i[None, :], (t < T)[:, None], 0.0)
-    acc = tl.zeros((L, L), tl.float32)
+def ssd_scores(x, dy, dt, hi, lo, CB, dCB, ends, begins, T, H, G, P, L: tl.constexpr, R: tl.constexpr, BP: tl.constexpr,
+               DOT: tl.constexpr):
+    """One program: queries of block ib and keys of block jb of one chunk of one group, its heads in turn. dCB (B,T,G,L)
+    sums over the heads; for each head, ends[jb] (blocks,B,H,T) is the sum of weight x gradient over the pairs that end at
+    a token, begins[ib] over those that begin there."""
+    jb, block, bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    c, ib, b, group = block // (L // R), block % (L // R), (bg // G).to(tl.int64), bg % G
+    if jb > ib:
+        return
+    i, p = ib * R + tl.arange(0, R), tl.arange(0, BP)
+    j, end, all_heads = jb * R + tl.arange(0, R), tl.minimum(c * L + L, T) - 1, tl.num_programs(2) // G * H
+    table = ((b * T + c * L) * G + group) * L + i[:, None] * (G * L) + j[None, :]
+    cb = tl.load(CB + table, (c * L + i < T)[:, None], 0.0).to(tl.float32)
+    acc = tl.zeros((R, R), tl.float32)
     for m in range(H // G):
         h = group * (H // G) + m
-        cum, cum_lo, dts, to_end = ssd_decays(hi, lo, dt, b, h, c, T, H, L)
-        at, inside = (((b * T + t) * H + h) * P)[:, None] + p[None, :], (t < T)[:, None] & (p < P)[None, :]
-        dyt, xt = tl.load(dy + at, inside, 0.0), tl.load(x + at, inside, 0.0)
-        v = (xt.to(tl.float32) * dts[:, None]).to(xt.dtype)
-        d = tl.dot(dyt, tl.trans(v), input_precision=DOT) * ssd_table(cum, cum_lo, L)
+        hi_i, lo_i, _, _ = ssd_decays(hi, lo, dt, b, h, c * L + i, end, T, H)
+        hi_j, lo_j, dt_j, _ = ssd_decays(hi, lo, dt, b, h, c * L + j, end, T, H)
+        xs = ((b * T + c * L) * H + h) * P + p[None, :]
+        dyt = tl.load(dy + xs + i[:, None] * (H * P), (c * L + i < T)[:, None] & (p < P)[None, :], 0.0)
+        xt = tl.load(x + xs + j[:, None] * (H * P), (c * L + j < T)[:, None] & (p < P)[None, :], 0.0)
+        d = tl.dot(dyt, tl.trans(xt), input_precision=DOT) * ssd_table(hi_i, lo_i, hi_j, lo_j, i, j) * dt_j[None, :]
         acc += d
         # The diagonal spans nothing. The two sums nearly cancel in ssd_finish: float64 for float32 inputs.
-        d = tl.where(i[:, None] > i[None, :], d * cb.to(tl.float32), 0.0).to(pairs.dtype.element_ty)
-        tl.store(pairs + (b * H + h) * T + t, tl.sum(d, axis=1) - tl.sum(d, axis=0), t < T)
-    tl.store(dCB + row[:, None] * L + i[None, :], acc.to(dCB.dtype.element_ty), (t < T)[:, None])
+        d = tl.where(i[:, None] > j[None, :], d * cb, 0.0).to(ends.dtype.element_ty)
+        tl.store(ends + (jb * all_heads + b * H + h) * T + c * L + i, tl.sum(d, axis=1), c * L + i < T)
+        tl.store(begins + (ib * all_heads + b * H + h) * T + c * L + j, tl.sum(d, axis=0), c * L + j < T)
+    tl.store(dCB + table, acc.to(dCB.dtype.element_ty), (c * L + i < T)[:, None])
 
 
 @triton.jit
 def ssd_through(x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, T, n, H, G, P, N,
-                L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr):
-    """One program: BN columns of one chunk of one group, its heads in turn. For every head also the part of
+                L: tl.constexpr, R: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr):
+    """One program: BN columns of R tokens of one chunk of one group, its heads in turn. For every head also the part of
     queries = sum_n C (dC through the state) (blocks of N, B,H,T) and both = sum S dS (blocks of N, B,H,n)."""
-    nb, c, bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    b, group, i, p, col = (bg // G).to(tl.int64), bg % G, tl.arange(0, L), tl.arange(0, BP), nb * BN + tl.arange(0, BN)
-    t = c * L + i
-    row = (b * T + t) * G + group
-    wide, inside = row[:, None] * N + col[None, :], (t < T)[:, None] & (col < N)[None, :]
-    ct, bt = tl.load(C + wide, inside, 0.0), tl.load(B + wide, inside, 0.0)
-    d = tl.load(dCB + row[:, None] * L + i[None, :], (t < T)[:, None], 0.0)
-    dc, db = tl.dot(d, bt, input_precision=DOT), tl.dot(tl.trans(d), ct, input_precision=DOT)
-    batch = tl.num_programs(2) // G
+    nb, block, bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    c, r, b, group = block // (L // R), block % (L // R), (bg // G).to(tl.int64), bg % G
+    i, p, col = tl.arange(0, R), tl.arange(0, BP), nb * BN + tl.arange(0, BN)
+    rows, start = r * R + i, (b * T + c * L) * G + group
+    t, end, all_heads = c * L + rows, tl.minimum(c * L + L, T) - 1, tl.num_programs(2) // G * H
+    dc, db = tl.zeros((R, BN), tl.float32), tl.zeros((R, BN), tl.float32)
+    for k in range(L // R):
+        other = k * R + i
+        wide = start * N + other[:, None] * (G * N) + col[None, :]
+        inside = (c * L + other < T)[:, None] & (col < N)[None, :]
+        if k <= r:
+            d = tl.load(dCB + start * L + rows[:, None] * (G * L) + other[None, :], (t < T)[:, None], 0.0)
+            dc = tl.dot(d, tl.load(B + wide, inside, 0.0), dc, input_precision=DOT)
+        if k >= r:
+            d = tl.load(dCB + start * L + other[:, None] * (G * L) + rows[None, :], (c * L + other < T)[:, None], 0.0)
+            db = tl.dot(tl.trans(d), tl.load(C + wide, inside, 0.0), db, input_precision=DOT)
+    wide, inside = start * N + rows[:, None] * (G * N) + col[None, :], (t < T)[:, None] & (col < N)[None, :]
+    ct = tl.load(C + wide, inside, 0.0).to(tl.float32)
     for m in range(H // G):
         h = group * (H // G) + m
-        cum, cum_lo, dts, to_end = ssd_decays(hi, lo, dt, b, h, c, T, H, L)
-        at, there = (((b * T + t) * H + h) * P)[:, None] + p[None, :], (t < T)[:, None] & (p < P)[None, :]
-        dyt, xt = tl.load(dy + at, there, 0.0), tl.load(x + at, there, 0.0)
-        tile = (((b * H + h) * n + c) * P + p[:, None]) * N + col[None, :]
+        cum, cum_lo, dts, to_end = ssd_decays(hi, lo, dt, b, h, t, end, T, H)
+        at, there = ((b * T + c * L) * H + h) * P + rows[:, None] * (H * P) + p[None, :], (t < T)[:, None] & (p < P)[None, :]
+        tile = ((b * H + h) * n + c) * P * N + p[:, None] * N + col[None, :]
         s = tl.load(S + tile, (p < P)[:, None] & (col < N)[None, :], 0.0)
         ds = tl.load(dS + tile, (p < P)[:, None] & (col < N)[None, :], 0.0)
-        read = tl.dot((dyt.to(tl.float32) * tl.exp(cum)[:, None]).to(dyt.dtype), s, input_precision=DOT)
+        read = tl.dot(tl.load(dy + at, there, 0.0), s, input_precision=DOT) * tl.exp(cum)[:, None]
         dc += read
-        tl.store(queries + ((nb * batch + b) * H + h) * T + t, tl.sum(read * ct.to(tl.float32), axis=1), t < T)
-        db = tl.dot((xt.to(tl.float32) * (to_end * dts)[:, None]).to(xt.dtype), ds, db, input_precision=DOT)
-        tl.store(both + ((nb * batch + b) * H + h) * n + c,
-                 tl.sum(tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1), axis=0))
+        tl.store(queries + (nb * all_heads + b * H + h) * T + t, tl.sum(read * ct, axis=1), t < T)
+        db += tl.dot(tl.load(x + at, there, 0.0), ds, input_precision=DOT) * (to_end * dts)[:, None]
+        if r == 0:
+            tl.store(both + (nb * all_heads + b * H + h) * n + c, tl.sum(tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1), axis=0))
     tl.store(dC + wide, dc.to(dC.dtype.element_ty), inside)
     tl.store(dB + wide, db.to(dB.dtype.element_ty), inside)
 
 
 @triton.jit
-def ssd_finish(queries, keys, pairs, both, hi, dt, A, ddt_x, ddt, dA, T, n, H, blocks, L: tl.constexpr):
+def ssd_finish(queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, T, n, H, blocks, L: tl.constexpr, R: tl.constexpr):
     """One program: one chunk of one head: dg, and from g = dt A the gradients of dt (B,T,H) and A (B,H,n)."""
     c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, L)
     t = c * L + i
     here, heads = bh * T + t, tl.num_programs(1)
-    ends, always = tl.load(pairs + here, t < T, 0.0), 0.0
+    ended, always = tl.zeros((L,), ends.dtype.element_ty), 0.0
+    for k in range(L // R):
+        ended += tl.load(ends + k * heads * T + here, (t < T) & (k <= i // R), 0.0)
+        ended -= tl.load(begins + k * heads * T + here, (t < T) & (k >= i // R), 0.0)
     for nb in range(blocks):
-        ends += tl.load(queries + nb * heads * T + here, t < T, 0.0)
+        ended += tl.load(queries + nb * heads * T + here, t < T, 0.0)
         always += tl.load(both + (nb * heads + bh) * n + c)
     always = always * tl.exp(tl.load(hi + bh * T + tl.minimum(c * L + L, T) - 1))
     begun = tl.load(keys + here - 1, (t < T) & (i > 0), 0.0)
-    dg = tl.cumsum(ends, 0, reverse=True) + tl.cumsum(begun, 0) + always
+    dg = tl.cumsum(ended, 0, reverse=True) + tl.cumsum(begun, 0) + always
     at = ((bh // H) * T + t) * H + bh % H
     tl.store(ddt + at, tl.load(ddt_x + here, t < T, 0.0) + dg * tl.load(A + bh % H), t < T)
     tl.store(dA + bh * n + c, tl.sum(tl.where(t < T, dg * tl.load(dt + at, t < T, 0.0), 0.0), axis=0))
@@ -638,16 +718,18 @@ class SSDTriton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, state):
         (b, T, H, P), (G, N) = x.shape, B.shape[2:]
-        L = pow2(T, 16, 128)
+        L = pow2(T, 16, 128 if N <= 128 else 256)
+        R = min(L, 64)
         n, BP, BN = triton.cdiv(T, L), pow2(P, 16, 128), pow2(N, 16, 64)
         dot = "tf32x3" if x.dtype == torch.float32 else None
         CB, hi, lo = x.new_empty(b, T, G, L), dt.new_empty(b, H, T), dt.new_empty(b, H, T)
         S, last, y = x.new_empty(b, H, n, P, N), dt.new_empty(b, H, P, N), torch.empty_like(x)
-        ssd_prepare[(n, b * G)](B, C, dt, A, CB, hi, lo, T, G, N, H, L, BN, 16, dot, num_warps=8)
-        ssd_scan[(triton.cdiv(N, BN), H, b)](x, B, dt, hi, lo, state, S, last, T, n, H, G, P, N, L, BP, BN, False,
-                                             state is not None, dot, num_warps=4, num_stages=3)
-        ssd_rows[(H, n, b)](C, S, CB, x, None, dt, hi, lo, D, y, None, None, None, T, n, H, G, P, N, L, BP, BN, False,
-                            D is not None, dot, num_warps=4, num_stages=3)
+        ssd_prepare[(n * (L // R), b * G)](B, C, dt, A, CB, hi, lo, T, G, N, H, L, R, BN, 16, dot, num_warps=4)
+        BS = pow2(N, 16, 128 if N > 128 else 64)
+        ssd_scan[(triton.cdiv(N, BS), H, b)](x, B, dt, hi, lo, state, S, last, T, n, H, G, P, N, L, BP, BS, False,
+                                             state is not None, dot, num_warps=4, num_stages=2)
+        ssd_rows[(H, n * (L // R), b)](C, S, CB, x, None, dt, hi, lo, D, y, None, None, None, T, n, H, G, P, N, L, R, BP, BN,
+                                       False, D is not None, dot, num_warps=4, num_stages=2)
         ctx.save_for_backward(x, dt, A, B, C, D, CB, hi, lo, S)
         ctx.L, ctx.dot, ctx.has_state = L, dot, state is not None
         return y, last
@@ -656,21 +738,24 @@ class SSDTriton(torch.autograd.Function):
     def backward(ctx, dy, dlast):
         x, dt, A, B, C, D, CB, hi, lo, S = ctx.saved_tensors
         (b, T, H, P), (G, N), L, dot = x.shape, B.shape[2:], ctx.L, ctx.dot
-        n, BP, BN, dy, dlast = triton.cdiv(T, L), pow2(P, 16, 128), pow2(N, 16, 64), dy.contiguous(), dlast.contiguous()
-        blocks = triton.cdiv(N, BN)
+        n, R, BP, BN, dy, dlast = triton.cdiv(T, L), min(L, 64), pow2(P, 16, 128), pow2(N, 16, 64), dy.contiguous(), dlast.contiguous()
+        rows, blocks = n * (L // R), triton.cdiv(N, BN)
         dS, first, dx, dCB = torch.empty_like(S), torch.empty_like(dlast), torch.empty_like(x), torch.empty_like(CB)
         dB, dC, ddt = torch.empty_like(B), torch.empty_like(C), torch.empty_like(dt)
         ddt_x, keys, queries = (hi.new_empty(m * b, H, T) for m in (1, 1, blocks))
-        pairs = torch.empty_like(hi, dtype=torch.float64 if x.dtype == torch.float32 else torch.float32)
-        both, dA, dD = (hi.new_empty(m * b, H, n) for m in (blocks, 1, 1))
-        ssd_scan[(blocks, H, b)](dy, C, dt, hi, lo, dlast, dS, first, T, n, H, G, P, N, L, BP, BN, True, True, dot,
-                                 num_warps=4, num_stages=3)
-        ssd_rows[(H, n, b)](B, dS, CB, x, dy, dt, hi, lo, D, dx, ddt_x, keys, dD, T, n, H, G, P, N, L, BP, BN, True,
-                            D is not None, dot, num_warps=4, num_stages=3)
-        ssd_scores[(n, b * G)](x, dy, dt, hi, lo, CB, dCB, pairs, T, H, G, P, L, BP, dot, num_warps=8, num_stages=2)
-        ssd_through[(blocks, n, b * G)](x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, T, n, H, G, P, N,
-                                        L, BP, BN, dot, num_warps=8, num_stages=2)
-        ssd_finish[(n, b * H)](queries, keys, pairs, both, hi, dt, A, ddt_x, ddt, dA, T, n, H, blocks, L, num_warps=4)
+        wide = torch.float64 if x.dtype == torch.float32 else torch.float32
+        ends, begins = (torch.empty(L // R, b, H, T, dtype=wide, device=x.device) for _ in range(2))
+        both, dA, dD = (hi.new_empty(b, H, m) for m in (blocks * n, n, rows))
+        BS = pow2(N, 16, 128 if N > 128 else 64)
+        ssd_scan[(triton.cdiv(N, BS), H, b)](dy, C, dt, hi, lo, dlast, dS, first, T, n, H, G, P, N, L, BP, BS, True, True, dot,
+                                             num_warps=4, num_stages=2)
+        ssd_rows[(H, rows, b)](B, dS, CB, x, dy, dt, hi, lo, D, dx, ddt_x, keys, dD, T, n, H, G, P, N, L, R, BP, BN, True,
+                               D is not None, dot, num_warps=4, num_stages=2)
+        ssd_scores[(L // R, rows, b * G)](x, dy, dt, hi, lo, CB, dCB, ends, begins, T, H, G, P, L, R, BP, dot, num_warps=4,
+                                          num_stages=2)
+        ssd_through[(blocks, rows, b * G)](x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, T, n, H, G, P, N,
+                                           L, R, BP, BN, dot, num_warps=4, num_stages=2)
+        ssd_finish[(n, b * H)](queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, T, n, H, blocks, L, R, num_warps=4)
         return (dx, ddt, dA.sum((0, 2)), dB, dC, dD.sum((0, 2)) if D is not None else None,
                 first if ctx.has_state else None)
 

@@ -39,19 +39,19 @@ DEFAULTS = dict(
     d_mlp=128,                     # GLA: width of the MLP; 0 for the public rule, 2/3 * 4 * d_model in multiples of 256
     d_state=8, headdim=16,         # Mamba2: the state of a layer is 2 d_model d_state numbers
     # the data: text, and sequences of multi-query recall (data/recall.py) beside it
-    batch_size=16,                 # text sequences a step, in all
+    batch_size=8,                  # text sequences a step, in all
     block_size=128,                # tokens of a text sequence
     recall_tokens=2048,            # tokens of recall sequences a step; 0 for text alone
-    pairs="4,8,16,32",             # key-value pairs of a recall sequence: one of these a step
+    pairs="2,4,8,16",              # key-value pairs of a recall sequence: one of these a step
     # the optimizer: AdamW, linear warm-up, cosine to 0
-    steps=1000, lr=3e-3, warmup=50, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0,
+    steps=600, lr=2e-2, warmup=50, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0,
     accumulate=1,                  # a step's text is split into this many forward and backward passes
     # evaluation and saving
     eval_interval=500,             # steps between evaluations; each saves a checkpoint
     # the recipe
-    pretrain_steps=2000,           # of `steps`, for the small model
+    pretrain_steps=1500,           # of `steps`, for the small model
     every=1, layers="", factor=0, expand_init="reinit",     # the transplant, as in expand.py
-    lr_grid="1e-3,3e-3",           # both arms post-train at each of these; the lower held-out loss is kept
+    lr_grid="5e-3,2e-2",           # both arms post-train at each of these; the lower held-out loss is kept
 )
 
 PRESETS = {

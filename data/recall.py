@@ -14,7 +14,7 @@ import os, sys
 
 import numpy as np
 
-SYMBOLS = 512          # mqar and fewshot draw from this many tokens of the vocabulary, the same ones always
+SYMBOLS = 256          # mqar and fewshot draw from this many tokens of the vocabulary, the same ones always
 LABELS = 4             # of fewshot; chance is 1 in LABELS
 DIGITS = 5             # of a passkey
 
