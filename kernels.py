@@ -22,8 +22,9 @@ import torch.nn.functional as F
 try:
     import triton
     import triton.language as tl
+    triton_installed = True
 except ImportError:                              # not on this platform: recurrent and chunked still work
-    triton = types.SimpleNamespace(jit=lambda f: f)
+    triton, triton_installed = types.SimpleNamespace(jit=lambda f: f), False
 
 
 def gla(q, k, v, g, scale=None, state=None, impl="auto"):
@@ -181,7 +182,7 @@ def ssd_chunked(x, dt, A, B, C, D, state, L=64):
 #
 # Three launches forward, five backward; each program owns one tile of one chunk of one head, or one tile of a state.
 #
-#   gla_prepare   q, k, g -> qs = scale q exp(upto), ks = k exp(after), A = the scores inside a chunk, decay = log of the chunk's
+#   gla_prepare   q, k, g -> qs = scale q exp(upto), ks = k exp(after), A = the scores inside a chunk, decay = log2 of the chunk's
 #   gla_scan      S_0 = state,  S_{c+1} = decay_c S_c + ks_c^T v_c             stores S_c, the state before chunk c
 #   gla_rows      o_c = qs_c S_c + A_c v_c
 #
@@ -196,9 +197,12 @@ def ssd_chunked(x, dt, A, B, C, D, state, L=64):
 # q, k, v, g, o of four tokens), and C = 128 above that: the states' traffic halves, the scores stay a small part.
 
 
+LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None      # the kernels take exp(x) as exp2(x LOG2E)
+
+
 @triton.jit
 def gla_is_steep(whole, LIMIT, K, BK: tl.constexpr):
-    """Whether some channel of a chunk has a decay whose logarithm, in whole (K,), is below -2 LIMIT."""
+    """Whether some channel of a chunk has a decay whose base-2 logarithm, in whole (K,), is below -2 LIMIT."""
     lowest = 0.0
     for k0 in range(0, K, BK):
         col = k0 + tl.arange(0, BK)
@@ -220,7 +224,7 @@ def gla_prepare(q, k, g, qs, ks, decay, A, scale, LIMIT, T, n, H, K, C: tl.const
 
     Score (i, j) of a channel is q_i k_j exp(c_i - c_j), c the running sum of g. Around the middle m of the chunk's decay it
     splits into q_i exp(c_i - m) and k_j exp(m - c_j), one matrix product for all pairs. One of the two exponents can be
-    positive, by at most half of the chunk's decay. A chunk where that exceeds LIMIT is steep: a second launch (STEEP) does
+    positive, by at most half of the chunk's decay. A chunk where that exceeds LIMIT (bits) is steep: a second launch (STEEP) does
     it again, one key at a time, from sums that never cancel; its programs return at once where the chunk is gentle. (A
     GLA model's g is above -1 almost always, so nearly all are.)"""
     c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -236,30 +240,32 @@ def gla_prepare(q, k, g, qs, ks, decay, A, scale, LIMIT, T, n, H, K, C: tl.const
         at, inside = i[:, None] * (H * K) + col[None, :], (t < T)[:, None] & (col < K)[None, :]
         qt = tl.load(q + start * K + at, inside, 0.0).to(tl.float32) * scale
         kt = tl.load(k + start * K + at, inside, 0.0).to(tl.float32)
+        diagonal += tl.sum(qt * kt, axis=1)
         if not STEEP:
-            gt = tl.load(g + start * K + at, inside, 0.0)
-            upto, whole = tl.cumsum(gt, 0), tl.sum(gt, 0)
-            after = whole[None, :] - upto
-            e = upto - 0.5 * whole[None, :]
-            scores = tl.dot((qt * tl.exp(e)).to(q.dtype.element_ty), tl.trans((kt * tl.exp(-e)).to(q.dtype.element_ty)),
-                            scores, input_precision=DOT)
+            gt = tl.load(g + start * K + at, inside, 0.0) * LOG2E
+            whole = tl.sum(gt, 0)
+            e = tl.cumsum(gt, 0) - 0.5 * whole[None, :]
+            half = tl.exp2(0.5 * whole)[None, :]
+            qt, kt = qt * tl.exp2(e), kt * tl.exp2(-e)
+            scores = tl.dot(qt.to(q.dtype.element_ty), tl.trans(kt.to(q.dtype.element_ty)), scores, input_precision=DOT)
+            qt, kt = qt * half, kt * half
             tl.store(decay + (bh * n + c) * K + col, whole, col < K)
         else:
             upto, after = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
             last = tl.zeros((BK,), tl.float32)
             for step in range(1, C):
                 j = C - 1 - step                                          # upto_i is g_{j+1} + ... + g_i here
-                next_g = gla_token(g + start * K, j + 1, T - c * C, H, K, col)
+                next_g = gla_token(g + start * K, j + 1, T - c * C, H, K, col) * LOG2E
                 kj = gla_token(k + start * K, j, T - c * C, H, K, col)
                 last += next_g
                 upto += tl.where((i > j)[:, None], next_g[None, :], 0.0)
                 after = tl.where((i == j)[:, None], last[None, :], after)
-                sj = tl.sum(qt * kj[None, :] * tl.exp(upto), axis=1)
+                sj = tl.sum(qt * kj[None, :] * tl.exp2(upto), axis=1)
                 scores += tl.where((i == j)[None, :], sj[:, None], 0.0)
-            upto += gla_token(g + start * K, 0, T, H, K, col)[None, :]
-        diagonal += tl.sum(qt * kt, axis=1)
-        tl.store(qs + start * K + at, (qt * tl.exp(upto)).to(qs.dtype.element_ty), inside)
-        tl.store(ks + start * K + at, (kt * tl.exp(after)).to(ks.dtype.element_ty), inside)
+            upto += gla_token(g + start * K, 0, T, H, K, col)[None, :] * LOG2E
+            qt, kt = qt * tl.exp2(upto), kt * tl.exp2(after)
+        tl.store(qs + start * K + at, qt.to(qs.dtype.element_ty), inside)
+        tl.store(ks + start * K + at, kt.to(ks.dtype.element_ty), inside)
     scores = tl.where(i[:, None] > i[None, :], scores, tl.where(i[:, None] == i[None, :], diagonal[:, None], 0.0))
     tl.store(A + start * C + i[:, None] * (H * C) + i[None, :], scores.to(A.dtype.element_ty), (t < T)[:, None])
 
@@ -282,7 +288,7 @@ def gla_scan(x, y, decay, first, S, last, T, n, H, K, V, C: tl.constexpr, BK: tl
         start = ((bh // H) * T + c * C) * H + bh % H
         xt = tl.load(x + start * K + i[None, :] * (H * K) + col[:, None], (t < T)[None, :] & (col < K)[:, None], 0.0)     # (BK,C)
         yt = tl.load(y + start * V + i[:, None] * (H * V) + val[None, :], (t < T)[:, None] & (val < V)[None, :], 0.0)     # (C,BV)
-        d = tl.exp(tl.load(decay + (bh * n + c) * K + col, col < K, 0.0))
+        d = tl.exp2(tl.load(decay + (bh * n + c) * K + col, col < K, 0.0))
         carry = tl.dot(xt, yt, carry * d[:, None], input_precision=DOT)
     tl.store(last + bh * K * V + tile, carry, inside)
 
@@ -369,39 +375,42 @@ def gla_finish(q, k, g, ks, dA, dqs, dks, both, decay, dq, dk, dg, scale, LIMIT,
     qt = tl.load(q + start * K + at, inside, 0.0).to(tl.float32) * scale
     kt = tl.load(k + start * K + at, inside, 0.0).to(tl.float32)
     if not STEEP:
-        gt = tl.load(g + start * K + at, inside, 0.0)
-        upto, whole = tl.cumsum(gt, 0), tl.sum(gt, 0)
-        after = whole[None, :] - upto
-        e = upto - 0.5 * whole[None, :]
+        gt = tl.load(g + start * K + at, inside, 0.0) * LOG2E
+        whole = tl.sum(gt, 0)
+        e = tl.cumsum(gt, 0) - 0.5 * whole[None, :]
+        half, to_q, to_k = tl.exp2(0.5 * whole)[None, :], tl.exp2(e), tl.exp2(-e)
         ds = tl.load(dA + start * C + i[:, None] * (H * C) + i[None, :], (t < T)[:, None] & (i[:, None] > i[None, :]), 0.0)
-        dqt = tl.exp(e) * tl.dot(ds, (kt * tl.exp(-e)).to(ds.dtype), input_precision=DOT)
-        dkt = tl.exp(-e) * tl.dot(tl.trans(ds), (qt * tl.exp(e)).to(ds.dtype), input_precision=DOT)
+        qe, ke = (qt * to_q).to(ds.dtype), (kt * to_k).to(ds.dtype)
+        dqt, dkt = tl.dot(ds, ke, input_precision=DOT), tl.dot(tl.trans(ds), qe, input_precision=DOT)
+        pairs = qe.to(tl.float32) * dqt - ke.to(tl.float32) * dkt         # from the rounded factors: they cancel exactly
+        dqt, dkt, to_q, to_k = dqt * to_q, dkt * to_k, to_q * half, to_k * half
     else:                                                                 # as in gla_prepare, one key at a time
         dqt, dkt = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
         upto, after = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
         last = tl.zeros((BK,), tl.float32)
         for step in range(1, C):
             j = C - 1 - step
-            next_g = gla_token(g + start * K, j + 1, T - c * C, H, K, col)
+            next_g = gla_token(g + start * K, j + 1, T - c * C, H, K, col) * LOG2E
             kj = gla_token(k + start * K, j, T - c * C, H, K, col)
             last += next_g
             upto += tl.where((i > j)[:, None], next_g[None, :], 0.0)
             after = tl.where((i == j)[:, None], last[None, :], after)
-            ds = tl.load(dA + start * C + i * (H * C) + j, (t < T) & (i > j), 0.0).to(tl.float32)[:, None] * tl.exp(upto)
+            ds = tl.load(dA + start * C + i * (H * C) + j, (t < T) & (i > j), 0.0).to(tl.float32)[:, None] * tl.exp2(upto)
             dqt += ds * kj[None, :]
             dkt = tl.where((i == j)[:, None], tl.sum(ds * qt, axis=0)[None, :], dkt)
-        upto += gla_token(g + start * K, 0, T, H, K, col)[None, :]
-    pairs = qt * dqt - kt * dkt
+        upto += gla_token(g + start * K, 0, T, H, K, col)[None, :] * LOG2E
+        pairs = qt * dqt - kt * dkt
+        to_q, to_k = tl.exp2(upto), tl.exp2(after)
     diagonal = tl.load(dA + start * C + i * (H * C) + i, t < T, 0.0).to(tl.float32)[:, None]
-    from_state = tl.exp(upto) * tl.load(dqs + start * K + at, inside, 0.0).to(tl.float32)
+    from_state = to_q * tl.load(dqs + start * K + at, inside, 0.0).to(tl.float32)
     pairs += qt * from_state
     tl.store(dq + start * K + at, ((dqt + diagonal * kt + from_state) * scale).to(dq.dtype.element_ty), inside)
-    to_state = tl.exp(after) * tl.load(dks + start * K + at, inside, 0.0).to(tl.float32)
+    to_state = to_k * tl.load(dks + start * K + at, inside, 0.0).to(tl.float32)
     tl.store(dk + start * K + at, (dkt + diagonal * qt + to_state).to(dk.dtype.element_ty), inside)
     begun = inside & (i > 0)[:, None]                                     # the key before t, within the chunk
     keys = tl.load(ks + start * K + at - H * K, begun, 0.0).to(tl.float32) * tl.load(dks + start * K + at - H * K, begun, 0.0).to(tl.float32)
     here = (bh * n + c) * K + col
-    always = tl.load(both + here, col < K, 0.0) * tl.exp(tl.load(decay + here, col < K, 0.0))
+    always = tl.load(both + here, col < K, 0.0) * tl.exp2(tl.load(decay + here, col < K, 0.0))
     tl.store(dg + start * K + at, tl.cumsum(pairs, 0, reverse=True) + tl.cumsum(keys, 0) + always[None, :], inside)
 
 
@@ -424,7 +433,7 @@ class GLATriton(torch.autograd.Function):
         small = K * V <= 1 << 15
         C = pow2(T, 16, 64 if small else 128)
         n, warps = triton.cdiv(T, C), 4 if C <= 64 else 8
-        dot, limit = ("tf32x3", 20.0) if q.dtype == torch.float32 else (None, 60.0)
+        dot, limit = ("tf32x3", 30.0) if q.dtype == torch.float32 else (None, 90.0)
         qs, ks, A = torch.empty_like(q), torch.empty_like(k), q.new_empty(B, T, H, C)
         decay, S = g.new_empty(B, H, n, K), v.new_empty(B, H, n, K, V)
         o, last = torch.empty_like(v), g.new_empty(B, H, K, V)
@@ -480,7 +489,7 @@ def gla_triton(q, k, v, g, scale, state):
 # Three launches forward, five backward. One decay a head, so the scores inside a chunk are a table C B^T, shared by all
 # heads of a group, times a table of decays W_ij = exp(g_{j+1} + ... + g_i) for each head, with g = dt A and v = dt x.
 #
-#   ssd_prepare   CB_c = C_c B_c^T, and cum = the sums of g from the start of the chunk, as hi + lo
+#   ssd_prepare   CB_c = C_c B_c^T, and cum = LOG2E x the sums of g from the chunk's start, as hi + lo
 #   ssd_scan      S_0 = state,  S_{c+1} = decay_c S_c + (to_end v)^T B         stores S_c, the state before chunk c
 #   ssd_rows      y = exp(cum) (C S_c^T) + (CB W) v + D x
 #
@@ -492,7 +501,8 @@ def gla_triton(q, k, v, g, scale, state):
 #
 # Chunk length L. The tables of decays cost about L / 2 exponentials a token and head, a stored state 2 N P / L numbers:
 # L = 128 up to N = 128, 256 above. Tables are worked on in blocks of R = 64 x 64, those above the diagonal left out.
-# cum is a float64 sum kept as two float32: a difference of two large sums then keeps the digits of the small decays.
+# cum is a float64 sum kept as two float32: a difference of two large sums then keeps the digits of the small decays
+# (bfloat16 inputs have fewer digits to keep: their tables leave lo out).
 
 
 @triton.jit
@@ -519,7 +529,7 @@ def ssd_prepare(B, C, dt, A, CB, hi, lo, T, G, N, H, L: tl.constexpr, R: tl.cons
             h = group * (H // G) + of_group
             inside = (t < T)[:, None] & (of_group < H // G)[None, :]
             g = tl.load(dt + b * T * H + t[:, None] * H + h[None, :], inside, 0.0) * tl.load(A + h, of_group < H // G, 0.0)[None, :]
-            cum = tl.cumsum(g.to(tl.float64), 0)
+            cum = tl.cumsum(g.to(tl.float64), 0) * LOG2E
             at = b * H * T + h[None, :] * T + t[:, None]
             tl.store(hi + at, cum.to(tl.float32), inside)
             tl.store(lo + at, (cum - cum.to(tl.float32).to(tl.float64)).to(tl.float32), inside)
@@ -530,15 +540,17 @@ def ssd_decays(hi, lo, dt, b, h, t, end, T, H):
     """cum as (hi, lo), dt, and to_end_j = exp(g_{j+1} + ... to token end), for tokens t (R,) of one head."""
     at = (b * H + h) * T + tl.minimum(t, T - 1)                             # past T the sums stay as they are
     cum_hi, cum_lo, end = tl.load(hi + at), tl.load(lo + at), (b * H + h) * T + end
-    to_end = tl.exp((tl.load(hi + end) - cum_hi) + (tl.load(lo + end) - cum_lo))
+    to_end = tl.exp2((tl.load(hi + end) - cum_hi) + (tl.load(lo + end) - cum_lo))
     return cum_hi, cum_lo, tl.load(dt + b * T * H + t * H + h, t < T, 0.0), to_end
 
 
 @triton.jit
-def ssd_table(hi_i, lo_i, hi_j, lo_j, i, j):
+def ssd_table(hi_i, lo_i, hi_j, lo_j, i, j, EXACT: tl.constexpr):
     """W_ij = exp(g_{j+1} + ... + g_i) for i >= j, else 0."""
-    between = (hi_i[:, None] - hi_j[None, :]) + (lo_i[:, None] - lo_j[None, :])
-    return tl.exp(tl.where(i[:, None] >= j[None, :], between, float("-inf")))
+    between = hi_i[:, None] - hi_j[None, :]
+    if EXACT:
+        between += lo_i[:, None] - lo_j[None, :]
+    return tl.exp2(tl.where(i[:, None] >= j[None, :], between, float("-inf")))
 
 
 @triton.jit
@@ -558,11 +570,11 @@ def ssd_scan(x, y, dt, hi, lo, first, S, last, T, n, H, G, P, N,
         tl.store(S + ((b * H + h) * n + c) * P * N + tile, carry.to(S.dtype.element_ty), inside)
         t, end = c * L + i, tl.minimum(c * L + L, T) - 1
         cum, cum_lo, dts, to_end = ssd_decays(hi, lo, dt, b, h, t, end, T, H)
-        weight = tl.exp(cum) if REVERSE else to_end * dts
+        weight = tl.exp2(cum) if REVERSE else to_end * dts
         xt = tl.load(x + ((b * T + c * L) * H + h) * P + i[None, :] * (H * P) + p[:, None], (t < T)[None, :] & (p < P)[:, None], 0.0)
         yt = tl.load(y + ((b * T + c * L) * G + h // (H // G)) * N + i[:, None] * (G * N) + col[None, :],
                      (t < T)[:, None] & (col < N)[None, :], 0.0)
-        whole = tl.exp(tl.load(hi + (b * H + h) * T + end))
+        whole = tl.exp2(tl.load(hi + (b * H + h) * T + end))
         carry = tl.dot((xt.to(tl.float32) * weight[None, :]).to(yt.dtype), yt, carry * whole, input_precision=DOT)
     tl.store(last + (b * H + h) * P * N + tile, carry, inside)
 
@@ -597,7 +609,7 @@ def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, out, ddt, keys, dD, T, n, H, G, P, 
             u = c * L + later
             hi_i, lo_i, _, _ = ssd_decays(hi, lo, dt, b, h, u, end, T, H)
             cb = tl.load(cbs + later[:, None] * (G * L) + rows[None, :], (u < T)[:, None], 0.0)
-            w = cb.to(tl.float32) * ssd_table(hi_i, lo_i, cum, cum_lo, later, rows)
+            w = cb.to(tl.float32) * ssd_table(hi_i, lo_i, cum, cum_lo, later, rows, DOT is not None)
             dyt = tl.load(dy + xs + later[:, None] * (H * P), (u < T)[:, None] & (p < P)[None, :], 0.0)
             acc = tl.dot(tl.trans(w.to(cb.dtype)), dyt, acc, input_precision=DOT)       # dv
         tl.store(ddt + (b * H + h) * T + t, tl.sum(xt * acc, axis=1), t < T)
@@ -607,13 +619,13 @@ def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, out, ddt, keys, dD, T, n, H, G, P, 
             acc += tl.load(D + h) * dyt
             tl.store(dD + (b * H + h) * tl.num_programs(1) + block, tl.sum(tl.sum(xt * dyt, axis=1), axis=0))
     else:
-        acc = acc * tl.exp(cum)[:, None]
+        acc = acc * tl.exp2(cum)[:, None]
         for jb in range(r + 1):                                                         # keys of this block and earlier
             earlier = jb * R + i
             u = c * L + earlier
             hi_j, lo_j, dt_j, _ = ssd_decays(hi, lo, dt, b, h, u, end, T, H)
             cb = tl.load(cbs + rows[:, None] * (G * L) + earlier[None, :], (t < T)[:, None], 0.0)
-            w = cb.to(tl.float32) * ssd_table(cum, cum_lo, hi_j, lo_j, rows, earlier) * dt_j[None, :]
+            w = cb.to(tl.float32) * ssd_table(cum, cum_lo, hi_j, lo_j, rows, earlier, DOT is not None) * dt_j[None, :]
             xj = tl.load(x + xs + earlier[:, None] * (H * P), (u < T)[:, None] & (p < P)[None, :], 0.0)
             acc = tl.dot(w.to(cb.dtype), xj, acc, input_precision=DOT)
         if SKIP:
@@ -643,7 +655,7 @@ def ssd_scores(x, dy, dt, hi, lo, CB, dCB, ends, begins, T, H, G, P, L: tl.const
         xs = ((b * T + c * L) * H + h) * P + p[None, :]
         dyt = tl.load(dy + xs + i[:, None] * (H * P), (c * L + i < T)[:, None] & (p < P)[None, :], 0.0)
         xt = tl.load(x + xs + j[:, None] * (H * P), (c * L + j < T)[:, None] & (p < P)[None, :], 0.0)
-        d = tl.dot(dyt, tl.trans(xt), input_precision=DOT) * ssd_table(hi_i, lo_i, hi_j, lo_j, i, j) * dt_j[None, :]
+        d = tl.dot(dyt, tl.trans(xt), input_precision=DOT) * ssd_table(hi_i, lo_i, hi_j, lo_j, i, j, DOT is not None) * dt_j[None, :]
         acc += d
         # The diagonal spans nothing. The two sums nearly cancel in ssd_finish: float64 for float32 inputs.
         d = tl.where(i[:, None] > j[None, :], d * cb, 0.0).to(ends.dtype.element_ty)
@@ -682,7 +694,7 @@ def ssd_through(x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, T, n
         tile = ((b * H + h) * n + c) * P * N + p[:, None] * N + col[None, :]
         s = tl.load(S + tile, (p < P)[:, None] & (col < N)[None, :], 0.0)
         ds = tl.load(dS + tile, (p < P)[:, None] & (col < N)[None, :], 0.0)
-        read = tl.dot(tl.load(dy + at, there, 0.0), s, input_precision=DOT) * tl.exp(cum)[:, None]
+        read = tl.dot(tl.load(dy + at, there, 0.0), s, input_precision=DOT) * tl.exp2(cum)[:, None]
         dc += read
         tl.store(queries + (nb * all_heads + b * H + h) * T + t, tl.sum(read * ct, axis=1), t < T)
         db += tl.dot(tl.load(x + at, there, 0.0), ds, input_precision=DOT) * (to_end * dts)[:, None]
@@ -706,7 +718,7 @@ def ssd_finish(queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, T, 
     for nb in range(blocks):
         ended += tl.load(queries + nb * heads * T + here, t < T, 0.0)
         always += tl.load(both + (nb * heads + bh) * n + c)
-    always = always * tl.exp(tl.load(hi + bh * T + tl.minimum(c * L + L, T) - 1))
+    always = always * tl.exp2(tl.load(hi + bh * T + tl.minimum(c * L + L, T) - 1))
     begun = tl.load(keys + here - 1, (t < T) & (i > 0), 0.0)
     dg = tl.cumsum(ended, 0, reverse=True) + tl.cumsum(begun, 0) + always
     at = ((bh // H) * T + t) * H + bh % H
