@@ -192,9 +192,10 @@ def ssd_chunked(x, dt, A, B, C, D, state, L=64):
 #   gla_through   dqs_c = do_c S_c^T,  dks_c = v_c dS_c^T,  and the sums of S_c dS_c over the value channels
 #   gla_finish    dq, dk: the above through exp(upto), exp(after), and dA through the scores; dg from all of them
 #
-# Chunk length C. A stored state costs 2 K V / C numbers a token, written and read; the scores inside a chunk cost about
-# 2 C K log2(C) products a token, and the states 4 K V. So C = 64 while a state is small (K V <= 2^15: as many numbers as
-# q, k, v, g, o of four tokens), and C = 128 above that: the states' traffic halves, the scores stay a small part.
+# Chunk length C. A stored state costs K V / C numbers a token, written once and read twice; the scores inside a chunk cost
+# about C (K + V) products a token beside the states' 4 K V. Short chunks drown in states: at C = 64 a state of 1024 x 2048
+# is 64 KiB a token, eight times the inputs. At C = 128 the scores are still a small part, and a 128 x 128 tile of them is
+# what one program holds in registers. Measured, C = 128 wins at every public size.
 
 
 LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None      # the kernels take exp(x) as exp2(x LOG2E)
@@ -419,34 +420,29 @@ def pow2(x, low, high):
 
 
 def scan_tile(K, V, heads):
-    """The largest tile of a state (rows, columns) that still makes two programs for each of a large GPU's processors."""
-    for BK, BV in ((128, 128), (64, 128), (64, 64), (32, 64)):
-        if triton.cdiv(K, BK) * triton.cdiv(V, BV) * heads >= 256:
-            break
-    return pow2(K, 16, BK), pow2(V, 16, BV)
+    """A scan's tile of the state (rows, columns) and its warps: 64 x 128 where that fills a large GPU, else 64 x 64."""
+    BV = 128 if triton.cdiv(K, 64) * triton.cdiv(V, 128) * heads >= 192 else 64
+    return pow2(K, 16, 64), pow2(V, 16, BV), 8 if BV == 128 else 4
 
 
 class GLATriton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, scale, state):
         (B, T, H, K), V = q.shape, v.shape[-1]
-        small = K * V <= 1 << 15
-        C = pow2(T, 16, 64 if small else 128)
-        n, warps = triton.cdiv(T, C), 4 if C <= 64 else 8
+        C = pow2(T, 16, 128)
+        n = triton.cdiv(T, C)
         dot, limit = ("tf32x3", 30.0) if q.dtype == torch.float32 else (None, 90.0)
         qs, ks, A = torch.empty_like(q), torch.empty_like(k), q.new_empty(B, T, H, C)
         decay, S = g.new_empty(B, H, n, K), v.new_empty(B, H, n, K, V)
         o, last = torch.empty_like(v), g.new_empty(B, H, K, V)
         for steep in (False, True):
-            gla_prepare[(n, B * H)](q, k, g, qs, ks, decay, A, scale, limit, T, n, H, K, C, pow2(K, 16, 32), steep, dot,
-                                    num_warps=warps, num_stages=2)
-        BK, BV = scan_tile(K, V, B * H)
+            gla_prepare[(n, B * H)](q, k, g, qs, ks, decay, A, scale, limit, T, n, H, K, C, pow2(K, 16, 64), steep, dot,
+                                    num_warps=8, num_stages=1)
+        BK, BV, warps = scan_tile(K, V, B * H)
         gla_scan[(triton.cdiv(K, BK), triton.cdiv(V, BV), B * H)](
-            ks, v, decay, state, S, last, T, n, H, K, V, C, BK, BV, False, state is not None, dot,
-            num_warps=8 if BK * BV == 1 << 14 else 4, num_stages=3)
+            ks, v, decay, state, S, last, T, n, H, K, V, C, BK, BV, False, state is not None, dot, num_warps=warps, num_stages=2)
         BK, BV = pow2(K, 16, 64), pow2(V, 16, 128)
-        gla_rows[(triton.cdiv(V, BV), n, B * H)](qs, S, A, v, o, T, n, H, K, V, C, BK, BV, False, dot,
-                                                 num_warps=warps, num_stages=3)
+        gla_rows[(triton.cdiv(V, BV), n, B * H)](qs, S, A, v, o, T, n, H, K, V, C, BK, BV, False, dot, num_warps=4, num_stages=3)
         ctx.save_for_backward(q, k, v, g, qs, ks, A, decay, S)
         ctx.scale, ctx.C, ctx.dot, ctx.limit, ctx.has_state = scale, C, dot, limit, state is not None
         return o, last
@@ -455,25 +451,23 @@ class GLATriton(torch.autograd.Function):
     def backward(ctx, do, dlast):
         q, k, v, g, qs, ks, A, decay, S = ctx.saved_tensors
         (B, T, H, K), V, C, dot = q.shape, v.shape[-1], ctx.C, ctx.dot
-        n, warps, do, dlast = triton.cdiv(T, C), 4 if C <= 64 else 8, do.contiguous(), dlast.contiguous()
+        n, do, dlast = triton.cdiv(T, C), do.contiguous(), dlast.contiguous()
         dS, first, dA = torch.empty_like(S), torch.empty_like(dlast), torch.empty_like(A)
         dv, dqs, dks, both = torch.empty_like(v), torch.empty_like(q), torch.empty_like(k), torch.empty_like(decay)
         dq, dk, dg = torch.empty_like(q), torch.empty_like(k), torch.empty_like(g)
-        BK, BV = scan_tile(K, V, B * H)
+        BK, BV, warps = scan_tile(K, V, B * H)
         gla_scan[(triton.cdiv(K, BK), triton.cdiv(V, BV), B * H)](
-            qs, do, decay, dlast, dS, first, T, n, H, K, V, C, BK, BV, True, True, dot,
-            num_warps=8 if BK * BV == 1 << 14 else 4, num_stages=3)
+            qs, do, decay, dlast, dS, first, T, n, H, K, V, C, BK, BV, True, True, dot, num_warps=warps, num_stages=2)
         BK, BV = pow2(K, 16, 64), pow2(V, 16, 128)
-        gla_rows[(triton.cdiv(V, BV), n, B * H)](ks, dS, A, do, dv, T, n, H, K, V, C, BK, BV, True, dot,
-                                                 num_warps=warps, num_stages=3)
-        gla_scores[(n, B * H)](do, v, dA, T, H, V, C, pow2(V, 16, 64), dot, num_warps=warps, num_stages=3)
-        BK = pow2(K, 16, 128)
-        gla_through[(triton.cdiv(K, BK), n, B * H)](do, v, S, dS, dqs, dks, both, T, n, H, K, V, C, BK, pow2(V, 16, 64),
-                                                    dot, num_warps=8, num_stages=2)
+        gla_rows[(triton.cdiv(V, BV), n, B * H)](ks, dS, A, do, dv, T, n, H, K, V, C, BK, BV, True, dot, num_warps=4, num_stages=3)
+        gla_scores[(n, B * H)](do, v, dA, T, H, V, C, BV, dot, num_warps=4, num_stages=3)
+        BK, BV = pow2(K, 16, 128), pow2(V, 16, 64)
+        gla_through[(triton.cdiv(K, BK), n, B * H)](do, v, S, dS, dqs, dks, both, T, n, H, K, V, C, BK, BV, dot,
+                                                    num_warps=8, num_stages=3)
         BK = pow2(K, 16, 32)
         for steep in (False, True):
             gla_finish[(triton.cdiv(K, BK), n, B * H)](q, k, g, ks, dA, dqs, dks, both, decay, dq, dk, dg, ctx.scale, ctx.limit,
-                                                       T, n, H, K, C, BK, steep, dot, num_warps=warps)
+                                                       T, n, H, K, C, BK, steep, dot, num_warps=4)
         return dq, dk, dv, dg, None, first if ctx.has_state else None
 
 
@@ -555,26 +549,27 @@ def ssd_table(hi_i, lo_i, hi_j, lo_j, i, j, EXACT: tl.constexpr):
 
 @triton.jit
 def ssd_scan(x, y, dt, hi, lo, first, S, last, T, n, H, G, P, N,
-             L: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr,
-             DOT: tl.constexpr):
-    """One program: BN columns of one head's state, carried over all chunks in registers, stored before each.
+             L: tl.constexpr, R: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr,
+             FIRST: tl.constexpr, DOT: tl.constexpr):
+    """One program: BN columns of one head's state, carried over all tokens in registers, stored before each chunk.
     x is x or dy (B,T,H,P), y is B or C (B,T,G,N)."""
     nb, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    p, col, i = tl.arange(0, BP), nb * BN + tl.arange(0, BN), tl.arange(0, L)
+    p, col, i = tl.arange(0, BP), nb * BN + tl.arange(0, BN), tl.arange(0, R)
     tile, inside = p[:, None] * N + col[None, :], (p < P)[:, None] & (col < N)[None, :]
     carry = tl.zeros((BP, BN), tl.float32)
     if FIRST:
         carry += tl.load(first + (b * H + h) * P * N + tile, inside, 0.0)
-    for step in range(n):
-        c = n - 1 - step if REVERSE else step
-        tl.store(S + ((b * H + h) * n + c) * P * N + tile, carry.to(S.dtype.element_ty), inside)
-        t, end = c * L + i, tl.minimum(c * L + L, T) - 1
+    for step in range(n * (L // R)):
+        piece = n * (L // R) - 1 - step if REVERSE else step
+        c, enter = piece // (L // R), step % (L // R) == 0                   # enter: this piece is its chunk's first
+        tl.store(S + ((b * H + h) * n + c) * P * N + tile, carry.to(S.dtype.element_ty), inside & enter)
+        t, end = piece * R + i, tl.minimum(c * L + L, T) - 1
         cum, cum_lo, dts, to_end = ssd_decays(hi, lo, dt, b, h, t, end, T, H)
         weight = tl.exp2(cum) if REVERSE else to_end * dts
-        xt = tl.load(x + ((b * T + c * L) * H + h) * P + i[None, :] * (H * P) + p[:, None], (t < T)[None, :] & (p < P)[:, None], 0.0)
-        yt = tl.load(y + ((b * T + c * L) * G + h // (H // G)) * N + i[:, None] * (G * N) + col[None, :],
+        xt = tl.load(x + ((b * T + piece * R) * H + h) * P + i[None, :] * (H * P) + p[:, None], (t < T)[None, :] & (p < P)[:, None], 0.0)
+        yt = tl.load(y + ((b * T + piece * R) * G + h // (H // G)) * N + i[:, None] * (G * N) + col[None, :],
                      (t < T)[:, None] & (col < N)[None, :], 0.0)
-        whole = tl.exp2(tl.load(hi + (b * H + h) * T + end))
+        whole = tl.where(enter, tl.exp2(tl.load(hi + (b * H + h) * T + end)), 1.0)
         carry = tl.dot((xt.to(tl.float32) * weight[None, :]).to(yt.dtype), yt, carry * whole, input_precision=DOT)
     tl.store(last + (b * H + h) * P * N + tile, carry, inside)
 
@@ -592,44 +587,49 @@ def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, out, ddt, keys, dD, T, n, H, G, P, 
     zs = z + ((b * T + c * L) * G + h // (H // G)) * N + rows[:, None] * (G * N)
     xs = ((b * T + c * L) * H + h) * P + p[None, :]
     cbs = CB + ((b * T + c * L) * G + h // (H // G)) * L
+    cum, cum_lo, dts, to_end = ssd_decays(hi, lo, dt, b, h, t, end, T, H)
+    inside = (t < T)[:, None] & (p < P)[None, :]
+    xt = tl.load(x + xs + rows[:, None] * (H * P), inside, 0.0)
+    cb = tl.load(cbs + rows[:, None] * (G * L) + rows[None, :], (t < T)[:, None], 0.0)
+    if BACKWARD:
+        dyt = tl.load(dy + xs + rows[:, None] * (H * P), inside, 0.0)
     acc = tl.zeros((R, BP), tl.float32)
-    for n0 in range(0, N, BN):
+    for n0 in range(0, N, BN):                                                          # through the state
         col = n0 + tl.arange(0, BN)
         zt = tl.load(zs + col[None, :], (t < T)[:, None] & (col < N)[None, :], 0.0)
         s = tl.load(S + ((b * H + h) * n + c) * P * N + p[None, :] * N + col[:, None], (p < P)[None, :] & (col < N)[:, None], 0.0)
         acc = tl.dot(zt, s, acc, input_precision=DOT)
-    cum, cum_lo, dts, to_end = ssd_decays(hi, lo, dt, b, h, t, end, T, H)
-    inside = (t < T)[:, None] & (p < P)[None, :]
-    xt = tl.load(x + xs + rows[:, None] * (H * P), inside, 0.0).to(tl.float32)
+    w = cb.to(tl.float32) * ssd_table(cum, cum_lo, cum, cum_lo, i, i, DOT is not None)  # this block of the table
     if BACKWARD:
         acc = acc * to_end[:, None]
-        tl.store(keys + (b * H + h) * T + t, dts * tl.sum(xt * acc, axis=1), t < T)
-        for ib in range(r, L // R):                                                     # queries of this block and later
+        tl.store(keys + (b * H + h) * T + t, dts * tl.sum(xt.to(tl.float32) * acc, axis=1), t < T)
+        acc = tl.dot(tl.trans(w.to(cb.dtype)), dyt, acc, input_precision=DOT)
+        for ib in range(r + 1, L // R):                                                 # queries of later blocks
             later = ib * R + i
             u = c * L + later
             hi_i, lo_i, _, _ = ssd_decays(hi, lo, dt, b, h, u, end, T, H)
             cb = tl.load(cbs + later[:, None] * (G * L) + rows[None, :], (u < T)[:, None], 0.0)
             w = cb.to(tl.float32) * ssd_table(hi_i, lo_i, cum, cum_lo, later, rows, DOT is not None)
-            dyt = tl.load(dy + xs + later[:, None] * (H * P), (u < T)[:, None] & (p < P)[None, :], 0.0)
-            acc = tl.dot(tl.trans(w.to(cb.dtype)), dyt, acc, input_precision=DOT)       # dv
-        tl.store(ddt + (b * H + h) * T + t, tl.sum(xt * acc, axis=1), t < T)
+            dyi = tl.load(dy + xs + later[:, None] * (H * P), (u < T)[:, None] & (p < P)[None, :], 0.0)
+            acc = tl.dot(tl.trans(w.to(cb.dtype)), dyi, acc, input_precision=DOT)
+        tl.store(ddt + (b * H + h) * T + t, tl.sum(xt.to(tl.float32) * acc, axis=1), t < T)       # acc is dv
         acc = acc * dts[:, None]
         if SKIP:
-            dyt = tl.load(dy + xs + rows[:, None] * (H * P), inside, 0.0).to(tl.float32)
-            acc += tl.load(D + h) * dyt
-            tl.store(dD + (b * H + h) * tl.num_programs(1) + block, tl.sum(tl.sum(xt * dyt, axis=1), axis=0))
+            acc += tl.load(D + h) * dyt.to(tl.float32)
+            both = xt.to(tl.float32) * dyt.to(tl.float32)
+            tl.store(dD + (b * H + h) * tl.num_programs(1) + block, tl.sum(tl.sum(both, axis=1), axis=0))
     else:
         acc = acc * tl.exp2(cum)[:, None]
-        for jb in range(r + 1):                                                         # keys of this block and earlier
+        acc = tl.dot((w * dts[None, :]).to(cb.dtype), xt, acc, input_precision=DOT)
+        for jb in range(r):                                                             # keys of earlier blocks
             earlier = jb * R + i
-            u = c * L + earlier
-            hi_j, lo_j, dt_j, _ = ssd_decays(hi, lo, dt, b, h, u, end, T, H)
+            hi_j, lo_j, dt_j, _ = ssd_decays(hi, lo, dt, b, h, c * L + earlier, end, T, H)
             cb = tl.load(cbs + rows[:, None] * (G * L) + earlier[None, :], (t < T)[:, None], 0.0)
             w = cb.to(tl.float32) * ssd_table(cum, cum_lo, hi_j, lo_j, rows, earlier, DOT is not None) * dt_j[None, :]
-            xj = tl.load(x + xs + earlier[:, None] * (H * P), (u < T)[:, None] & (p < P)[None, :], 0.0)
+            xj = tl.load(x + xs + earlier[:, None] * (H * P), (p < P)[None, :], 0.0)
             acc = tl.dot(w.to(cb.dtype), xj, acc, input_precision=DOT)
         if SKIP:
-            acc += tl.load(D + h) * xt
+            acc += tl.load(D + h) * xt.to(tl.float32)
     tl.store(out + xs + rows[:, None] * (H * P), acc.to(out.dtype.element_ty), inside)
 
 
@@ -738,7 +738,7 @@ class SSDTriton(torch.autograd.Function):
         S, last, y = x.new_empty(b, H, n, P, N), dt.new_empty(b, H, P, N), torch.empty_like(x)
         ssd_prepare[(n * (L // R), b * G)](B, C, dt, A, CB, hi, lo, T, G, N, H, L, R, BN, 16, dot, num_warps=4)
         BS = pow2(N, 16, 128 if N > 128 else 64)
-        ssd_scan[(triton.cdiv(N, BS), H, b)](x, B, dt, hi, lo, state, S, last, T, n, H, G, P, N, L, BP, BS, False,
+        ssd_scan[(triton.cdiv(N, BS), H, b)](x, B, dt, hi, lo, state, S, last, T, n, H, G, P, N, L, R, BP, BS, False,
                                              state is not None, dot, num_warps=4, num_stages=2)
         ssd_rows[(H, n * (L // R), b)](C, S, CB, x, None, dt, hi, lo, D, y, None, None, None, T, n, H, G, P, N, L, R, BP, BN,
                                        False, D is not None, dot, num_warps=4, num_stages=2)
@@ -759,7 +759,7 @@ class SSDTriton(torch.autograd.Function):
         ends, begins = (torch.empty(L // R, b, H, T, dtype=wide, device=x.device) for _ in range(2))
         both, dA, dD = (hi.new_empty(b, H, m) for m in (blocks * n, n, rows))
         BS = pow2(N, 16, 128 if N > 128 else 64)
-        ssd_scan[(triton.cdiv(N, BS), H, b)](dy, C, dt, hi, lo, dlast, dS, first, T, n, H, G, P, N, L, BP, BS, True, True, dot,
+        ssd_scan[(triton.cdiv(N, BS), H, b)](dy, C, dt, hi, lo, dlast, dS, first, T, n, H, G, P, N, L, R, BP, BS, True, True, dot,
                                              num_warps=4, num_stages=2)
         ssd_rows[(H, rows, b)](B, dS, CB, x, dy, dt, hi, lo, D, dx, ddt_x, keys, dD, T, n, H, G, P, N, L, R, BP, BN, True,
                                D is not None, dot, num_warps=4, num_stages=2)
