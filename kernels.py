@@ -493,8 +493,9 @@ def gla_triton(q, k, v, g, scale, state):
 #   ssd_through   dC = sum over heads of exp(cum) dy S_c + dCB B,  dB = the same of to_end v dS_c + dCB^T C
 #   ssd_finish    dg from the sums over all pairs that span a token, as in gla_finish; then d(dt) and dA
 #
-# Chunk length L. The tables of decays cost about L / 2 exponentials a token and head, a stored state 2 N P / L numbers:
-# L = 128 up to N = 128, 256 above. Tables are worked on in blocks of R = 64 x 64, those above the diagonal left out.
+# Chunk length L. A stored state costs N P / L numbers a token and head, the tables of decays about L / 2 exponentials:
+# L = 128 for every N (256 was no faster at N = 512). Tables are worked on in blocks of R x R, those above the diagonal
+# left out.
 # cum is a float64 sum kept as two float32: a difference of two large sums then keeps the digits of the small decays
 # (bfloat16 inputs have fewer digits to keep: their tables leave lo out).
 
@@ -730,16 +731,15 @@ class SSDTriton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, state):
         (b, T, H, P), (G, N) = x.shape, B.shape[2:]
-        L = pow2(T, 16, 128 if N <= 128 else 256)
+        L = pow2(T, 16, 128)
         R = min(L, 64)
-        n, BP, BN = triton.cdiv(T, L), pow2(P, 16, 128), pow2(N, 16, 64)
+        n, BP, BN, BS = triton.cdiv(T, L), pow2(P, 16, 128), pow2(N, 16, 128), pow2(N, 16, 256)
         dot = "tf32x3" if x.dtype == torch.float32 else None
         CB, hi, lo = x.new_empty(b, T, G, L), dt.new_empty(b, H, T), dt.new_empty(b, H, T)
         S, last, y = x.new_empty(b, H, n, P, N), dt.new_empty(b, H, P, N), torch.empty_like(x)
-        ssd_prepare[(n * (L // R), b * G)](B, C, dt, A, CB, hi, lo, T, G, N, H, L, R, BN, 16, dot, num_warps=4)
-        BS = pow2(N, 16, 128 if N > 128 else 64)
+        ssd_prepare[(n * (L // R), b * G)](B, C, dt, A, CB, hi, lo, T, G, N, H, L, R, min(BN, 64), 16, dot, num_warps=4)
         ssd_scan[(triton.cdiv(N, BS), H, b)](x, B, dt, hi, lo, state, S, last, T, n, H, G, P, N, L, R, BP, BS, False,
-                                             state is not None, dot, num_warps=4, num_stages=2)
+                                             state is not None, dot, num_warps=8, num_stages=3)
         ssd_rows[(H, n * (L // R), b)](C, S, CB, x, None, dt, hi, lo, D, y, None, None, None, T, n, H, G, P, N, L, R, BP, BN,
                                        False, D is not None, dot, num_warps=4, num_stages=2)
         ctx.save_for_backward(x, dt, A, B, C, D, CB, hi, lo, S)
@@ -750,23 +750,22 @@ class SSDTriton(torch.autograd.Function):
     def backward(ctx, dy, dlast):
         x, dt, A, B, C, D, CB, hi, lo, S = ctx.saved_tensors
         (b, T, H, P), (G, N), L, dot = x.shape, B.shape[2:], ctx.L, ctx.dot
-        n, R, BP, BN, dy, dlast = triton.cdiv(T, L), min(L, 64), pow2(P, 16, 128), pow2(N, 16, 64), dy.contiguous(), dlast.contiguous()
-        rows, blocks = n * (L // R), triton.cdiv(N, BN)
+        n, R, BP, BN, BS = triton.cdiv(T, L), min(L, 64), pow2(P, 16, 128), pow2(N, 16, 64), pow2(N, 16, 256)
+        rows, blocks, dy, dlast = n * (L // R), triton.cdiv(N, BN), dy.contiguous(), dlast.contiguous()
         dS, first, dx, dCB = torch.empty_like(S), torch.empty_like(dlast), torch.empty_like(x), torch.empty_like(CB)
         dB, dC, ddt = torch.empty_like(B), torch.empty_like(C), torch.empty_like(dt)
         ddt_x, keys, queries = (hi.new_empty(m * b, H, T) for m in (1, 1, blocks))
         wide = torch.float64 if x.dtype == torch.float32 else torch.float32
         ends, begins = (torch.empty(L // R, b, H, T, dtype=wide, device=x.device) for _ in range(2))
         both, dA, dD = (hi.new_empty(b, H, m) for m in (blocks * n, n, rows))
-        BS = pow2(N, 16, 128 if N > 128 else 64)
         ssd_scan[(triton.cdiv(N, BS), H, b)](dy, C, dt, hi, lo, dlast, dS, first, T, n, H, G, P, N, L, R, BP, BS, True, True, dot,
-                                             num_warps=4, num_stages=2)
-        ssd_rows[(H, rows, b)](B, dS, CB, x, dy, dt, hi, lo, D, dx, ddt_x, keys, dD, T, n, H, G, P, N, L, R, BP, BN, True,
+                                             num_warps=8, num_stages=3)
+        ssd_rows[(H, rows, b)](B, dS, CB, x, dy, dt, hi, lo, D, dx, ddt_x, keys, dD, T, n, H, G, P, N, L, R, BP, pow2(N, 16, 128), True,
                                D is not None, dot, num_warps=4, num_stages=2)
         ssd_scores[(L // R, rows, b * G)](x, dy, dt, hi, lo, CB, dCB, ends, begins, T, H, G, P, L, R, BP, dot, num_warps=4,
-                                          num_stages=2)
-        ssd_through[(blocks, rows, b * G)](x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, T, n, H, G, P, N,
-                                           L, R, BP, BN, dot, num_warps=4, num_stages=2)
+                                          num_stages=3)
+        ssd_through[(blocks, n, b * G)](x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, T, n, H, G, P, N,
+                                        L, L, BP, BN, dot, num_warps=8, num_stages=3)
         ssd_finish[(n, b * H)](queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, T, n, H, blocks, L, R, num_warps=4)
         return (dx, ddt, dA.sum((0, 2)), dB, dC, dD.sum((0, 2)) if D is not None else None,
                 first if ctx.has_state else None)
