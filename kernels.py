@@ -230,7 +230,7 @@ def gla_prepare(q, k, g, qs, ks, decay, A, scale, LIMIT, T, n, H, K, C: tl.const
     GLA model's g is above -1 almost always, so nearly all are.)"""
     c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if STEEP:
-        if not gla_is_steep(decay + (bh * n + c) * K, LIMIT, K, BK):
+        if not gla_is_steep(decay + (bh * n + c) * K, LIMIT, K, 1024):
             return
     i = tl.arange(0, C)
     t = c * C + i
@@ -367,7 +367,7 @@ def gla_finish(q, k, g, ks, dA, dqs, dks, both, decay, dq, dk, dg, scale, LIMIT,
     the two states: always. The diagonal i = j spans nothing and is left out, else it would drown small gradients."""
     kb, c, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if STEEP:
-        if not gla_is_steep(decay + (bh * n + c) * K, LIMIT, K, BK):
+        if not gla_is_steep(decay + (bh * n + c) * K, LIMIT, K, 1024):
             return
     col, i = kb * BK + tl.arange(0, BK), tl.arange(0, C)
     t = c * C + i
@@ -419,10 +419,12 @@ def pow2(x, low, high):
     return max(low, min(high, triton.next_power_of_2(x)))
 
 
-def scan_tile(K, V, heads):
-    """A scan's tile of the state (rows, columns) and its warps: 64 x 128 where that fills a large GPU, else 64 x 64."""
-    BV = 128 if triton.cdiv(K, 64) * triton.cdiv(V, 128) * heads >= 192 else 64
-    return pow2(K, 16, 64), pow2(V, 16, BV), 8 if BV == 128 else 4
+def scan_tile(K, V, heads, rows):
+    """A scan's tile of the state: rows x 128 where that makes a program for each of a large GPU's processors, else 64 x 64;
+    with it, the warps and the stages of the software pipeline. (Forward 64 rows is fastest, in reverse 128.)"""
+    if triton.cdiv(K, rows) * triton.cdiv(V, 128) * heads >= 128:
+        return pow2(K, 16, rows), pow2(V, 16, 128), 8, 2
+    return pow2(K, 16, 64), pow2(V, 16, 64), 4, 3
 
 
 class GLATriton(torch.autograd.Function):
@@ -438,9 +440,9 @@ class GLATriton(torch.autograd.Function):
         for steep in (False, True):
             gla_prepare[(n, B * H)](q, k, g, qs, ks, decay, A, scale, limit, T, n, H, K, C, pow2(K, 16, 64), steep, dot,
                                     num_warps=8, num_stages=1)
-        BK, BV, warps = scan_tile(K, V, B * H)
+        BK, BV, warps, stages = scan_tile(K, V, B * H, 64)
         gla_scan[(triton.cdiv(K, BK), triton.cdiv(V, BV), B * H)](
-            ks, v, decay, state, S, last, T, n, H, K, V, C, BK, BV, False, state is not None, dot, num_warps=warps, num_stages=2)
+            ks, v, decay, state, S, last, T, n, H, K, V, C, BK, BV, False, state is not None, dot, num_warps=warps, num_stages=stages)
         BK, BV = pow2(K, 16, 64), pow2(V, 16, 128)
         gla_rows[(triton.cdiv(V, BV), n, B * H)](qs, S, A, v, o, T, n, H, K, V, C, BK, BV, False, dot, num_warps=4, num_stages=3)
         ctx.save_for_backward(q, k, v, g, qs, ks, A, decay, S)
@@ -455,9 +457,9 @@ class GLATriton(torch.autograd.Function):
         dS, first, dA = torch.empty_like(S), torch.empty_like(dlast), torch.empty_like(A)
         dv, dqs, dks, both = torch.empty_like(v), torch.empty_like(q), torch.empty_like(k), torch.empty_like(decay)
         dq, dk, dg = torch.empty_like(q), torch.empty_like(k), torch.empty_like(g)
-        BK, BV, warps = scan_tile(K, V, B * H)
+        BK, BV, warps, stages = scan_tile(K, V, B * H, 128)
         gla_scan[(triton.cdiv(K, BK), triton.cdiv(V, BV), B * H)](
-            qs, do, decay, dlast, dS, first, T, n, H, K, V, C, BK, BV, True, True, dot, num_warps=warps, num_stages=2)
+            qs, do, decay, dlast, dS, first, T, n, H, K, V, C, BK, BV, True, True, dot, num_warps=warps, num_stages=stages)
         BK, BV = pow2(K, 16, 64), pow2(V, 16, 128)
         gla_rows[(triton.cdiv(V, BV), n, B * H)](ks, dS, A, do, dv, T, n, H, K, V, C, BK, BV, True, dot, num_warps=4, num_stages=3)
         gla_scores[(n, B * H)](do, v, dA, T, H, V, C, BV, dot, num_warps=4, num_stages=3)
@@ -471,7 +473,36 @@ class GLATriton(torch.autograd.Function):
         return dq, dk, dv, dg, None, first if ctx.has_state else None
 
 
+@triton.jit
+def gla_step(q, k, v, g, S, o, new, scale, K, V, BK: tl.constexpr, BV: tl.constexpr):
+    """One program: BV columns of one head's state, one token: read once, written once."""
+    vb, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    val = vb * BV + tl.arange(0, BV)
+    vt = tl.load(v + bh * V + val, val < V, 0.0).to(tl.float32)
+    acc = tl.zeros((BV,), tl.float32)
+    for k0 in range(0, K, BK):
+        col = k0 + tl.arange(0, BK)
+        tile, inside = bh * K * V + col[:, None] * V + val[None, :], (col < K)[:, None] & (val < V)[None, :]
+        a = tl.exp2(tl.load(g + bh * K + col, col < K, 0.0) * LOG2E)
+        kt, qt = tl.load(k + bh * K + col, col < K, 0.0).to(tl.float32), tl.load(q + bh * K + col, col < K, 0.0).to(tl.float32)
+        s = a[:, None] * tl.load(S + tile, inside, 0.0) + kt[:, None] * vt[None, :]
+        tl.store(new + tile, s, inside)
+        acc += tl.sum(qt[:, None] * s, axis=0)
+    tl.store(o + bh * V + val, (acc * scale).to(o.dtype.element_ty), val < V)
+
+
+def needs_grad(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def gla_triton(q, k, v, g, scale, state):
+    if q.shape[1] == 1 and state is not None and not needs_grad(q, k, v, g, state):
+        (B, _, H, K), V = q.shape, v.shape[-1]
+        o, new = torch.empty_like(v), torch.empty_like(state, dtype=torch.float32)
+        BV = pow2(V, 16, 64)
+        gla_step[(triton.cdiv(V, BV), B * H)](*(t.contiguous() for t in (q, k, v, g.float(), state.float())), o, new, scale, K, V,
+                                              pow2(K, 16, 64), BV, num_warps=4)
+        return o, new
     dtype = torch.bfloat16 if {q.dtype, k.dtype, v.dtype} == {torch.bfloat16} else torch.float32
     q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
     return GLATriton.apply(q, k, v, g.float().contiguous(), scale, None if state is None else state.float().contiguous())
@@ -740,8 +771,9 @@ class SSDTriton(torch.autograd.Function):
         ssd_prepare[(n * (L // R), b * G)](B, C, dt, A, CB, hi, lo, T, G, N, H, L, R, min(BN, 64), 16, dot, num_warps=4)
         ssd_scan[(triton.cdiv(N, BS), H, b)](x, B, dt, hi, lo, state, S, last, T, n, H, G, P, N, L, R, BP, BS, False,
                                              state is not None, dot, num_warps=8, num_stages=3)
+        regs = None if dot else 168                                        # three programs a processor, not two
         ssd_rows[(H, n * (L // R), b)](C, S, CB, x, None, dt, hi, lo, D, y, None, None, None, T, n, H, G, P, N, L, R, BP, BN,
-                                       False, D is not None, dot, num_warps=4, num_stages=2)
+                                       False, D is not None, dot, num_warps=4, num_stages=2, maxnreg=regs)
         ctx.save_for_backward(x, dt, A, B, C, D, CB, hi, lo, S)
         ctx.L, ctx.dot, ctx.has_state = L, dot, state is not None
         return y, last
@@ -760,18 +792,48 @@ class SSDTriton(torch.autograd.Function):
         both, dA, dD = (hi.new_empty(b, H, m) for m in (blocks * n, n, rows))
         ssd_scan[(triton.cdiv(N, BS), H, b)](dy, C, dt, hi, lo, dlast, dS, first, T, n, H, G, P, N, L, R, BP, BS, True, True, dot,
                                              num_warps=8, num_stages=3)
+        regs = None if dot else 168
         ssd_rows[(H, rows, b)](B, dS, CB, x, dy, dt, hi, lo, D, dx, ddt_x, keys, dD, T, n, H, G, P, N, L, R, BP, pow2(N, 16, 128), True,
-                               D is not None, dot, num_warps=4, num_stages=2)
+                               D is not None, dot, num_warps=4, num_stages=2, maxnreg=regs)
         ssd_scores[(L // R, rows, b * G)](x, dy, dt, hi, lo, CB, dCB, ends, begins, T, H, G, P, L, R, BP, dot, num_warps=4,
                                           num_stages=3)
-        ssd_through[(blocks, n, b * G)](x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, T, n, H, G, P, N,
-                                        L, L, BP, BN, dot, num_warps=8, num_stages=3)
+        ssd_through[(blocks, rows, b * G)](x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, T, n, H, G, P, N,
+                                           L, R, BP, BN, dot, num_warps=4, num_stages=3)
         ssd_finish[(n, b * H)](queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, T, n, H, blocks, L, R, num_warps=4)
         return (dx, ddt, dA.sum((0, 2)), dB, dC, dD.sum((0, 2)) if D is not None else None,
                 first if ctx.has_state else None)
 
 
+@triton.jit
+def ssd_step(x, dt, A, B, C, D, S, y, new, H, G, P, N, BP: tl.constexpr, BN: tl.constexpr, SKIP: tl.constexpr):
+    """One program: BP rows of one head's state, one token: read once, written once."""
+    pb, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    p, row = pb * BP + tl.arange(0, BP), b * G + h // (H // G)
+    xt = tl.load(x + (b * H + h) * P + p, p < P, 0.0).to(tl.float32)
+    dtt = tl.load(dt + b * H + h)
+    a = tl.exp2(dtt * tl.load(A + h) * LOG2E)
+    acc = tl.zeros((BP,), tl.float32)
+    for n0 in range(0, N, BN):
+        col = n0 + tl.arange(0, BN)
+        tile, inside = (b * H + h) * P * N + p[:, None] * N + col[None, :], (p < P)[:, None] & (col < N)[None, :]
+        bt, ct = tl.load(B + row * N + col, col < N, 0.0).to(tl.float32), tl.load(C + row * N + col, col < N, 0.0).to(tl.float32)
+        s = a * tl.load(S + tile, inside, 0.0) + (dtt * xt)[:, None] * bt[None, :]
+        tl.store(new + tile, s, inside)
+        acc += tl.sum(s * ct[None, :], axis=1)
+    if SKIP:
+        acc += tl.load(D + h) * xt
+    tl.store(y + (b * H + h) * P + p, acc.to(y.dtype.element_ty), p < P)
+
+
 def ssd_triton(x, dt, A, B, C, D, state):
+    if x.shape[1] == 1 and state is not None and not needs_grad(x, dt, A, B, C, D, state):
+        (b, _, H, P), (G, N) = x.shape, B.shape[2:]
+        y, new = torch.empty_like(x), torch.empty_like(state, dtype=torch.float32)
+        wide = lambda t: None if t is None else t.float().contiguous()
+        BP, BN = pow2(P, 16, 32), pow2(N, 16, 128)
+        ssd_step[(triton.cdiv(P, BP), H, b)](x.contiguous(), wide(dt), wide(A), B.contiguous(), C.contiguous(), wide(D), wide(state), y, new,
+                                             H, G, P, N, BP, BN, D is not None, num_warps=4)
+        return y, new
     dtype = torch.bfloat16 if {x.dtype, B.dtype, C.dtype} == {torch.bfloat16} else torch.float32
     x, B, C = (t.to(dtype).contiguous() for t in (x, B, C))
     dt, A, D, state = (None if t is None else t.float().contiguous() for t in (dt, A, D, state))
