@@ -73,7 +73,8 @@ def expand(lm, layers, factor=None, init="reinit", seed=0):
         chosen = where[0] == "layers" and int(where[1]) in layers
         if not chosen:
             state[name] = old[name].clone()
-            count("kept", "everything outside the chosen layers", old[name])
+            if name != "lm_head.weight" or not c.tie_embeddings:
+                count("kept", "everything outside the chosen layers", old[name])
             continue
         part = ".".join(where[2:])
         how = (gla_part if gla else mamba2_part)(part, init)
@@ -171,8 +172,8 @@ def choose_layers(n_layer, every, listed):
             return [int(x) for x in str(listed).split(",")]
         except ValueError:
             raise BadInput(f"--layers={listed} is not a list of layers; expected numbers such as 0,6,12")
-    if not 1 <= every <= n_layer:
-        raise BadInput(f"--every={every} chooses no layers; expected 1 to {n_layer}")
+    if every < 1:
+        raise BadInput(f"--every={every} chooses no layers; expected 1 or more")
     return list(range(0, n_layer, every))
 
 

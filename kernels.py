@@ -151,7 +151,8 @@ def ssd_chunked(x, dt, A, B, C, D, state, L=64):
     n, M = -(-T // L), H // G                                                       # chunks, heads in a group
     pad = n * L - T
 
-    g = F.pad(dt * A, (0, 0, 0, pad)).double().view(b, n, L, G, M).permute(0, 3, 1, 4, 2).cumsum(-1)     # (B,G,n,M,L)
+    steps = F.pad(dt * A, (0, 0, 0, pad)).double().view(b, n, L, G, M).permute(0, 3, 1, 4, 2)            # (B,G,n,M,L)
+    g, to_end = steps.cumsum(-1), F.pad(steps[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
     v = F.pad(x * dt[..., None], (0, 0, 0, 0, 0, pad)).view(b, n, L, G, M, P).permute(0, 3, 1, 4, 2, 5)  # (B,G,n,M,L,P)
     B, C = (F.pad(t, (0, 0, 0, 0, 0, pad)).view(b, n, L, G, N).permute(0, 3, 1, 2, 4) for t in (B, C))   # (B,G,n,L,N)
 
@@ -161,8 +162,7 @@ def ssd_chunked(x, dt, A, B, C, D, state, L=64):
     between = (g[..., :, None] - g[..., None, :]).to(x.dtype).masked_fill(unseen, -torch.inf)            # i, j
     y = ((C @ B.mT).unsqueeze(3) * between.exp()) @ v + (C * B).sum(-1)[:, :, :, None, :, None] * v      # (B,G,n,M,L,P)
 
-    to_end = (g[..., -1:] - g).to(x.dtype).exp()[..., None]                         # (B,G,n,M,L,1)
-    rows = (to_end * v).transpose(3, 4).reshape(b, G, n, L, M * P)
+    rows = (to_end.to(x.dtype).exp()[..., None] * v).transpose(3, 4).reshape(b, G, n, L, M * P)
     writes = (rows.mT @ B).view(b, G, n, M, P, N)
     decay = g[..., -1].to(x.dtype).exp()[..., None, None]                           # (B,G,n,M,1,1)
     S = x.new_zeros(b, G, M, P, N) if S is None else S.view(b, G, M, P, N)
@@ -876,8 +876,8 @@ def run(op, args, impl):
     return gla(*args[:4], state=args[4], impl=impl) if op == "gla" else ssd(*args, impl=impl)
 
 
-def errors(op, args, impl, reference=None):
-    """||x - ref|| / ||ref|| of the output, the final state and every gradient, against the recurrent form in float64.
+def errors(op, args, impl, reference="recurrent"):
+    """||x - ref|| / ||ref|| of the output, the final state and every gradient, ref being the reference impl in float64.
     The gradient that arrives is random, in the output and in the final state."""
     def everything(impl, dtype):
         inputs = [a.detach().to(dtype or a.dtype).requires_grad_() for a in args]
@@ -886,7 +886,7 @@ def errors(op, args, impl, reference=None):
         do, ds = (torch.randn(x.shape, generator=rng).to(x) for x in (o, s))
         return [o, s, *torch.autograd.grad([o, s], inputs, [do, ds])]
     names = "o state dq dk dv dg dstate" if op == "gla" else "y state dx ddt dA dB dC dD dstate"
-    pairs = zip(everything(impl, None), reference or everything("recurrent", torch.float64))
+    pairs = zip(everything(impl, None), everything(reference, torch.float64))
     return {name: ((x.double() - ref.double()).norm() / ref.double().norm()).item() for name, (x, ref) in zip(names.split(), pairs)}
 
 

@@ -1,0 +1,553 @@
+"""Tests: every fast path against its definition, the transplant, training, data, bad input.
+
+    python -m pytest                 on a CPU the Triton kernels run in Triton's interpreter; on a GPU they are compiled
+"""
+import json, os, signal, subprocess, sys, time
+
+import numpy as np
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"                     # before kernels is imported
+
+import expand as expand_script
+import kernels
+import model as model_script
+import train as train_script
+from data import prepare, recall
+from data.prepare import BadInput
+from expand import choose_layers, describe, expand
+from kernels import errors, example, gla, run, ssd
+from model import LM, SIZES, Config, SlicedCrossEntropy, load_checkpoint, save_checkpoint
+
+DEVICE = "cuda" if CUDA else "cpu"
+HERE = os.path.dirname(os.path.abspath(__file__))
+DECAYS = (0, -1e-4, -1, -60, "mixed", None)                  # the log decay of every step; None: as a model has them
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")     # the interpreter's numpy on masked-out overflows
+
+
+def gap(x, ref):
+    """||x - ref|| / ||ref||; NaN anywhere makes it NaN, which no comparison passes."""
+    return ((x.double() - ref.double()).norm() / ref.double().norm().clamp_min(1e-300)).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kernels
+
+
+def test_recurrent_is_the_definition_by_hand():
+    """Two tokens, one head, K = V = 1: S = k1 v1, then a2 k1 v1 + k2 v2."""
+    q, k, v = (torch.tensor(x, dtype=torch.float64).view(1, 2, 1, 1) for x in ([2., 3.], [5., 7.], [11., 13.]))
+    g = torch.tensor([-0.5, -0.25], dtype=torch.float64).view(1, 2, 1, 1)
+    o, S = gla(q, k, v, g, scale=1.0, impl="recurrent")
+    s2 = np.exp(-0.25) * 5 * 11 + 7 * 13
+    assert o.flatten().tolist() == pytest.approx([2 * 5 * 11, 3 * s2]) and S.item() == pytest.approx(s2)
+    one = torch.ones(1, dtype=torch.float64)
+    y, S = ssd(v, -g[..., 0], -one, k, q, D=2 * one, impl="recurrent")           # dt = -g, A = -1: decay exp(g), v = dt x
+    s2 = np.exp(-0.25) * 0.5 * 5 * 11 + 0.25 * 7 * 13
+    assert y.flatten().tolist() == pytest.approx([2 * 0.5 * 5 * 11 + 22, 3 * s2 + 26]) and S.item() == pytest.approx(s2)
+
+
+@pytest.mark.parametrize("T", (1, 2, 63, 64, 65, 200))
+@pytest.mark.parametrize("op,shape,G", (("gla", (3, 7, 5), 1), ("gla", (1, 33, 18), 1), ("ssd", (4, 5, 9), 2), ("ssd", (3, 9, 7), 1)))
+def test_chunked_equals_recurrent(op, shape, G, T):
+    """Values, final states and every gradient, in float64; the state comes in, and its gradient comes back."""
+    for seed, decay in enumerate(DECAYS):
+        e = errors(op, example(op, 2, T, *shape, G=G, dtype=torch.float64, decay=decay, seed=seed), "chunked")
+        assert max(e.values()) < 1e-9, (decay, e)
+
+
+@pytest.mark.parametrize("op,shape,G", (("gla", (3, 20, 36), 1), ("ssd", (6, 20, 36), 2)))
+@pytest.mark.parametrize("T", (1, 17, 64, 200) + ((1000, 8192, 65536) if CUDA else ()))
+def test_triton_equals_recurrent(op, shape, G, T):
+    """Buffers start as NaN, so that an element left unwritten or read too early shows. The same bits twice."""
+    if T > 1000:                                             # the definition is slow there: against chunked in float64
+        reference = "chunked"
+    else:
+        reference = "recurrent"
+    torch.use_deterministic_algorithms(True, warn_only=True)         # fills new memory with NaN
+    try:
+        for seed, decay in enumerate(DECAYS):
+            for dtype, limit in ((torch.float32, 1e-3 if CUDA else 1e-5),) + (((torch.bfloat16, 1e-2),) if CUDA else ()):
+                args = example(op, 1 if T > 64 else 2, T, *shape, G=G, dtype=dtype, device=DEVICE, decay=decay, seed=seed)
+                e = errors(op, args, "triton", reference)
+                assert all(x <= limit for x in e.values()), (decay, dtype, e)
+        with torch.no_grad():
+            assert all(torch.equal(a, b) for a, b in zip(run(op, args, "triton"), run(op, args, "triton")))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_steep_and_gentle_chunks_side_by_side():
+    """GLA's kernel takes chunks of little decay and chunks of much decay apart: one sequence with both, and the border."""
+    for step in (-0.2, -0.33, -0.8, -3.0):                   # around the limit of a chunk of 128 tokens
+        args = example("gla", 1, 300, 2, 16, 16, device=DEVICE)
+        args[3][:, 128:256] = step
+        e = errors("gla", args, "triton")
+        assert all(x <= (1e-3 if CUDA else 1e-5) for x in e.values()), (step, e)
+
+
+@pytest.mark.parametrize("op,shape,G", (("gla", (3, 20, 36), 1), ("ssd", (6, 20, 36), 2)))
+def test_one_token_steps(op, shape, G):
+    """The kernel for one token, state in and out, repeated, equals the definition over the whole sequence."""
+    args = example(op, 2, 5, *shape, G=G, device=DEVICE)
+    over_time = [len(a.shape) > 1 and a.shape[1] == 5 for a in args[:-1]]
+    o, S = run(op, [a.double() for a in args], "recurrent")
+    outs, state = [], args[-1]
+    with torch.no_grad():
+        for t in range(5):
+            y, state = run(op, [a[:, t:t + 1] if timed else a for a, timed in zip(args, over_time)] + [state], "triton")
+            outs.append(y)
+    assert gap(torch.cat(outs, dim=1), o) < 1e-5 and gap(state, S) < 1e-5
+
+
+def test_half_precision_inputs_keep_a_float32_state():
+    for dtype in (torch.float16, torch.bfloat16):
+        for op, shape in (("gla", (2, 8, 8)), ("ssd", (2, 8, 8))):
+            args = example(op, 1, 20, *shape, dtype=dtype)
+            for impl in ("recurrent", "chunked"):
+                o, S = run(op, args, impl)
+                ref = run(op, [a.double() for a in args], "recurrent")
+                assert o.dtype == dtype and S.dtype == torch.float32 and gap(o, ref[0]) < 1e-2 and gap(S, ref[1]) < 1e-5
+
+
+def test_unknown_impl():
+    with pytest.raises(ValueError, match="recurrent"):
+        run("gla", example("gla", 1, 2, 1, 2, 2), "cuda")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model
+
+
+def small(block, **changes):
+    base = dict(block=block, vocab_size=61, n_layer=3, d_model=32, conv_size=4, d_mlp=48, n_head=4, d_state=6, headdim=8)
+    torch.manual_seed(0)
+    return LM(Config(**{**base, **changes}))
+
+
+MODELS = [("gla", {}), ("gla", {"conv_size": 0}), ("gla", {"n_head": [4, 1, 2]}), ("mamba2", {}),
+          ("mamba2", {"d_state": [6, 24, 3], "n_groups": 2, "tie_embeddings": True, "pad_vocab": 16})]
+
+
+@pytest.mark.parametrize("block,changes", MODELS)
+def test_prefill_then_step_equals_the_full_forward(block, changes):
+    lm = small(block, **changes).double()
+    idx = torch.randint(61, (2, 70))
+    full = lm(idx)[0]
+    assert full.shape == (2, 70, 61)
+    for cut in (1, 2, 66):
+        logits, _, state = lm(idx[:, :cut])
+        parts = [logits]
+        for t in range(cut, 70):
+            logits, _, state = lm(idx[:, t:t + 1], state=state)
+            parts.append(logits)
+        assert gap(torch.cat(parts, dim=1), full) < 1e-10
+    assert len(state) == 3
+    for i, (S, _) in enumerate(state):                       # what the config says is what is carried
+        assert S[0].numel() == lm.config.state_numbers(i)
+
+
+@pytest.mark.parametrize("block,changes", MODELS)
+def test_generate(block, changes):
+    lm = small(block, **changes)
+    idx = torch.randint(61, (2, 9))
+    greedy = lm.generate(idx, 12, temperature=0)
+    again = idx
+    for _ in range(12):                                      # without any state: the whole prefix every time
+        again = torch.cat((again, lm(again)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(greedy, again) and torch.equal(greedy[:, :9], idx)
+    assert torch.equal(lm.generate(idx, 12, top_k=1), greedy)
+    torch.manual_seed(1)
+    assert lm.generate(idx, 5, temperature=1.0, top_k=1000).max() < 61
+
+
+@pytest.mark.parametrize("vocab,n,slices", ((61, 40, 61 * 7), (50, 1, 1 << 20)))
+def test_sliced_loss_equals_the_plain_loss(vocab, n, slices):
+    x, w = torch.randn(n, 16, requires_grad=True), torch.randn(64, 16, requires_grad=True)
+    targets = torch.randint(vocab, (n,))
+    plain = torch.nn.functional.cross_entropy((x @ w.T)[:, :vocab], targets)
+    sliced = SlicedCrossEntropy.apply(x, w, targets, vocab, slices)
+    assert abs(plain.item() - sliced.item()) < 1e-6
+    for a, b in zip(torch.autograd.grad(3 * plain, (x, w)), torch.autograd.grad(3 * sliced, (x, w))):
+        assert gap(b, a) < 1e-6
+
+
+def test_loss_counts_only_what_is_asked():
+    lm = small("gla")
+    idx = torch.randint(61, (2, 20))
+    targets = torch.randint(61, (2, 20))
+    targets[:, ::2] = -100
+    logits = lm(idx)[0]
+    ref = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    none, loss, _ = lm(idx, targets)
+    assert none is None and abs(loss.item() - ref.item()) < 1e-6
+
+
+def test_checkpoint_round_trip(tmp_path):
+    for block, changes in MODELS:
+        lm = small(block, **changes)
+        save_checkpoint(tmp_path / "a.pt", lm, {"step": 3})
+        back, extra = load_checkpoint(tmp_path / "a.pt")
+        assert back.config == lm.config and extra == {"step": 3}
+        assert all(torch.equal(a, b) for a, b in zip(lm.state_dict().values(), back.state_dict().values()))
+        assert (back.lm_head.weight is back.embeddings.weight) == lm.config.tie_embeddings
+        assert torch.equal(LM.from_pretrained(tmp_path / "a.pt")(torch.ones(1, 3, dtype=torch.long))[0],
+                           lm(torch.ones(1, 3, dtype=torch.long))[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transplant
+
+
+@pytest.mark.parametrize("block,changes", MODELS)
+@pytest.mark.parametrize("init", ("reinit", "inherit", "preserve"))
+def test_everything_outside_the_chosen_layers_is_kept(block, changes, init):
+    lm = small(block, **changes)
+    if block == "gla" and init == "preserve":
+        with pytest.raises(BadInput, match="no exact map"):
+            expand(lm, [0], init=init)
+        return
+    before = {k: v.clone() for k, v in lm.state_dict().items()}
+    new, report = expand(lm, [0, 2], factor=2, init=init)
+    for name, old in before.items():
+        assert torch.equal(lm.state_dict()[name], old)                            # the model passed in is untouched
+        if not name.startswith(("layers.0.", "layers.2.")) or ".mlp" in name:
+            assert torch.equal(new.state_dict()[name], old), name
+    numbers = [new.config.state_numbers(i) for i in range(3)]
+    assert numbers == [lm.config.state_numbers(i) * m for i, m in enumerate((2, 1, 2))]
+    assert report["state_numbers_after"] == sum(numbers) and "parameters" in describe(report)
+    _, loss, state = new(torch.randint(61, (2, 30)), torch.randint(61, (2, 30)))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in new.parameters())
+    assert [S[0].numel() for S, _ in state] == numbers
+    same, other = expand(lm, [0, 2], 2, init, seed=0)[0], expand(lm, [0, 2], 2, init, seed=1)[0]
+    equal = lambda a, b: all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+    assert equal(new, same) and (equal(new, other) == (init == "inherit"))
+
+
+def test_transplant_row_by_row_mamba2():
+    lm, d, G, N = small("mamba2", n_groups=2), 64, 2, 6
+    old = lm.layers[1].mixer
+    torch.nn.init.normal_(old.norm.weight)
+    rows = lambda w, n: w.split((2 * d, G * n, G * n, w.shape[0] - 2 * d - 2 * G * n))
+    z, B, C, dt = rows(old.in_proj.weight, N)
+    for init in ("reinit", "inherit", "preserve"):
+        new = expand(lm, [1], 4, init)[0].layers[1].mixer
+        z2, B2, C2, dt2 = rows(new.in_proj.weight, 4 * N)
+        assert torch.equal(z, z2) and torch.equal(dt, dt2)                        # z, x and dt rows
+        assert torch.equal(new.D, old.D) and torch.equal(new.out_proj.weight, old.out_proj.weight)
+        assert torch.equal(new.conv1d.weight[:d], old.conv1d.weight[:d]) and torch.equal(new.conv1d.bias[:d], old.conv1d.bias[:d])
+        fresh = [not torch.equal(getattr(new, k), getattr(old, k)) for k in ("A_log", "dt_bias")] + \
+                [not torch.equal(new.norm.weight, old.norm.weight)]
+        assert fresh == [init == "reinit"] * 3
+        for small_rows, large in ((B, B2), (C, C2)):
+            for g in range(G):
+                s, l = small_rows.view(G, N, -1)[g], large.view(G, 4 * N, -1)[g]
+                if init == "inherit":
+                    assert torch.equal(l, s.repeat(4, 1))
+                elif init == "preserve":
+                    assert torch.equal(l[:N], s) and (l[N:] == 0).all() == (large is C2)
+                else:
+                    assert not (l[:N, None] == s).all(-1).any()
+
+
+def test_preserve_is_exact_and_its_new_rows_learn():
+    for changes in ({}, {"n_groups": 2, "d_state": [6, 24, 3]}):
+        lm = small("mamba2", **changes).double()
+        new, _ = expand(lm, [0, 1, 2], 4, "preserve")
+        idx = torch.randint(61, (2, 100))
+        assert gap(new(idx)[0], lm(idx)[0]) < 1e-12
+        new(idx, idx)[1].backward()
+        for i, layer in enumerate(new.layers):
+            G, N, d = lm.config.n_groups, lm.config.d_state[i], lm.config.d_inner
+            C = layer.mixer.in_proj.weight.grad[2 * d + G * 4 * N:2 * d + 2 * G * 4 * N].view(G, 4 * N, -1)
+            assert (C[:, N:].norm(dim=-1) > 0).all()
+
+
+def test_inherit_gla_tiles_the_norm_and_keeps_the_rest():
+    lm = small("gla")
+    torch.nn.init.normal_(lm.layers[1].attn.g_norm_swish_gate.weight)
+    new, report = expand(lm, [1], init="inherit")
+    for name, old in lm.state_dict().items():
+        want = old.repeat(4) if name == "layers.1.attn.g_norm_swish_gate.weight" else old
+        assert torch.equal(new.state_dict()[name], want)
+    assert report["params_after"] - report["params_before"] == 3 * 8              # the norm's gains, nothing else
+
+
+@pytest.mark.parametrize("size,every,before,after,more", (
+    ("gla-340m", 6, "3.15M", "4.72M", "+0.0M"), ("gla-1.3b", 6, "12.58M", "18.87M", "+0.0M"),
+    ("mamba2-370m", 12, "12.58M", "15.73M", "+3.2M"), ("mamba2-1.3b", 12, "25.17M", "31.46M", "+6.3M"),
+    ("mamba2-1.3b", 1, "25.17M", "100.66M", "+75.7M")))
+def test_counts_of_the_public_sizes(size, every, before, after, more):
+    config = SIZES[size]
+    with torch.device("meta"):
+        lm = LM(config)
+    _, r = expand(lm, choose_layers(config.n_layer, every, ""))
+    text = describe(r)
+    assert f"{before} -> {after}" in text and more in text, text
+    public = {"gla-340m": 374e6, "gla-1.3b": 1.36e9, "mamba2-370m": 370e6, "mamba2-1.3b": 1.34e9}[size]
+    assert abs(r["params_before"] / public - 1) < 0.03
+    if config.block == "mamba2":
+        N, n = config.d_state[0], len(r["layers"])
+        assert r["params_after"] - r["params_before"] == n * 2 * N * 3 * (config.d_model + 5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+
+
+def test_mqar_by_perfect_memory_and_by_none():
+    for pairs in (1, 4, 32):
+        idx, targets = recall.mqar(np.random.default_rng(pairs), 200, pairs, 4096)
+        assert idx.shape == targets.shape == (200, 4 * pairs) and (targets != -100).sum() == 200 * pairs
+        blind = []
+        for x, y in zip(idx, targets):
+            memory = dict(zip(x[:2 * pairs:2], x[1:2 * pairs:2]))
+            assert len(memory) == pairs
+            asked = y != -100
+            assert all(memory[k] == v for k, v in zip(x[asked], y[asked]))
+            blind.append((y[asked] == x[1]).mean())                               # always the first value seen
+        assert abs(np.mean(blind) - 1 / pairs) < 0.02
+    with pytest.raises(ValueError):
+        recall.mqar(np.random.default_rng(0), 1, 1000, 4096)
+
+
+def test_fewshot_by_perfect_memory_and_by_none():
+    for shots in (1, 3):
+        idx, targets = recall.fewshot(np.random.default_rng(shots), 400, shots, 4096)
+        blind = []
+        for x, y in zip(idx, targets):
+            asked = np.flatnonzero(y != -100)
+            memory = dict(zip(x[:asked[0]:2], x[1:asked[0]:2]))
+            assert len(asked) == 8 and len(memory) == 8 and all(memory[x[t]] == y[t] for t in asked)
+            labels = list(dict.fromkeys(x[1:asked[0]:2]))
+            blind.append(np.mean([y[t] == labels[0] for t in asked]))
+        assert 0.2 < np.mean(blind) < 0.45                                        # 1 in 4, a little more for a label seen
+
+
+def test_passkey_is_in_the_text_and_nowhere_else(corpus):
+    tok = prepare.load_tokenizer("code4096")
+    _, val, _ = prepare.load_corpus(corpus)
+    idx, targets = recall.passkey(np.random.default_rng(0), 50, 128, val, tok)
+    depths = []
+    for x, y in zip(idx, targets):
+        text = tok.decode(x.tolist())
+        key = tok.decode(y[y != -100].tolist())
+        assert len(key) == 5 and key.isdigit() and text.endswith(f"\npasskey = {key}")
+        assert text.count(f"passkey = {key}") == 2
+        depths.append(text.index("passkey"))
+        assert x.shape == (128,)
+    assert len(set(depths)) > 20
+
+
+def test_tokenizer_round_trip():
+    tok = prepare.load_tokenizer("code4096")
+    for text in ("def f(x):\n    return x**2  # é, 漢字, \t\x00\n", "", open(kernels.__file__).read()):
+        assert tok.decode(tok.encode_ordinary(text)) == text
+    assert tok.n_vocab == 4096 and tok.eot_token == 4095
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Token files of the first modules of the standard library: real text, quickly made."""
+    out = str(tmp_path_factory.mktemp("data") / "python")
+    prepare.write_corpus(prepare.read_documents(prepare.python_files()[:60], False), out, "code4096")
+    return out
+
+
+def test_prepare_own_text(tmp_path):
+    words = "the quick brown fox jumps over the lazy dog. " * 400
+    (tmp_path / "a.txt").write_text(words)
+    out = str(tmp_path / "out")
+    assert cli(prepare, str(tmp_path / "a.txt"), f"--out={out}") == (0, "")
+    train, val, meta = prepare.load_corpus(out)
+    tok = prepare.load_tokenizer("code4096")
+    assert tok.decode(train.tolist() + val.tolist()) == words + "<|endoftext|>"
+    assert meta["train_tokens"] == len(train) and 0.04 < len(val) / (len(train) + len(val)) < 0.06
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(45):
+        (folder / f"{i:02d}.txt").write_text(f"file {i}. " + words[:4000])
+    assert cli(prepare, str(folder), f"--out={out}") == (0, "")
+    train, val, meta = prepare.load_corpus(out)
+    text = tok.decode(val.tolist())
+    assert "file 19." in text and "file 39." in text and text.count("file") == 2 and "file 19." not in tok.decode(train.tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+
+def cli(script, *args):
+    """Run a script's main in this process. -> (exit status, what it wrote to stderr)"""
+    import contextlib, io
+    argv, err = sys.argv, io.StringIO()
+    sys.argv = [script.__file__, *args]
+    try:
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+            prepare.main_line(script.main)
+        return 0, ""
+    except SystemExit as e:
+        return e.code, err.getvalue()
+    finally:
+        sys.argv = argv
+
+
+TINY = ("--device=cpu", "--n_layer=2", "--d_model=16", "--n_head=2", "--d_state=2", "--d_mlp=16", "--headdim=8", "--block_size=32",
+        "--batch_size=4", "--recall_tokens=64", "--pairs=2,4", "--eval_interval=10")
+
+
+def losses(out_dir):
+    lines = [json.loads(line) for line in open(f"{out_dir}/log.jsonl")]
+    return {x["step"]: (x["loss"], x["recall_loss"]) for x in lines if "loss" in x}
+
+
+@pytest.mark.parametrize("block", ("gla", "mamba2"))
+def test_killed_and_resumed_gives_the_same_numbers(block, corpus, tmp_path):
+    args = [f"--data={corpus}", "--init_from=scratch", f"--block={block}", "--steps=40", *TINY]
+    assert cli(train_script, *args, f"--out_dir={tmp_path}/whole") == (0, "")
+    script = [sys.executable, f"{HERE}/train.py", *args, f"--out_dir={tmp_path}/killed"]
+    run = subprocess.Popen(script, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    ckpt = f"{tmp_path}/killed/ckpt.pt"
+    while not os.path.exists(ckpt) and run.poll() is None:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    at = load_checkpoint(ckpt)[1]["step"]
+    assert at in (10, 20, 30, 40)
+    assert cli(train_script, "--init_from=resume", "--device=cpu", f"--data={corpus}", f"--out_dir={tmp_path}/killed") == (0, "")
+    whole, killed = load_checkpoint(f"{tmp_path}/whole/ckpt.pt"), load_checkpoint(ckpt)
+    assert killed[1]["step"] == 40 and killed[1]["tokens"] == whole[1]["tokens"]
+    if at < 40:
+        assert losses(f"{tmp_path}/killed")[40] == losses(f"{tmp_path}/whole")[40]
+    assert all(torch.equal(a, b) for a, b in zip(whole[0].state_dict().values(), killed[0].state_dict().values()))
+
+
+def test_accumulation_gives_the_same_step(corpus, tmp_path):
+    """Two halves of a batch, one after the other, are not the same rows as one batch; but the loss must be of one scale,
+    and the same options the same bits."""
+    args = [f"--data={corpus}", "--init_from=scratch", "--steps=10", *TINY]
+    for name, accumulate in (("a", 1), ("b", 2), ("c", 2)):
+        assert cli(train_script, *args, f"--accumulate={accumulate}", f"--out_dir={tmp_path}/{name}") == (0, "")
+    a, b, c = (losses(f"{tmp_path}/{x}")[10][0] for x in "abc")
+    assert b == c and abs(a - b) < 0.5
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path):
+    args = [f"--data={corpus}", "--init_from=scratch", *TINY, f"--out_dir={tmp_path}/run"]
+    assert cli(train_script, *args, "--steps=10") == (0, "")
+    good = open(f"{tmp_path}/run/ckpt.pt", "rb").read()
+    code, err = cli(train_script, *args, "--steps=200", "--lr=1e30", "--warmup=0", "--eval_interval=1000")
+    assert code == 2 and err.count("\n") <= 3 and "step" in err and "last good step" in err
+    assert open(f"{tmp_path}/run/ckpt.pt", "rb").read() == good
+
+
+@pytest.mark.parametrize("block", ("gla", "mamba2"))
+def test_the_recipe_on_real_text(block, tmp_path):
+    """The default corpus, through the command line, from nothing to results.json."""
+    out = subprocess.run([sys.executable, f"{HERE}/train.py", f"--block={block}", "--pretrain_steps=12", "--steps=6",
+                          f"--out_dir={tmp_path}", "--device=cpu"], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert "| StateX" in out.stdout and "val loss" in out.stdout
+    r = json.load(open(tmp_path / "results.json"))
+    assert set(r) == {"pretrained", "lpt", "statex", "config", "versions"}
+    keys = {"params", "state_numbers", "state_bytes", "tokens", "val_loss", "icl_score", "recall", "tokens_per_s",
+            "decode_ms_per_token", "peak_mem_mib"}
+    for arm in ("pretrained", "lpt", "statex"):
+        assert keys <= set(r[arm]) and set(r[arm]["recall"]) == {"mqar", "passkey", "fewshot"}
+    assert r["lpt"]["tokens"] == r["statex"]["tokens"] > r["pretrained"]["tokens"]
+    assert r["statex"]["state_numbers"] > r["lpt"]["state_numbers"] == r["pretrained"]["state_numbers"]
+    lpt, statex, small = (LM.from_pretrained(f"{tmp_path}/{x}.pt") for x in ("lpt", "statex", "pretrained"))
+    assert lpt.config == small.config != statex.config
+    code = subprocess.run([sys.executable, f"{HERE}/model.py", f"--ckpt={tmp_path}/statex.pt", "--prompt=def read(", "--n=5"],
+                          capture_output=True, text=True)
+    assert code.returncode == 0 and code.stdout.startswith("def read(")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input: one clear line, exit status 2, nothing written or lost
+
+
+@pytest.fixture(scope="session")
+def ckpt(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    assert cli(train_script, f"--data={corpus}", "--init_from=scratch", "--steps=2", *TINY, f"--out_dir={out}") == (0, "")
+    return f"{out}/ckpt.pt"
+
+
+def refused(script, *args, says):
+    code, err = cli(script, *args)
+    line = err.strip().splitlines()[-1] if err.strip() else ""
+    assert code == 2 and says in line, (code, err)
+    assert "Traceback" not in err
+
+
+def test_bad_options():
+    refused(train_script, "--learning_rat=1", says="unknown option --learning_rat; the nearest known one is --")
+    refused(train_script, "--batchsize=1", says="--batch_size")
+    refused(train_script, "--steps=many", says="--steps=many is not a number")
+    refused(train_script, "scratch", says="options look like --name=value")
+    refused(train_script, "--preset=paper", says="paper-gla")
+    refused(train_script, "--block=gru", says="expected 'gla' or 'mamba2'")
+    refused(expand_script, "--evry=6", says="--every")
+    refused(model_script, "--n", says="--n needs a value")
+
+
+def test_bad_checkpoints(ckpt, corpus, tmp_path):
+    whole = open(ckpt, "rb").read()
+    cut, other, wrong = (str(tmp_path / x) for x in ("cut.pt", "other.pt", "wrong.pt"))
+    open(cut, "wb").write(whole[:len(whole) // 2])
+    torch.save({"weights": torch.ones(3)}, other)
+    loaded = torch.load(ckpt)
+    del loaded["model"]["norm.weight"]
+    torch.save(loaded, wrong)
+    for script, option in ((train_script, "--init_from"), (expand_script, "--init_from"), (model_script, "--ckpt"), (recall, "--ckpt")):
+        rest = [f"--data={corpus}", "--out_dir=" + str(tmp_path / "o")] if script is train_script else []
+        refused(script, f"{option}={tmp_path}/none.pt", *rest, says="no checkpoint at")
+        refused(script, f"{option}={cut}", *rest, says="not a whole checkpoint")
+        refused(script, f"{option}={other}", *rest, says="not a StateX checkpoint")
+        refused(script, f"{option}={wrong}", *rest, says="norm.weight")
+    refused(train_script, f"--init_from={ckpt}", "--block=mamba2", says="holds a gla model")
+    refused(train_script, "--init_from=resume", f"--out_dir={tmp_path}/none", says="no checkpoint at")
+    assert not os.path.exists(tmp_path / "o")
+
+
+def test_bad_transplants(ckpt, tmp_path):
+    out = f"--out={tmp_path}/x.pt"
+    refused(expand_script, f"--init_from={ckpt}", out, "--init=preserve", says="preserve is for Mamba2")
+    refused(expand_script, f"--init_from={ckpt}", out, "--layers=0,7", says="out of range")
+    refused(expand_script, f"--init_from={ckpt}", out, "--layers=zero", says="not a list of layers")
+    refused(expand_script, f"--init_from={ckpt}", out, "--every=0", says="chooses no layers")
+    refused(expand_script, f"--init_from={ckpt}", out, "--every=1", "--factor=3", says="a divisor of its 2 heads")
+    refused(expand_script, "--init_from=gla-1.3b", out, says="add --dry-run")
+    refused(expand_script, out, says="name a checkpoint")
+    assert not os.path.exists(tmp_path / "x.pt")
+    assert cli(expand_script, f"--init_from={ckpt}", "--every=2", out) == (0, "") and os.path.exists(tmp_path / "x.pt")
+
+
+def test_bad_shapes(corpus, tmp_path):
+    args = [f"--data={corpus}", "--init_from=scratch", *TINY, f"--out_dir={tmp_path}/o"]
+    refused(train_script, *args, "--n_head=3", says="n_head 3 does not divide")
+    refused(train_script, *args, "--block=mamba2", "--headdim=7", says="headdim 7 does not divide")
+    refused(train_script, *args, "--block_size=10000000", says="block_size")
+    refused(train_script, *args, "--accumulate=3", says="does not divide batch_size")
+    (tmp_path / "file").write_text("x")
+    refused(train_script, *args, f"--out_dir={tmp_path}/file", says="is a file")
+    assert not os.path.exists(tmp_path / "o") and (tmp_path / "file").read_text() == "x"
+
+
+def test_bad_text(tmp_path):
+    out = f"--out={tmp_path}/tokens"
+    (tmp_path / "empty.txt").write_text("  \n")
+    (tmp_path / "short.txt").write_text("three short words")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 1000)
+    refused(prepare, str(tmp_path / "empty.txt"), out, says="every file is empty")
+    refused(prepare, str(tmp_path / "short.txt"), out, says="too short a text")
+    refused(prepare, str(tmp_path / "latin.txt"), out, says="not UTF-8")
+    refused(prepare, str(tmp_path / "none.txt"), out, says="no file or folder")
+    refused(prepare, str(tmp_path / "short.txt"), out, "--tokenizer=gpt3", says="no tokenizer 'gpt3'")
+    refused(train_script, "--init_from=scratch", f"--data={tmp_path}/none", says="no token files")
+    assert not any(name.startswith("tokens") for name in os.listdir(tmp_path))
