@@ -273,10 +273,14 @@ class LM(nn.Module):
         x, state = self.features(idx, state)
         if targets is None:
             return self.lm_head(x)[..., :self.config.vocab_size], None, state
+        return None, self.loss(x, targets), state
+
+    def loss(self, x, targets):
+        """Mean cross-entropy, in nats, of features x (B,T,d_model) where targets (B,T) are not -100."""
         counted = targets != -100
-        slice_numbers = 1 << (28 if x.is_cuda else 20)                    # logits in memory at a time
-        return None, SlicedCrossEntropy.apply(x[counted], self.lm_head.weight, targets[counted],
-                                              self.config.vocab_size, slice_numbers), state
+        slice_numbers = 1 << (28 if x.is_cuda else 22)                    # logits in memory at a time
+        return SlicedCrossEntropy.apply(x[counted], self.lm_head.weight, targets[counted], self.config.vocab_size,
+                                        slice_numbers)
 
     @torch.no_grad()
     def generate(self, idx, n, temperature=1.0, top_k=None):

@@ -397,7 +397,7 @@ def cli(script, *args):
 
 
 TINY = ("--device=cpu", "--n_layer=2", "--d_model=16", "--n_head=2", "--d_state=2", "--d_mlp=16", "--headdim=8", "--block_size=32",
-        "--batch_size=4", "--recall_tokens=64", "--pairs=2,4", "--eval_interval=10")
+        "--batch_size=4", "--recall_batch=4", "--pairs=2,4", "--eval_interval=10")
 
 
 def losses(out_dir):

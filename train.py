@@ -41,7 +41,7 @@ DEFAULTS = dict(
     # the data: text, and sequences of multi-query recall (data/recall.py) beside it
     batch_size=8,                  # text sequences a step, in all
     block_size=128,                # tokens of a text sequence
-    recall_tokens=2048,            # tokens of recall sequences a step; 0 for text alone
+    recall_batch=16,               # recall sequences a step; 0 for text alone
     pairs="2,4,8,16",              # key-value pairs of a recall sequence: one of these a step
     # the optimizer: AdamW, linear warm-up, cosine to 0
     steps=600, lr=2e-2, warmup=50, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0,
@@ -56,7 +56,7 @@ DEFAULTS = dict(
 
 PRESETS = {
     # post-training as in the paper, section 5.1: 10B tokens, 64K context, 512K tokens a batch, lr 3e-4 -> 0
-    "paper-gla": dict(block="gla", block_size=65536, batch_size=8, accumulate=8, recall_tokens=0, steps=20000, lr=3e-4,
+    "paper-gla": dict(block="gla", block_size=65536, batch_size=8, accumulate=8, recall_batch=0, steps=20000, lr=3e-4,
                       warmup=1000, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0, eval_interval=500, every=6),
     "recipe-mamba2": dict(block="mamba2", tie_embeddings=True),
 }
@@ -66,19 +66,24 @@ PRESETS = {
 # one run
 
 
-def text_batch(tokens, o, step, part):
-    """The text of one step's part: idx, targets (batch_size / accumulate, block_size). Depends on nothing but the seed,
-    the step and the part, so every arm sees the same text and a resumed run goes on with what comes next."""
-    rng = np.random.default_rng([o.seed, 0, step, part])
-    starts = rng.integers(len(tokens) - o.block_size, size=o.batch_size // o.accumulate)
-    rows = np.stack([tokens[s:s + o.block_size + 1] for s in starts]).astype(np.int64)
-    return rows[:, :-1], rows[:, 1:]
+def batch(tokens, o, vocab_size, step, part):
+    """One part of a step's data: idx, targets (n + m, block_size), n rows of text first, then m of recall; and n.
+    It depends on nothing but the seed, the step and the part, so both arms see the same tokens in the same order, and a
+    resumed run goes on with what comes next."""
+    rng = np.random.default_rng([o.seed, step, part])
+    n, m = o.batch_size // o.accumulate, o.recall_batch // o.accumulate
+    starts = rng.integers(len(tokens) - o.block_size, size=n)
+    text = np.stack([tokens[s:s + o.block_size + 1] for s in starts]).astype(np.int64)
+    idx, targets = text[:, :-1], text[:, 1:]
+    if m:
+        pairs = int(rng.choice(sizes(o)))
+        asked = recall.mqar(rng, m, pairs, vocab_size, o.block_size)
+        idx, targets = np.concatenate([idx, asked[0]]), np.concatenate([targets, asked[1]])
+    return torch.from_numpy(idx).to(o.device), torch.from_numpy(targets).to(o.device), n
 
 
-def recall_batch(o, vocab_size, step):
-    rng = np.random.default_rng([o.seed, 1, step])
-    pairs = int(rng.choice([int(p) for p in o.pairs.split(",")]))
-    return recall.mqar(rng, -(-o.recall_tokens // (4 * pairs)), pairs, vocab_size)
+def sizes(o):
+    return [int(p) for p in o.pairs.split(",")]
 
 
 def make_optimizer(lm, o):
@@ -100,18 +105,14 @@ def held_out(lm, o, val):
     lm.eval()
     text = recall.text_loss(lm, val, min(o.block_size, len(val) - 1))[0]
     asked = 0.0
-    if o.recall_tokens:
-        sizes = [int(p) for p in o.pairs.split(",")]
+    if o.recall_batch:
         with torch.no_grad():
-            for p in sizes:
-                idx, targets = recall.mqar(np.random.default_rng([7, p]), 64, p, lm.config.vocab_size)
-                asked += lm(to(idx, o), to(targets, o))[1].item() / len(sizes)
+            for p in sizes(o):
+                idx, targets = (torch.from_numpy(a).to(o.device) for a in
+                                recall.mqar(np.random.default_rng([7, p]), 64, p, lm.config.vocab_size))
+                asked += lm(idx, targets)[1].item() / len(sizes(o))
     lm.train()
     return text, asked
-
-
-def to(array, o):
-    return torch.from_numpy(array).to(o.device)
 
 
 def train(lm, o, corpus, resume=None):
@@ -144,19 +145,13 @@ def train(lm, o, corpus, resume=None):
         optimizer.zero_grad(set_to_none=True)
         loss, recall_loss = 0.0, 0.0
         for part in range(o.accumulate):
-            idx, targets = text_batch(tokens, o, step, part)
+            idx, targets, n = batch(tokens, o, lm.config.vocab_size, step, part)
             with bf16:
-                part_loss = lm(to(idx, o), to(targets, o))[1] / o.accumulate
-            part_loss.backward()
-            loss += part_loss.item()
-            seen += idx.size
-        if o.recall_tokens:
-            idx, targets = recall_batch(o, lm.config.vocab_size, step)
-            with bf16:
-                part_loss = lm(to(idx, o), to(targets, o))[1]
-            part_loss.backward()
-            recall_loss = part_loss.item()
-            seen += idx.size
+                x, _ = lm.features(idx)
+                text_loss = lm.loss(x[:n], targets[:n]) / o.accumulate
+                asked_loss = lm.loss(x[n:], targets[n:]) / o.accumulate if o.recall_batch else torch.zeros(())
+            (text_loss + asked_loss).backward()
+            loss, recall_loss, seen = loss + text_loss.item(), recall_loss + asked_loss.item(), seen + idx.numel()
         norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), o.clip).item()
         if not math.isfinite(loss + recall_loss + norm):
             bar.close()
@@ -210,8 +205,12 @@ def prepared(o):
 def check(o):
     if o.steps < 1 or o.batch_size < 1 or o.block_size < 1 or o.accumulate < 1 or o.eval_interval < 1:
         raise BadInput("steps, batch_size, block_size, accumulate and eval_interval must be at least 1")
-    if o.batch_size % o.accumulate:
-        raise BadInput(f"accumulate {o.accumulate} does not divide batch_size {o.batch_size}")
+    if o.batch_size % o.accumulate or o.recall_batch % o.accumulate:
+        raise BadInput(f"accumulate {o.accumulate} does not divide batch_size {o.batch_size} and recall_batch {o.recall_batch}")
+    if not all(p.isdigit() and 0 < int(p) <= recall.SYMBOLS // 2 for p in o.pairs.split(",")):
+        raise BadInput(f"--pairs={o.pairs} is not a list of pairs; expected numbers from 1 to {recall.SYMBOLS // 2}, such as 4,8,16")
+    if o.recall_batch and o.block_size < 4 * max(sizes(o)):
+        raise BadInput(f"{max(sizes(o))} pairs need block_size {4 * max(sizes(o))}; it is {o.block_size}")
     if os.path.exists(o.out_dir) and not os.path.isdir(o.out_dir):
         raise BadInput(f"out_dir {o.out_dir} is a file; expected a folder, or a name that is free")
 
@@ -278,7 +277,7 @@ def report(lm, run, o, corpus, tokenizer):
     c = lm.config
     numbers = sum(c.state_numbers(i) for i in range(c.n_layer))
     lm.eval()
-    scores = recall.score(lm, corpus[1], tokenizer, pairs=[int(p) for p in o.pairs.split(",")], T=o.block_size)
+    scores = recall.score(lm, corpus[1], tokenizer, pairs=sizes(o), T=o.block_size)
     lm.generate(torch.zeros(1, 1, dtype=torch.long, device=o.device), 8)
     t0 = time.time()
     lm.generate(torch.zeros(1, 1, dtype=torch.long, device=o.device), 64)
