@@ -41,22 +41,22 @@ DEFAULTS = dict(
     # the data: text, and sequences of multi-query recall (data/recall.py) beside it
     batch_size=8,                  # text sequences a step, in all
     block_size=128,                # tokens of a text sequence
-    recall_batch=16,               # recall sequences a step; 0 for text alone
-    pairs="2,4,8,16",              # key-value pairs of a recall sequence: one of these a step
+    recall_tokens=2048,            # tokens of recall sequences a step; 0 for text alone
+    pairs="2,4,8,16,32",           # key-value pairs of a recall sequence: one of these a step
     # the optimizer: AdamW, linear warm-up, cosine to 0
-    steps=600, lr=2e-2, warmup=50, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0,
+    steps=900, lr=2e-2, warmup=50, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0,
     accumulate=1,                  # a step's text is split into this many forward and backward passes
     # evaluation and saving
     eval_interval=500,             # steps between evaluations; each saves a checkpoint
     # the recipe
-    pretrain_steps=1500,           # of `steps`, for the small model
+    pretrain_steps=1800,           # of `steps`, for the small model
     every=1, layers="", factor=0, expand_init="reinit",     # the transplant, as in expand.py
-    lr_grid="5e-3,2e-2",           # both arms post-train at each of these; the lower held-out loss is kept
+    lr_grid="1e-2,3e-2",           # both arms try each of these; see `recipe` for the rule
 )
 
 PRESETS = {
     # post-training as in the paper, section 5.1: 10B tokens, 64K context, 512K tokens a batch, lr 3e-4 -> 0
-    "paper-gla": dict(block="gla", block_size=65536, batch_size=8, accumulate=8, recall_batch=0, steps=20000, lr=3e-4,
+    "paper-gla": dict(block="gla", block_size=65536, batch_size=8, accumulate=8, recall_tokens=0, steps=20000, lr=3e-4,
                       warmup=1000, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0, eval_interval=500, every=6),
     "recipe-mamba2": dict(block="mamba2", tie_embeddings=True),
 }
@@ -66,20 +66,18 @@ PRESETS = {
 # one run
 
 
-def batch(tokens, o, vocab_size, step, part):
-    """One part of a step's data: idx, targets (n + m, block_size), n rows of text first, then m of recall; and n.
-    It depends on nothing but the seed, the step and the part, so both arms see the same tokens in the same order, and a
-    resumed run goes on with what comes next."""
+def batches(tokens, o, vocab_size, step, part):
+    """One part of a step's data: a list of (idx, targets), text first, then recall sequences of one size. It depends on
+    nothing but the seed, the step and the part, so both arms see the same tokens in the same order, and a resumed run
+    goes on with what comes next."""
     rng = np.random.default_rng([o.seed, step, part])
-    n, m = o.batch_size // o.accumulate, o.recall_batch // o.accumulate
-    starts = rng.integers(len(tokens) - o.block_size, size=n)
+    starts = rng.integers(len(tokens) - o.block_size, size=o.batch_size // o.accumulate)
     text = np.stack([tokens[s:s + o.block_size + 1] for s in starts]).astype(np.int64)
-    idx, targets = text[:, :-1], text[:, 1:]
-    if m:
+    data = [(text[:, :-1], text[:, 1:])]
+    if o.recall_tokens:
         pairs = int(rng.choice(sizes(o)))
-        asked = recall.mqar(rng, m, pairs, vocab_size, o.block_size)
-        idx, targets = np.concatenate([idx, asked[0]]), np.concatenate([targets, asked[1]])
-    return torch.from_numpy(idx).to(o.device), torch.from_numpy(targets).to(o.device), n
+        data.append(recall.mqar(rng, -(-o.recall_tokens // (4 * pairs * o.accumulate)), pairs, vocab_size))
+    return [tuple(torch.from_numpy(a).to(o.device) for a in pair) for pair in data]
 
 
 def sizes(o):
@@ -105,7 +103,7 @@ def held_out(lm, o, val):
     lm.eval()
     text = recall.text_loss(lm, val, min(o.block_size, len(val) - 1))[0]
     asked = 0.0
-    if o.recall_batch:
+    if o.recall_tokens:
         with torch.no_grad():
             for p in sizes(o):
                 idx, targets = (torch.from_numpy(a).to(o.device) for a in
@@ -115,8 +113,9 @@ def held_out(lm, o, val):
     return text, asked
 
 
-def train(lm, o, corpus, resume=None):
-    """Train lm in place by the options o; resume is the "train" entry of the checkpoint to go on from.
+def train(lm, o, corpus, resume=None, until=None):
+    """Train lm in place by the options o, to the end or to step `until`; resume is the "train" entry of the checkpoint to
+    go on from.
     Returns {"tokens", "tokens_per_s", "val_loss", "recall_loss", "peak_mem_mib", "curve"}."""
     tokens, val, _ = corpus
     lm.to(o.device).train()
@@ -138,38 +137,39 @@ def train(lm, o, corpus, resume=None):
     bar = tqdm(total=o.steps, initial=step, desc=o.name, mininterval=1, disable=None if sys.stderr.isatty() else False,
                unit="step", dynamic_ncols=True)
     text, asked = None, None
-    while step < o.steps:
+    until = until or o.steps
+    while step < until:
         t0 = time.time()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(o, step)
         optimizer.zero_grad(set_to_none=True)
-        loss, recall_loss = 0.0, 0.0
+        loss = [0.0, 0.0]                                          # of text and of recall
         for part in range(o.accumulate):
-            idx, targets, n = batch(tokens, o, lm.config.vocab_size, step, part)
-            with bf16:
-                x, _ = lm.features(idx)
-                text_loss = lm.loss(x[:n], targets[:n]) / o.accumulate
-                asked_loss = lm.loss(x[n:], targets[n:]) / o.accumulate if o.recall_batch else torch.zeros(())
-            (text_loss + asked_loss).backward()
-            loss, recall_loss, seen = loss + text_loss.item(), recall_loss + asked_loss.item(), seen + idx.numel()
+            for i, (idx, targets) in enumerate(batches(tokens, o, lm.config.vocab_size, step, part)):
+                with bf16:
+                    part_loss = lm(idx, targets)[1] / o.accumulate
+                part_loss.backward()
+                loss[i] += part_loss.item()
+                seen += idx.numel()
+        text_loss, recall_loss = loss
         norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), o.clip).item()
-        if not math.isfinite(loss + recall_loss + norm):
+        if not math.isfinite(text_loss + recall_loss + norm):
             bar.close()
             kept = f"{path} holds the last good step" if os.path.exists(path) else "nothing was saved yet"
-            raise BadInput(f"step {step}: the loss is {loss + recall_loss:.4g} and the gradient's norm {norm:.4g}; {kept}; "
+            raise BadInput(f"step {step}: the loss is {text_loss + recall_loss:.4g} and the gradient's norm {norm:.4g}; {kept}; "
                            "try a smaller --lr or a longer --warmup")
         optimizer.step()
         step += 1
         spent += time.time() - t0
         rate, left = seen / spent, spent / step * (o.steps - step)
         bar.update()
-        bar.set_postfix_str(f"loss {loss:.3f} recall {recall_loss:.3f} {rate:,.0f} tokens/s", refresh=False)
-        if step % 10 == 0 or step == o.steps:
-            curve.append([seen, loss, recall_loss])
-            log.write(json.dumps({"run": o.name, "step": step, "loss": loss, "recall_loss": recall_loss,
+        bar.set_postfix_str(f"loss {text_loss:.3f} recall {recall_loss:.3f} {rate:,.0f} tokens/s", refresh=False)
+        if step % 10 == 0 or step == until:
+            curve.append([seen, text_loss, recall_loss])
+            log.write(json.dumps({"run": o.name, "step": step, "loss": text_loss, "recall_loss": recall_loss,
                                   "grad_norm": norm, "lr": learning_rate(o, step - 1), "tokens": seen,
                                   "tokens_per_s": round(rate), "seconds_left": round(left, 1)}) + "\n")
-        if step % o.eval_interval == 0 or step == o.steps:
+        if step % o.eval_interval == 0 or step == until:
             text, asked = held_out(lm, o, val)
             log.write(json.dumps({"run": o.name, "step": step, "val_loss": text, "val_recall_loss": asked,
                                   "tokens": seen, "seconds_left": round(left, 1)}) + "\n")
@@ -205,12 +205,10 @@ def prepared(o):
 def check(o):
     if o.steps < 1 or o.batch_size < 1 or o.block_size < 1 or o.accumulate < 1 or o.eval_interval < 1:
         raise BadInput("steps, batch_size, block_size, accumulate and eval_interval must be at least 1")
-    if o.batch_size % o.accumulate or o.recall_batch % o.accumulate:
-        raise BadInput(f"accumulate {o.accumulate} does not divide batch_size {o.batch_size} and recall_batch {o.recall_batch}")
+    if o.batch_size % o.accumulate:
+        raise BadInput(f"accumulate {o.accumulate} does not divide batch_size {o.batch_size}")
     if not all(p.isdigit() and 0 < int(p) <= recall.SYMBOLS // 2 for p in o.pairs.split(",")):
         raise BadInput(f"--pairs={o.pairs} is not a list of pairs; expected numbers from 1 to {recall.SYMBOLS // 2}, such as 4,8,16")
-    if o.recall_batch and o.block_size < 4 * max(sizes(o)):
-        raise BadInput(f"{max(sizes(o))} pairs need block_size {4 * max(sizes(o))}; it is {o.block_size}")
     if os.path.exists(o.out_dir) and not os.path.isdir(o.out_dir):
         raise BadInput(f"out_dir {o.out_dir} is a file; expected a folder, or a name that is free")
 
@@ -243,25 +241,29 @@ def recipe(o):
     corpus = prepared(o)
     os.makedirs(o.out_dir, exist_ok=True)
     tokenizer = load_tokenizer(corpus[2]["tokenizer"])
-    run = lambda lm, name, **changes: train(lm, SimpleNamespace(**{**vars(o), "name": name, **changes}), corpus)
+    def run(lm, name, resume=None, until=None, **changes):
+        return train(lm, SimpleNamespace(**{**vars(o), "name": name, **changes}), corpus, resume, until)
+
     small = new_model(o, corpus[2])
     results = {"pretrained": report(small, run(small, "pretrained", steps=o.pretrain_steps), o, corpus, tokenizer)}
     larger, transplant = expand(small, choose_layers(o.n_layer, o.every, o.layers), o.factor or None, o.expand_init, o.seed)
     print(describe(transplant))
     curves = {}
     for arm, start in (("lpt", small), ("statex", larger)):
-        tried = []
+        # The first quarter of the run at every learning rate of the grid; the one with the lower held-out loss goes on.
+        tried = {}
         for lr in (float(x) for x in o.lr_grid.split(",")):
             lm = LM(start.config).to(o.device)
             lm.load_state_dict(start.state_dict())
-            r = run(lm, f"{arm}-lr{lr:g}", lr=lr)
-            tried.append((r["val_loss"] + r["recall_loss"], lr, lm, r))
-        _, lr, lm, r = min(tried, key=lambda x: x[0])
-        save_checkpoint(f"{o.out_dir}/{arm}.pt", lm)
+            r = run(lm, f"{arm}-lr{lr:g}", lr=lr, until=max(1, o.steps // 4))
+            tried[f"{lr:g}"] = r["val_loss"] + r["recall_loss"]
+        lr = min(tried, key=tried.get)
+        lm, resume = load_checkpoint(f"{o.out_dir}/{arm}-lr{lr}.pt")
+        r = run(lm, arm, lr=float(lr), resume=resume)
         curves[arm] = r["curve"]
         results[arm] = report(lm, r, o, corpus, tokenizer)
         results[arm]["tokens"] += results["pretrained"]["tokens"]
-        results[arm] |= {"lr": lr, "tried": {f"{t[1]:g}": {"val_loss": t[3]["val_loss"], "recall_loss": t[3]["recall_loss"]} for t in tried}}
+        results[arm] |= {"lr": float(lr), "held_out_loss_by_lr_after_a_quarter": tried}
     results["config"] = {k: v for k, v in vars(o).items() if k not in ("data", "out_dir", "init_from")} | {"corpus": corpus[2]}
     results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
                            "threads": torch.get_num_threads()}

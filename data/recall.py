@@ -29,21 +29,19 @@ def draw(rng, n, k, pool):
     return pool[np.argsort(rng.random((n, len(pool))), axis=1)[:, :k]]
 
 
-def mqar(rng, n, pairs, vocab_size, T=None):
-    """n sequences of 4 * pairs tokens: k1 v1 k2 v2 ..., then every key again in random order, each before its value.
-    With T, the asking goes on, in a new order each time, up to T tokens."""
+def mqar(rng, n, pairs, vocab_size):
+    """n sequences of 4 * pairs tokens: k1 v1 k2 v2 ..., then every key again in random order, each before its value."""
     pool = symbols(vocab_size)
     half = len(pool) // 2
     if pairs > half:
         raise ValueError(f"{pairs} pairs need {2 * pairs} symbols; there are {len(pool)}")
     keys, values = draw(rng, n, pairs, pool[:half]), draw(rng, n, pairs, pool[half:])
-    rounds = 1 if T is None else max(1, -(-(T - 2 * pairs) // (2 * pairs)))
-    order = np.concatenate([np.argsort(rng.random((n, pairs)), axis=1) for _ in range(rounds)], axis=1)
+    order = np.argsort(rng.random((n, pairs)), axis=1)
     asked, answers = np.take_along_axis(keys, order, 1), np.take_along_axis(values, order, 1)
     idx = np.concatenate([np.stack([keys, values], 2), np.stack([asked, answers], 2)], axis=1).reshape(n, -1)
     targets = np.full_like(idx, -100)
     targets[:, 2 * pairs::2] = answers
-    return idx[:, :T], targets[:, :T]
+    return idx, targets
 
 
 def fewshot(rng, n, shots, vocab_size, items=8):
