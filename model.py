@@ -4,9 +4,10 @@ The blocks are the public ones, parameter for parameter: GLA as in flash-linear-
 mamba_ssm. Both carry a state of fixed size through time. How large it is can differ from layer to layer (that is what
 expand.py changes): `n_head` sets it for GLA (d_k d_v / n_head numbers a layer), `d_state` for Mamba2 (d_inner d_state).
 
-    python model.py --ckpt=out/recipe-gla/statex.pt --prompt="def read("
+    python model.py --ckpt=out/recipe-gla/statex.pt --prompt="def read("      generate (--ckpt also takes a folder or hub id)
+    python model.py --ckpt=out/run/ckpt.pt --export=FOLDER                    write it in the public format
 """
-import math, os, pickle, sys
+import json, math, os, pickle, re
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -301,9 +302,17 @@ class LM(nn.Module):
         return torch.cat(out, dim=1)
 
     @classmethod
-    def from_pretrained(cls, name):
-        """The model of a checkpoint that this project wrote (a .pt file)."""
-        return load_checkpoint(name)[0]
+    def from_pretrained(cls, name, block=None):
+        """The model in a checkpoint of ours (a .pt file), in a folder in a public format, or under a hub id such as
+        "fla-hub/gla-1.3B-100B", "state-spaces/mamba2-1.3b" (through huggingface_hub). Raises BadInput, also where the
+        model is not of the block type asked for."""
+        if os.path.isdir(name) or not os.path.exists(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not str(name).endswith(".pt"):
+            lm = load_public(name)
+        else:
+            lm = load_checkpoint(name)[0]
+        if block and lm.config.block != block:
+            raise BadInput(f"{name} holds a {lm.config.block} model; expected {block}, so use --block={lm.config.block}")
+        return lm
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,8 +334,8 @@ def save_checkpoint(path, lm, train=None):
         raise BadInput(f"cannot save {path}: {e}; the last checkpoint is untouched")
 
 
-def load_checkpoint(path, block=None):
-    """-> (lm, train). Raises BadInput for a file that is missing, cut short, not ours, or of another block type."""
+def load_checkpoint(path):
+    """-> (lm, train). Raises BadInput for a file that is missing, cut short or not ours."""
     if not os.path.isfile(path):
         raise BadInput(f"no checkpoint at {path}; train.py and expand.py write them")
     try:
@@ -339,8 +348,6 @@ def load_checkpoint(path, block=None):
     if unknown:
         raise BadInput(f"{path} has options that this version does not know: {', '.join(sorted(unknown))}")
     config = Config(**ckpt["config"])
-    if block and config.block != block:
-        raise BadInput(f"{path} holds a {config.block} model; expected {block}, so use --block={config.block}")
     with torch.device("meta"):
         lm = LM(config)
     if config.tie_embeddings:
@@ -354,12 +361,185 @@ def load_checkpoint(path, block=None):
     return lm, ckpt["train"]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# public checkpoints: flash-linear-attention's GLA, state-spaces' Mamba2, transformers' Mamba2
+
+# In a config: options that change nothing here (how others initialise, store, fuse or chunk), and options of which only
+# one value is built. Everything else is read below, or refused by name.
+NO_MATTER = set("""architectures model_type torch_dtype dtype transformers_version use_cache initializer_range bos_token_id
+    eos_token_id pad_token_id max_position_embeddings attn_mode fuse_norm fuse_swiglu fuse_cross_entropy
+    fuse_linear_cross_entropy use_l2warp chunk_size residual_in_fp32 rescale_prenorm_residual time_step_rank time_step_min
+    time_step_max time_step_floor fused_add_norm layer_types""".split())
+ONLY = {
+    "gla": {"num_kv_heads": (None, "num_heads"), "feature_map": (None,), "use_output_gate": (True,), "clamp_min": (None,),
+            "hidden_act": ("swish", "silu"), "elementwise_affine": (True,), "use_gk": (True,), "use_gv": (False,), "attn": (None,),
+            "attnres_block_size": (None,), "share_conv_kernel": (False,)},
+    "mamba2": {"hidden_act": ("silu", "swish"), "use_bias": (False,), "use_conv_bias": (True,), "rms_norm": (True,),
+               "norm_before_gate": (False,), "time_step_limit": ([0.0, math.inf], [0.0, {"__float__": "Infinity"}], None), "d_intermediate": (0,),
+               "attn_layer_idx": ([], None), "attn_cfg": ({}, None)},
+}
+
+
+def load_public(name):
+    """The model in a folder in a public format, or under a hub id; its weights in float32."""
+    folder = str(name)
+    if not os.path.isdir(folder):
+        try:
+            from huggingface_hub import snapshot_download
+        except ImportError:
+            raise BadInput(f"no file or folder {name}; to fetch it from the hub: pip install huggingface_hub")
+        try:
+            folder = snapshot_download(folder, allow_patterns=["*.json", "*.safetensors", "*.bin", "tokenizer*"])
+        except Exception as e:                                 # whatever the network or the hub answers
+            raise BadInput(f"no file or folder {name}, and the hub did not give it ({type(e).__name__})")
+    try:
+        with open(f"{folder}/config.json") as f:
+            public = json.load(f)
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{folder} has no readable config.json ({type(e).__name__}); expected a checkpoint folder")
+    config = read_config(public, folder)
+    config.tokenizer = f"hf:{name}"
+    with torch.device("meta"):
+        lm = LM(config)
+    weights = read_weights(folder)
+    want, have, wrong = lm.state_dict(), {}, []
+    for key in list(weights):
+        tensor, ours = weights.pop(key), our_name(key)
+        if ours.endswith("mlp.gate_proj.weight") and tensor.shape[0] == 2 * config.d_mlp:        # older: gate and up in one
+            have[ours], have[ours.replace("gate_proj", "up_proj")] = (t.float().clone() for t in tensor.chunk(2))
+        elif ours not in want or ours in have:
+            wrong.append(f"unexpected {key}")
+        elif tensor.shape != want[ours].shape:
+            wrong.append(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(want[ours].shape)}")
+        else:
+            have[ours] = tensor.float()
+    if config.tie_embeddings and "embeddings.weight" in have:
+        have["lm_head.weight"] = have["embeddings.weight"]
+    wrong += [f"missing {key}" for key in want if key not in have and not any(our_name(w.split()[0]) == key for w in wrong)]
+    if wrong:
+        raise BadInput(f"the weights in {folder} do not fit its config.json: {'; '.join(wrong[:8])}" + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+    lm.load_state_dict(have, assign=True)
+    if config.tie_embeddings:
+        lm.lm_head.weight = lm.embeddings.weight
+    return lm.requires_grad_()
+
+
+def read_config(public, folder):
+    """Our Config from a public config.json; every option in it is used, known not to matter, or refused by name."""
+    left = {k: v for k, v in public.items() if k not in NO_MATTER and not k.startswith("_")}
+    take = lambda key, default=None: left.pop(key, default)
+    kind = "state-spaces" if "ssm_cfg" in public else public.get("model_type")
+    if kind == "gla":
+        d, ratio = take("hidden_size"), take("hidden_ratio", 4) or 4
+        conv, taps, heads = take("use_short_conv", False), take("conv_size", 4), take("num_heads")
+        if not conv or left.get("share_conv_kernel") is None:
+            take("share_conv_kernel")
+        if left.get("num_kv_heads") == heads:
+            take("num_kv_heads")
+        shape = dict(block="gla", d_model=d, n_layer=take("num_hidden_layers"), n_head=heads, expand_k=take("expand_k", 0.5),
+                     expand_v=take("expand_v", 1.0), conv_size=taps if conv else 0, norm_eps=take("norm_eps", 1e-6),
+                     d_mlp=take("intermediate_size") or -(-int(d * ratio * 2 / 3) // 256) * 256,
+                     vocab_size=take("vocab_size"), tie_embeddings=take("tie_word_embeddings", False))
+    elif kind == "mamba2":
+        shape = dict(block="mamba2", d_model=take("hidden_size"), n_layer=take("num_hidden_layers"), d_state=take("state_size", 128),
+                     headdim=take("head_dim", 64), expand=take("expand", 2), n_groups=take("n_groups", 8), conv_size=take("conv_kernel", 4),
+                     norm_eps=take("layer_norm_epsilon", 1e-5), vocab_size=take("vocab_size"),
+                     tie_embeddings=take("tie_word_embeddings", False))
+        heads = take("num_heads")
+        if heads is not None and heads * shape["headdim"] != shape["d_model"] * shape["expand"]:
+            raise BadInput(f"{folder}/config.json: num_heads {heads} x head_dim {shape['headdim']} is not expand x hidden_size")
+    elif kind == "state-spaces":
+        ssm = dict(take("ssm_cfg"))
+        if ssm.pop("layer", "Mamba1") != "Mamba2":
+            raise BadInput(f"{folder}/config.json: ssm_cfg's layer is not Mamba2; only Mamba2 is built")
+        shape = dict(block="mamba2", d_model=take("d_model"), n_layer=take("n_layer"), d_state=ssm.pop("d_state", 128),
+                     headdim=ssm.pop("headdim", 64), expand=ssm.pop("expand", 2), n_groups=ssm.pop("ngroups", 1),
+                     conv_size=ssm.pop("d_conv", 4), vocab_size=take("vocab_size"), pad_vocab=take("pad_vocab_size_multiple", 8),
+                     tie_embeddings=take("tie_embeddings", True))
+        left |= {f"ssm_cfg.{k}": v for k, v in ssm.items() if k != "chunk_size"}
+    else:
+        raise BadInput(f"{folder}/config.json: model_type is {kind!r}; expected gla, mamba2, or state-spaces' ssm_cfg")
+    only = ONLY[shape["block"]]
+    refused = [f"{k} = {v!r}" for k, v in left.items() if k not in only or v not in only[k]]
+    if refused:
+        raise BadInput(f"{folder}/config.json asks for what is not built: {', '.join(refused)}")
+    missing = [k for k, v in shape.items() if v is None]
+    if missing:
+        raise BadInput(f"{folder}/config.json lacks {', '.join(missing)}")
+    return Config(**shape)
+
+
+def our_name(key):
+    """A public parameter's name here."""
+    key = re.sub(r"^(model|backbone)\.", "", key)
+    return re.sub(r"^norm_f\.", "norm.", re.sub(r"^embedding\.", "embeddings.", key))
+
+
+def read_weights(folder):
+    """name -> tensor, of model.safetensors, its shards, or pytorch_model.bin (never unpickling anything but tensors)."""
+    names = [f"{folder}/model.safetensors"]
+    try:
+        if os.path.exists(f"{folder}/model.safetensors.index.json"):
+            with open(f"{folder}/model.safetensors.index.json") as f:
+                names = sorted({f"{folder}/{n}" for n in json.load(f)["weight_map"].values()})
+        elif not os.path.exists(names[0]):
+            return torch.load(f"{folder}/pytorch_model.bin", map_location="cpu", weights_only=True, mmap=True)
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise BadInput("this checkpoint is in safetensors format: pip install safetensors")
+        weights = {}
+        for n in names:
+            weights |= load_file(n)
+        return weights
+    except BadInput:
+        raise
+    except Exception as e:                                     # a missing shard, a cut file, a pickle of something else
+        raise BadInput(f"cannot read the weights in {folder}: {type(e).__name__}: {' '.join(str(e).split())[:200]}")
+
+
+def export(lm, folder):
+    """Write config.json and model.safetensors as flash-linear-attention's GLAForCausalLM and transformers'
+    Mamba2ForCausalLM read them. Raises BadInput for layers that differ: those formats have one size for all."""
+    c = lm.config
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise BadInput("--export writes safetensors: pip install safetensors")
+    sizes = c.n_head if c.block == "gla" else c.d_state
+    if len(set(sizes)) > 1:
+        raise BadInput(f"this model's layers differ ({'n_head' if c.block == 'gla' else 'd_state'} is {sizes}); the public format holds one size for all layers")
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise BadInput(f"{folder} exists; --export names a new folder")
+    rows = lm.embeddings.weight.shape[0]
+    if c.block == "gla":
+        public = {"architectures": ["GLAForCausalLM"], "model_type": "gla", "hidden_size": c.d_model, "num_hidden_layers": c.n_layer,
+                  "num_heads": sizes[0], "expand_k": c.expand_k, "expand_v": c.expand_v, "use_short_conv": c.conv_size > 0,
+                  "conv_size": c.conv_size or 4, "norm_eps": c.norm_eps, "intermediate_size": c.d_mlp, "hidden_act": "swish"}
+        rename = lambda k: k if k.startswith("lm_head") else f"model.{k}"
+    else:
+        public = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "hidden_size": c.d_model, "num_hidden_layers": c.n_layer,
+                  "num_heads": c.d_inner // c.headdim, "head_dim": c.headdim, "state_size": sizes[0], "expand": c.expand,
+                  "n_groups": c.n_groups, "conv_kernel": c.conv_size, "layer_norm_epsilon": c.norm_eps, "hidden_act": "silu",
+                  "use_bias": False, "use_conv_bias": True}
+        rename = lambda k: k if k.startswith("lm_head") else f"backbone.{re.sub('^norm', 'norm_f', k)}"
+    public |= {"vocab_size": rows, "tie_word_embeddings": c.tie_embeddings, "torch_dtype": "float32"}
+    weights = {rename(k): v.contiguous() for k, v in lm.state_dict().items() if not (c.tie_embeddings and k == "lm_head.weight")}
+    os.makedirs(folder, exist_ok=True)
+    save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    with open(f"{folder}/config.json", "w") as f:
+        json.dump(public, f, indent=1)
+
+
 def main():
-    o = command_line(__doc__, ckpt="", prompt="", n=200, temperature=0.8, top_k=50, seed=0,
+    o = command_line(__doc__, ckpt="", prompt="", n=200, temperature=0.8, top_k=50, seed=0, export="",
                      device="cuda" if torch.cuda.is_available() else "cpu")
     if not o.ckpt:
         raise BadInput("name a checkpoint: --ckpt=out/recipe-gla/statex.pt")
     lm = LM.from_pretrained(o.ckpt).to(o.device).eval()
+    if o.export:
+        export(lm.cpu(), o.export)
+        return print(f"{o.export}: config.json and model.safetensors")
     tokenizer = load_tokenizer(lm.config.tokenizer)
     ids = tokenizer.encode_ordinary(o.prompt) or [0]
     torch.manual_seed(o.seed)

@@ -223,6 +223,146 @@ def test_checkpoint_round_trip(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# public checkpoints. The formats' own libraries are a test-only extra: pip install transformers safetensors
+
+
+def public_folder(path, kind, seed=0):
+    """A small random checkpoint folder written in a public format, without that format's library."""
+    torch.manual_seed(seed)
+    d, heads, N, rows = 32, 4, 6, 64
+    normal = lambda *shape: 0.1 * torch.randn(*shape)
+    if kind == "gla":
+        config = {"model_type": "gla", "hidden_size": d, "num_hidden_layers": 2, "num_heads": heads, "vocab_size": rows, "use_short_conv": True,
+                  "intermediate_size": 48, "attn_mode": "chunk", "clamp_min": None, "use_gk": True, "use_gv": False, "fuse_norm": True}
+        layer = {"attn_norm.weight": (d,), "attn.q_proj.weight": (16, d), "attn.k_proj.weight": (16, d), "attn.v_proj.weight": (d, d),
+                 "attn.g_proj.weight": (d, d), "attn.gk_proj.0.weight": (16, d), "attn.gk_proj.1.weight": (16, 16), "attn.gk_proj.1.bias": (16,),
+                 "attn.o_proj.weight": (d, d), "attn.g_norm_swish_gate.weight": (8,), "attn.q_conv1d.weight": (16, 1, 4),
+                 "attn.k_conv1d.weight": (16, 1, 4), "attn.v_conv1d.weight": (d, 1, 4), "mlp_norm.weight": (d,),
+                 "mlp.gate_proj.weight": (96, d), "mlp.down_proj.weight": (d, 48)}           # gate and up in one, as of old
+        weights = {"model.embeddings.weight": normal(rows, d), "model.norm.weight": normal(d), "lm_head.weight": normal(rows, d)}
+        weights |= {f"model.layers.{i}.{k}": normal(*v) for i in range(2) for k, v in layer.items()}
+    else:
+        config = {"d_model": d, "d_intermediate": 0, "n_layer": 2, "vocab_size": 61, "ssm_cfg": {"layer": "Mamba2", "d_state": N, "headdim": 16},
+                  "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True,
+                  "pad_vocab_size_multiple": 16, "tie_embeddings": True}
+        layer = {"norm.weight": (d,), "mixer.in_proj.weight": (2 * 64 + 2 * N + 4, d), "mixer.conv1d.weight": (64 + 2 * N, 1, 4),
+                 "mixer.conv1d.bias": (64 + 2 * N,), "mixer.dt_bias": (4,), "mixer.A_log": (4,), "mixer.D": (4,), "mixer.norm.weight": (64,),
+                 "mixer.out_proj.weight": (d, 64)}
+        weights = {"backbone.embedding.weight": normal(rows, d), "backbone.norm_f.weight": normal(d)}
+        weights["lm_head.weight"] = weights["backbone.embedding.weight"]
+        weights |= {f"backbone.layers.{i}.{k}": normal(*v) for i in range(2) for k, v in layer.items()}
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    return config, weights
+
+
+def write_weights(path, weights, shards=0):
+    if not shards:
+        return torch.save(weights, path / "pytorch_model.bin")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    names = list(weights)
+    where = {n: f"model-{1 + i * shards // len(names)}.safetensors" for i, n in enumerate(names)}
+    for file in set(where.values()):
+        save_file({n: weights[n].clone() for n in names if where[n] == file}, path / file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+@pytest.mark.parametrize("kind,shards", (("gla", 0), ("mamba2", 0), ("gla", 3), ("mamba2", 3)))
+def test_public_folders_load_tensor_for_tensor(kind, shards, tmp_path):
+    _, weights = public_folder(tmp_path / "x", kind)
+    write_weights(tmp_path / "x", weights, shards)
+    lm = LM.from_pretrained(str(tmp_path / "x"))
+    ours = lm.state_dict()
+    if kind == "gla":
+        assert torch.equal(torch.cat((ours["layers.1.mlp.gate_proj.weight"], ours["layers.1.mlp.up_proj.weight"])),
+                           weights["model.layers.1.mlp.gate_proj.weight"])
+        assert torch.equal(ours["layers.0.attn.gk_proj.1.bias"], weights["model.layers.0.attn.gk_proj.1.bias"])
+    else:
+        assert torch.equal(ours["embeddings.weight"], weights["backbone.embedding.weight"]) and lm.config.vocab_size == 61
+        assert torch.equal(ours["norm.weight"], weights["backbone.norm_f.weight"])
+        assert torch.equal(ours["layers.1.mixer.A_log"], weights["backbone.layers.1.mixer.A_log"])
+    assert lm(torch.ones(1, 5, dtype=torch.long))[0].shape[-1] == lm.config.vocab_size
+    assert cli(expand_script, f"--init_from={tmp_path}/x", "--every=1", f"--out={tmp_path}/x.pt") == (0, "")
+    lm(torch.ones(1, 5, dtype=torch.long), torch.ones(1, 5, dtype=torch.long))[1].backward()
+
+
+def test_bad_public_folders(tmp_path):
+    for kind in ("gla", "mamba2"):
+        path = tmp_path / kind
+        config, weights = public_folder(path, kind)
+        check = lambda says: refused(expand_script, f"--init_from={path}", f"--out={tmp_path}/x.pt", says=says)
+        check("cannot read the weights")
+        name = [k for k in weights if k.endswith("layers.1.norm.weight" if kind == "mamba2" else "layers.1.attn_norm.weight")][0]
+        write_weights(path, {k: v for k, v in weights.items() if k != name})
+        check("missing layers.1.")
+        write_weights(path, weights | {"model.rotary.weight": torch.ones(2)})
+        check("unexpected model.rotary.weight")
+        write_weights(path, weights | {name: torch.ones(7)})
+        check("has shape (7,), expected (32,)")
+        write_weights(path, weights)
+        whole = (path / "pytorch_model.bin").read_bytes()
+        (path / "pytorch_model.bin").write_bytes(whole[:len(whole) // 2])
+        check("cannot read the weights")
+        write_weights(path, weights)
+        (path / "config.json").write_text(json.dumps(config | {"sliding_window": 5}))
+        check("not built: sliding_window = 5")
+        (path / "config.json").write_text("{")
+        check("no readable config.json")
+        (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        check("model_type is 'llama'")
+    _, weights = public_folder(tmp_path / "st", "gla")
+    (tmp_path / "st" / "model.safetensors").write_bytes(b"\x10\x00\x00\x00")
+    refused(expand_script, f"--init_from={tmp_path}/st", says="cannot read the weights")
+    assert not os.path.exists(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("groups,tied", ((1, True), (8, False)))
+def test_parity_with_transformers_mamba2(groups, tied, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="test-only extra: pip install transformers")
+    torch.manual_seed(0)
+    theirs = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(
+        vocab_size=101, hidden_size=64, num_hidden_layers=2, head_dim=16, num_heads=8, state_size=12, n_groups=groups, expand=2,
+        tie_word_embeddings=tied)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path / "a")
+    lm = LM.from_pretrained(str(tmp_path / "a")).eval()
+    with torch.no_grad():
+        for T in (1, 63, 300):
+            idx = torch.randint(101, (2, T))
+            assert (theirs(idx).logits - lm(idx)[0]).abs().max() < 1e-4
+        idx = idx[:1, :20]
+        # Without their cache: transformers 5.23's one-token path strays from its own full forward with n_groups > 1.
+        greedy = theirs.generate(idx, max_new_tokens=50, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=False)
+        assert torch.equal(greedy, lm.generate(idx, 50, temperature=0))
+        model_script.export(lm, str(tmp_path / "b"))
+        back = transformers.Mamba2ForCausalLM.from_pretrained(tmp_path / "b").eval()
+        assert (back(idx).logits - lm(idx)[0]).abs().max() < 1e-4
+    with pytest.raises(BadInput, match="layers differ"):
+        model_script.export(expand(lm, [0])[0], str(tmp_path / "c"))
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU: flash-linear-attention's kernels")
+@pytest.mark.parametrize("conv", (False, True))
+def test_parity_with_fla_gla(conv, tmp_path):
+    fla = pytest.importorskip("fla.models.gla", reason="test-only extra: pip install flash-linear-attention")
+    torch.manual_seed(0)
+    theirs = fla.GLAForCausalLM(fla.GLAConfig(hidden_size=256, num_hidden_layers=2, num_heads=4, vocab_size=1000,
+                                              use_short_conv=conv)).cuda().bfloat16().eval()
+    theirs.save_pretrained(tmp_path / "a")
+    lm = LM.from_pretrained(str(tmp_path / "a")).cuda().eval()
+    for T in (100, 300):
+        idx = torch.randint(1000, (2, T), device="cuda")
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            ours, loss = lm(idx)[0], lm(idx[:, :-1], idx[:, 1:])[1]
+            ref = theirs(idx).logits
+        assert gap(ours, ref) < 2e-2
+        plain = torch.nn.functional.cross_entropy(ref[:, :-1].flatten(0, 1).float(), idx[:, 1:].flatten())
+        assert abs(loss.item() - plain.item()) < 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # transplant
 
 

@@ -221,7 +221,7 @@ def one_run(o):
             raise BadInput(f"{o.out_dir}/{o.name}.pt holds no run to resume; start one with --init_from={o.out_dir}/{o.name}.pt")
         o = SimpleNamespace(**{**vars(o), **resume["options"], "out_dir": o.out_dir, "device": o.device, "init_from": "resume"})
     elif o.init_from != "scratch":
-        lm, _ = load_checkpoint(o.init_from, o.block)
+        lm = LM.from_pretrained(o.init_from, o.block)
     corpus = prepared(o)
     if o.init_from == "scratch":
         lm = new_model(o, corpus[2])
