@@ -44,12 +44,12 @@ DEFAULTS = dict(
     recall_tokens=2048,            # tokens of recall sequences a step; 0 for text alone
     pairs="2,4,8,16,32",           # key-value pairs of a recall sequence: one of these a step
     # the optimizer: AdamW, linear warm-up, cosine to 0
-    steps=900, lr=2e-2, warmup=50, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0,
+    steps=800, lr=2e-2, warmup=50, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0,
     accumulate=1,                  # a step's text is split into this many forward and backward passes
     # evaluation and saving
     eval_interval=500,             # steps between evaluations; each saves a checkpoint
     # the recipe
-    pretrain_steps=1800,           # of `steps`, for the small model
+    pretrain_steps=1600,           # of `steps`, for the small model
     every=1, layers="", factor=0, expand_init="reinit",     # the transplant, as in expand.py
     lr_grid="1e-2,3e-2",           # both arms try each of these; see `recipe` for the rule
 )
@@ -58,7 +58,7 @@ PRESETS = {
     # post-training as in the paper, section 5.1: 10B tokens, 64K context, 512K tokens a batch, lr 3e-4 -> 0
     "paper-gla": dict(block="gla", block_size=65536, batch_size=8, accumulate=8, recall_tokens=0, steps=20000, lr=3e-4,
                       warmup=1000, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0, eval_interval=500, every=6),
-    # the recipe. In its 900 steps a fresh GLA mixer only catches up with LPT; `inherit`, the paper's ablation, shows the effect
+    # the recipe. In its 800 steps a fresh GLA mixer only catches up with LPT; `inherit`, the paper's ablation, shows the effect
     "recipe-gla": dict(expand_init="inherit"),
     "recipe-mamba2": dict(block="mamba2", tie_embeddings=True),
 }
