@@ -253,15 +253,16 @@ def recipe(o):
     curves = {}
     for arm, start in (("lpt", small), ("statex", larger)):
         # The first quarter of the run at every learning rate of the grid; the one with the lower held-out loss goes on.
+        # Another seed than pre-training's, so that the data is new.
         tried = {}
         for lr in (float(x) for x in o.lr_grid.split(",")):
             lm = LM(start.config).to(o.device)
             lm.load_state_dict(start.state_dict())
-            r = run(lm, f"{arm}-lr{lr:g}", lr=lr, until=max(1, o.steps // 4))
+            r = run(lm, f"{arm}-lr{lr:g}", lr=lr, seed=o.seed + 1, until=max(1, o.steps // 4))
             tried[f"{lr:g}"] = r["val_loss"] + r["recall_loss"]
         lr = min(tried, key=tried.get)
         lm, resume = load_checkpoint(f"{o.out_dir}/{arm}-lr{lr}.pt")
-        r = run(lm, arm, lr=float(lr), resume=resume)
+        r = run(lm, arm, lr=float(lr), seed=o.seed + 1, resume=resume)
         curves[arm] = r["curve"]
         results[arm] = report(lm, r, o, corpus, tokenizer)
         results[arm]["tokens"] += results["pretrained"]["tokens"]
