@@ -498,7 +498,7 @@ def needs_grad(*tensors):
 def gla_triton(q, k, v, g, scale, state):
     if q.shape[1] == 1 and state is not None and not needs_grad(q, k, v, g, state):
         (B, _, H, K), V = q.shape, v.shape[-1]
-        o, new = torch.empty_like(v), torch.empty_like(state, dtype=torch.float32)
+        o, new = v.new_empty(v.shape), torch.empty(state.shape, device=v.device)
         BV = pow2(V, 16, 64)
         gla_step[(triton.cdiv(V, BV), B * H)](*(t.contiguous() for t in (q, k, v, g.float(), state.float())), o, new, scale, K, V,
                                               pow2(K, 16, 64), BV, num_warps=4)
@@ -828,7 +828,7 @@ def ssd_step(x, dt, A, B, C, D, S, y, new, H, G, P, N, BP: tl.constexpr, BN: tl.
 def ssd_triton(x, dt, A, B, C, D, state):
     if x.shape[1] == 1 and state is not None and not needs_grad(x, dt, A, B, C, D, state):
         (b, _, H, P), (G, N) = x.shape, B.shape[2:]
-        y, new = torch.empty_like(x), torch.empty_like(state, dtype=torch.float32)
+        y, new = x.new_empty(x.shape), torch.empty(state.shape, device=x.device)
         wide = lambda t: None if t is None else t.float().contiguous()
         BP, BN = pow2(P, 16, 32), pow2(N, 16, 128)
         ssd_step[(triton.cdiv(P, BP), H, b)](x.contiguous(), wide(dt), wide(A), B.contiguous(), C.contiguous(), wide(D), wide(state), y, new,
@@ -925,9 +925,17 @@ def peer(op, args):
         return None
 
 
-def bench(cases, device):
-    flops, bandwidth = ceilings(device)
-    print(f"\n{flops / 1e12:.2f} TFLOP/s matrix product, {bandwidth / 1e9:.0f} GB/s copy")
+def bench_one_token(cases, device, bandwidth, batch=64):
+    """The step of generation: one token, state in and out, against reading and writing the state once."""
+    for name, (op, _, _, H, K, V) in cases.items():
+        args = example(op, batch, 1, H, K, V, dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device)
+        with torch.no_grad():
+            ms = median_ms(lambda: run(op, args, "auto"), device)
+        print(f"{name:22s} one token, batch {batch}: {ms:.3f} ms, {8 * args[-1].numel() / ms * 1e3 / bandwidth:.0%} of the copy bandwidth", flush=True)
+
+
+def bench(cases, device, flops, bandwidth):
+    """One table: every implementation that runs here on every case."""
     print(f"{'case':22s} {'B T H K V (ssd: P N)':24s} {'impl':10s} {'fwd ms':>8s} {'x floor':>8s} {'fwd+bwd':>8s} {'x floor':>8s} {'GB':>7s}")
     for name, (op, B, T, H, K, V) in cases.items():
         args = example(op, B, T, H, K, V, dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device)[:-1]
@@ -973,7 +981,10 @@ def main():
             print(f"{op} decay {'of a model' if decay is None else decay}:".ljust(22), "   ".join(worst), flush=True)
     small = {"gla small": ("gla", 4, 512, 4, 32, 64), "gla small expanded": ("gla", 4, 512, 1, 128, 256),
              "mamba2 small": ("ssd", 4, 512, 8, 64, 64), "mamba2 small expanded": ("ssd", 4, 512, 8, 64, 256)}
-    bench(CASES if device == "cuda" else small, device)
+    cases, (flops, bandwidth) = CASES if device == "cuda" else small, ceilings(device)
+    print(f"\n{flops / 1e12:.2f} TFLOP/s matrix product, {bandwidth / 1e9:.0f} GB/s copy")
+    bench(cases, device, flops, bandwidth)
+    bench_one_token(cases, device, bandwidth)
 
 
 if __name__ == "__main__":

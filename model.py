@@ -398,7 +398,7 @@ def load_public(name):
     except (OSError, ValueError) as e:
         raise BadInput(f"{folder} has no readable config.json ({type(e).__name__}); expected a checkpoint folder")
     config = read_config(public, folder)
-    config.tokenizer = f"hf:{name}"
+    config.tokenizer = "hf:EleutherAI/gpt-neox-20b" if "ssm_cfg" in public else f"hf:{name}"    # state-spaces ships none
     with torch.device("meta"):
         lm = LM(config)
     weights = read_weights(folder)

@@ -703,6 +703,7 @@ def test_bad_shapes(corpus, tmp_path):
     refused(train_script, *args, "--accumulate=3", says="does not divide batch_size")
     (tmp_path / "file").write_text("x")
     refused(train_script, *args, f"--out_dir={tmp_path}/file", says="is a file")
+    refused(train_script, *args, f"--out_dir={tmp_path}/file/run", says="cannot make out_dir")
     assert not os.path.exists(tmp_path / "o") and (tmp_path / "file").read_text() == "x"
 
 

@@ -204,6 +204,13 @@ def prepared(o):
     return corpus
 
 
+def make_folder(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"cannot make out_dir {path}: {e.strerror}")
+
+
 def check(o):
     if o.steps < 1 or o.batch_size < 1 or o.block_size < 1 or o.accumulate < 1 or o.eval_interval < 1:
         raise BadInput("steps, batch_size, block_size, accumulate and eval_interval must be at least 1")
@@ -230,7 +237,7 @@ def one_run(o):
     elif corpus[2]["vocab_size"] > lm.config.vocab_size:
         raise BadInput(f"{o.data} has {corpus[2]['vocab_size']} token ids, the model {lm.config.vocab_size}; "
                        "prepare the text with the model's tokenizer")
-    os.makedirs(o.out_dir, exist_ok=True)
+    make_folder(o.out_dir)
     r = train(lm, o, corpus, resume)
     print(f"{o.out_dir}/{o.name}.pt: {r['tokens']:,} tokens, val loss {r['val_loss']:.4f}, {r['tokens_per_s']:,} tokens/s")
 
@@ -241,8 +248,9 @@ def one_run(o):
 
 def recipe(o):
     corpus = prepared(o)
-    os.makedirs(o.out_dir, exist_ok=True)
+    make_folder(o.out_dir)
     tokenizer = load_tokenizer(corpus[2]["tokenizer"])
+
     def run(lm, name, resume=None, until=None, **changes):
         return train(lm, SimpleNamespace(**{**vars(o), "name": name, **changes}), corpus, resume, until)
 
