@@ -43,15 +43,16 @@ DEFAULTS = dict(
     block_size=128,                # tokens of a text sequence
     recall_tokens=2048,            # tokens of recall sequences a step; 0 for text alone
     pairs="2,4,8,16,32",           # key-value pairs of a recall sequence: one of these a step
+    curriculum=0.0,                # share of the steps over which the sizes above join in, one after the other
     # the optimizer: AdamW, linear warm-up, cosine to 0
-    steps=800, lr=2e-2, warmup=50, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0,
+    steps=800, lr=1e-2, warmup=50, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0,
     accumulate=1,                  # a step's text is split into this many forward and backward passes
     # evaluation and saving
     eval_interval=500,             # steps between evaluations; each saves a checkpoint
     # the recipe
     pretrain_steps=1600,           # of `steps`, for the small model
     every=1, layers="", factor=0, expand_init="reinit",     # the transplant, as in expand.py
-    lr_grid="1e-2,3e-2",           # both arms try each of these; see `recipe` for the rule
+    lr_grid="1e-2,2e-2",           # both arms try each of these; see `recipe` for the rule
 )
 
 PRESETS = {
@@ -77,7 +78,8 @@ def batches(tokens, o, vocab_size, step, part):
     text = np.stack([tokens[s:s + o.block_size + 1] for s in starts]).astype(np.int64)
     data = [(text[:, :-1], text[:, 1:])]
     if o.recall_tokens:
-        pairs = int(rng.choice(sizes(o)))
+        joined = 1 + int(step / max(1, o.curriculum * o.steps) * len(sizes(o)))
+        pairs = int(rng.choice(sizes(o)[:joined]))
         data.append(recall.mqar(rng, -(-o.recall_tokens // (4 * pairs * o.accumulate)), pairs, vocab_size))
     return [tuple(torch.from_numpy(a).to(o.device) for a in pair) for pair in data]
 
@@ -255,7 +257,7 @@ def recipe(o):
         return train(lm, SimpleNamespace(**{**vars(o), "name": name, **changes}), corpus, resume, until)
 
     small = new_model(o, corpus[2])
-    results = {"pretrained": report(small, run(small, "pretrained", steps=o.pretrain_steps), o, corpus, tokenizer)}
+    results = {"pretrained": report(small, run(small, "pretrained", steps=o.pretrain_steps, curriculum=0.4), o, corpus, tokenizer)}
     larger, transplant = expand(small, choose_layers(o.n_layer, o.every, o.layers), o.factor or None, o.expand_init, o.seed)
     print(describe(transplant))
     curves = {}
