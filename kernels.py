@@ -180,7 +180,8 @@ def ssd_chunked(x, dt, A, B, C, D, state, L=64):
 # ---------------------------------------------------------------------------------------------------------------------
 # Triton, gated linear attention
 #
-# Three launches forward, five backward; each program owns one tile of one chunk of one head, or one tile of a state.
+# Three launches forward, five backward (gla_prepare and gla_finish once more for steep chunks, returning at once where there
+# are none); each program owns one tile of one chunk of one head, or one tile of a state.
 #
 #   gla_prepare   q, k, g -> qs = scale q exp(upto), ks = k exp(after), A = the scores inside a chunk, decay = log2 of the chunk's
 #   gla_scan      S_0 = state,  S_{c+1} = decay_c S_c + ks_c^T v_c             stores S_c, the state before chunk c
