@@ -60,7 +60,7 @@ PRESETS = {
     "paper-gla": dict(block="gla", block_size=65536, batch_size=8, accumulate=8, recall_tokens=0, steps=20000, lr=3e-4,
                       warmup=1000, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0, eval_interval=500, every=6),
     # the recipe. GLA: in its 800 steps a fresh mixer only catches up with LPT; `inherit`, the paper's ablation, shows the effect
-    "recipe-gla": dict(expand_init="inherit", curriculum=0.4),
+    "recipe-gla": dict(expand_init="inherit", factor=2, curriculum=0.4),
     "recipe-mamba2": dict(block="mamba2", tie_embeddings=True, lr=2e-2, pretrain_steps=1800, steps=900, lr_grid="1e-2,3e-2"),
 }
 
@@ -78,8 +78,8 @@ def batches(tokens, o, vocab_size, step, part):
     text = np.stack([tokens[s:s + o.block_size + 1] for s in starts]).astype(np.int64)
     data = [(text[:, :-1], text[:, 1:])]
     if o.recall_tokens:
-        joined = 1 + int(step / max(1, o.curriculum * o.steps) * len(sizes(o)))
-        pairs = int(rng.choice(sizes(o)[:joined]))
+        grown = step / (o.curriculum * o.steps) if step < o.curriculum * o.steps else 1.0
+        pairs = int(rng.choice(sizes(o)[:1 + int(grown * len(sizes(o)))]))
         data.append(recall.mqar(rng, -(-o.recall_tokens // (4 * pairs * o.accumulate)), pairs, vocab_size))
     return [tuple(torch.from_numpy(a).to(o.device) for a in pair) for pair in data]
 
