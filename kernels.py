@@ -197,31 +197,26 @@ def ssd_chunked(x, dt, A, B, C, D, state, L=64):
 # about C (K + V) products a token beside the states' 4 K V. Short chunks drown in states: at C = 64 a state of 1024 x 2048
 # is 64 KiB a token, eight times the inputs. At C = 128 the scores are still a small part, and a 128 x 128 tile of them is
 # what one program holds in registers. Measured, C = 128 wins at every public size.
+#
+# No kernel has a mask: the callers pad T to whole chunks (with g = 0 or dt = 0, k = v = 0, which leaves the state alone) and
+# the channels to whole tiles. Heads and channels are compile-time constants, so that addresses fold into the instructions.
 
 
 LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None      # the kernels take exp(x) as exp2(x LOG2E)
 
 
 @triton.jit
-def gla_is_steep(whole, LIMIT, K, BK: tl.constexpr):
+def gla_is_steep(whole, LIMIT, K: tl.constexpr, BK: tl.constexpr):
     """Whether some channel of a chunk has a decay whose base-2 logarithm, in whole (K,), is below -2 LIMIT."""
-    lowest = 0.0
+    lowest = tl.zeros((BK,), tl.float32)
     for k0 in range(0, K, BK):
-        col = k0 + tl.arange(0, BK)
-        lowest = tl.minimum(lowest, tl.min(tl.load(whole + col, col < K, 0.0)))
-    return lowest < -2 * LIMIT
+        lowest = tl.minimum(lowest, tl.load(whole + k0 + tl.arange(0, BK)))
+    return tl.min(lowest) < -2 * LIMIT
 
 
 @triton.jit
-def gla_token(x, j, tokens, H, K, col):
-    """Channels col of token j of a chunk that starts at x and has `tokens` tokens; zeros past its end."""
-    xj = tl.load(x + tl.minimum(j, tokens - 1) * H * K + col, col < K, 0.0).to(tl.float32)
-    return tl.where(j < tokens, xj, 0.0)
-
-
-@triton.jit
-def gla_prepare(q, k, g, qs, ks, decay, A, scale, LIMIT, T, n, H, K, C: tl.constexpr, BK: tl.constexpr,
-                STEEP: tl.constexpr, DOT: tl.constexpr):
+def gla_prepare(q, k, g, qs, ks, decay, A, scale, LIMIT, n, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+                BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr):
     """One program: one chunk of one head. Slices of BK channels; the scores add up over the slices.
 
     Score (i, j) of a channel is q_i k_j exp(c_i - c_j), c the running sum of g. Around the middle m of the chunk's decay it
@@ -231,134 +226,120 @@ def gla_prepare(q, k, g, qs, ks, decay, A, scale, LIMIT, T, n, H, K, C: tl.const
     GLA model's g is above -1 almost always, so nearly all are.)"""
     c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if STEEP:
-        if not gla_is_steep(decay + (bh * n + c) * K, LIMIT, K, 1024):
+        if not gla_is_steep(decay + (bh * n + c) * K, LIMIT, K, BK):
             return
-    i = tl.arange(0, C)
-    t = c * C + i
-    start = ((bh // H) * T + c * C) * H + bh % H                          # token i of the chunk is row start + i H
+    i, start = tl.arange(0, C), ((bh // H) * n + c) * C * H + bh % H      # token i of the chunk is row start + i H
     scores, diagonal = tl.zeros((C, C), tl.float32), tl.zeros((C,), tl.float32)
     for k0 in range(0, K, BK):
         col = k0 + tl.arange(0, BK)
-        at, inside = i[:, None] * (H * K) + col[None, :], (t < T)[:, None] & (col < K)[None, :]
-        qt = tl.load(q + start * K + at, inside, 0.0).to(tl.float32) * scale
-        kt = tl.load(k + start * K + at, inside, 0.0).to(tl.float32)
+        at = i[:, None] * (H * K) + col[None, :]
+        qt = tl.load(q + start * K + at).to(tl.float32) * scale
+        kt = tl.load(k + start * K + at).to(tl.float32)
         diagonal += tl.sum(qt * kt, axis=1)
         if not STEEP:
-            gt = tl.load(g + start * K + at, inside, 0.0) * LOG2E
+            gt = tl.load(g + start * K + at) * LOG2E
             whole = tl.sum(gt, 0)
             e = tl.cumsum(gt, 0) - 0.5 * whole[None, :]
             half = tl.exp2(0.5 * whole)[None, :]
             qt, kt = qt * tl.exp2(e), kt * tl.exp2(-e)
             scores = tl.dot(qt.to(q.dtype.element_ty), tl.trans(kt.to(q.dtype.element_ty)), scores, input_precision=DOT)
             qt, kt = qt * half, kt * half
-            tl.store(decay + (bh * n + c) * K + col, whole, col < K)
+            tl.store(decay + (bh * n + c) * K + col, whole)
         else:
             upto, after = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
             last = tl.zeros((BK,), tl.float32)
             for step in range(1, C):
                 j = C - 1 - step                                          # upto_i is g_{j+1} + ... + g_i here
-                next_g = gla_token(g + start * K, j + 1, T - c * C, H, K, col) * LOG2E
-                kj = gla_token(k + start * K, j, T - c * C, H, K, col)
+                next_g = tl.load(g + (start + (j + 1) * H) * K + col) * LOG2E
+                kj = tl.load(k + (start + j * H) * K + col).to(tl.float32)
                 last += next_g
                 upto += tl.where((i > j)[:, None], next_g[None, :], 0.0)
                 after = tl.where((i == j)[:, None], last[None, :], after)
                 sj = tl.sum(qt * kj[None, :] * tl.exp2(upto), axis=1)
                 scores += tl.where((i == j)[None, :], sj[:, None], 0.0)
-            upto += gla_token(g + start * K, 0, T, H, K, col)[None, :] * LOG2E
+            upto += tl.load(g + start * K + col)[None, :] * LOG2E
             qt, kt = qt * tl.exp2(upto), kt * tl.exp2(after)
-        tl.store(qs + start * K + at, qt.to(qs.dtype.element_ty), inside)
-        tl.store(ks + start * K + at, kt.to(ks.dtype.element_ty), inside)
+        tl.store(qs + start * K + at, qt.to(qs.dtype.element_ty))
+        tl.store(ks + start * K + at, kt.to(ks.dtype.element_ty))
     scores = tl.where(i[:, None] > i[None, :], scores, tl.where(i[:, None] == i[None, :], diagonal[:, None], 0.0))
-    tl.store(A + start * C + i[:, None] * (H * C) + i[None, :], scores.to(A.dtype.element_ty), (t < T)[:, None])
+    tl.store(A + start * C + i[:, None] * (H * C) + i[None, :], scores.to(A.dtype.element_ty))
 
 
 @triton.jit
-def gla_scan(x, y, decay, first, S, last, T, n, H, K, V, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-             REVERSE: tl.constexpr, FIRST: tl.constexpr, DOT: tl.constexpr):
+def gla_scan(x, y, decay, first, S, last, n, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+             BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr, DOT: tl.constexpr):
     """One program: a BK x BV tile of one head's state, carried over all chunks in registers, stored before each."""
     kb, vb, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     col, val, i = kb * BK + tl.arange(0, BK), vb * BV + tl.arange(0, BV), tl.arange(0, C)
     tile = col[:, None] * V + val[None, :]
-    inside = (col < K)[:, None] & (val < V)[None, :]
     carry = tl.zeros((BK, BV), tl.float32)
     if FIRST:
-        carry += tl.load(first + bh * K * V + tile, inside, 0.0)
+        carry += tl.load(first + bh * K * V + tile)
     for step in range(n):
         c = n - 1 - step if REVERSE else step
-        tl.store(S + (bh * n + c) * K * V + tile, carry.to(S.dtype.element_ty), inside)
-        t = c * C + i
-        start = ((bh // H) * T + c * C) * H + bh % H
-        xt = tl.load(x + start * K + i[None, :] * (H * K) + col[:, None], (t < T)[None, :] & (col < K)[:, None], 0.0)     # (BK,C)
-        yt = tl.load(y + start * V + i[:, None] * (H * V) + val[None, :], (t < T)[:, None] & (val < V)[None, :], 0.0)     # (C,BV)
-        d = tl.exp2(tl.load(decay + (bh * n + c) * K + col, col < K, 0.0))
+        tl.store(S + (bh * n + c) * K * V + tile, carry.to(S.dtype.element_ty))
+        start = ((bh // H) * n + c) * C * H + bh % H
+        xt = tl.load(x + start * K + i[None, :] * (H * K) + col[:, None])                  # (BK,C)
+        yt = tl.load(y + start * V + i[:, None] * (H * V) + val[None, :])                  # (C,BV)
+        d = tl.exp2(tl.load(decay + (bh * n + c) * K + col))
         carry = tl.dot(xt, yt, carry * d[:, None], input_precision=DOT)
-    tl.store(last + bh * K * V + tile, carry, inside)
+    tl.store(last + bh * K * V + tile, carry)
 
 
 @triton.jit
-def gla_rows(x, S, A, y, out, T, n, H, K, V, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-             TRANSPOSE: tl.constexpr, DOT: tl.constexpr):
+def gla_rows(x, S, A, y, out, n, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+             BV: tl.constexpr, TRANSPOSE: tl.constexpr, DOT: tl.constexpr):
     """One program: a chunk's rows of the output, BV columns: x S + A y, or x S + A^T y."""
     vb, c, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    val, i = vb * BV + tl.arange(0, BV), tl.arange(0, C)
-    t = c * C + i
-    start = ((bh // H) * T + c * C) * H + bh % H
+    val, i, start = vb * BV + tl.arange(0, BV), tl.arange(0, C), ((bh // H) * n + c) * C * H + bh % H
+    rows = start * V + i[:, None] * (H * V) + val[None, :]
     acc = tl.zeros((C, BV), tl.float32)
     for k0 in range(0, K, BK):
         col = k0 + tl.arange(0, BK)
-        xt = tl.load(x + start * K + i[:, None] * (H * K) + col[None, :], (t < T)[:, None] & (col < K)[None, :], 0.0)
-        s = tl.load(S + (bh * n + c) * K * V + col[:, None] * V + val[None, :], (col < K)[:, None] & (val < V)[None, :], 0.0)
+        xt = tl.load(x + start * K + i[:, None] * (H * K) + col[None, :])
+        s = tl.load(S + (bh * n + c) * K * V + col[:, None] * V + val[None, :])
         acc = tl.dot(xt, s, acc, input_precision=DOT)
-    inside = (t < T)[:, None] & (val < V)[None, :]
-    a = tl.load(A + start * C + i[:, None] * (H * C) + i[None, :], (t < T)[:, None], 0.0)
-    yt = tl.load(y + start * V + i[:, None] * (H * V) + val[None, :], inside, 0.0)
-    acc = tl.dot(tl.trans(a) if TRANSPOSE else a, yt, acc, input_precision=DOT)
-    tl.store(out + start * V + i[:, None] * (H * V) + val[None, :], acc.to(out.dtype.element_ty), inside)
+    a = tl.load(A + start * C + i[:, None] * (H * C) + i[None, :])
+    acc = tl.dot(tl.trans(a) if TRANSPOSE else a, tl.load(y + rows), acc, input_precision=DOT)
+    tl.store(out + rows, acc.to(out.dtype.element_ty))
 
 
 @triton.jit
-def gla_scores(do, v, dA, T, H, V, C: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr):
+def gla_scores(do, v, dA, n, H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr):
     """One program: dA of one chunk of one head."""
     c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i = tl.arange(0, C)
-    t = c * C + i
-    start = ((bh // H) * T + c * C) * H + bh % H
+    i, start = tl.arange(0, C), ((bh // H) * n + c) * C * H + bh % H
     acc = tl.zeros((C, C), tl.float32)
     for v0 in range(0, V, BV):
-        val = v0 + tl.arange(0, BV)
-        at, inside = i[:, None] * (H * V) + val[None, :], (t < T)[:, None] & (val < V)[None, :]
-        acc = tl.dot(tl.load(do + start * V + at, inside, 0.0), tl.trans(tl.load(v + start * V + at, inside, 0.0)), acc, input_precision=DOT)
+        at = start * V + i[:, None] * (H * V) + v0 + tl.arange(0, BV)[None, :]
+        acc = tl.dot(tl.load(do + at), tl.trans(tl.load(v + at)), acc, input_precision=DOT)
     acc = tl.where(i[:, None] >= i[None, :], acc, 0.0)
-    tl.store(dA + start * C + i[:, None] * (H * C) + i[None, :], acc.to(dA.dtype.element_ty), (t < T)[:, None])
+    tl.store(dA + start * C + i[:, None] * (H * C) + i[None, :], acc.to(dA.dtype.element_ty))
 
 
 @triton.jit
-def gla_through(do, v, S, dS, dqs, dks, both, T, n, H, K, V, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                DOT: tl.constexpr):
+def gla_through(do, v, S, dS, dqs, dks, both, n, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+                BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr):
     """One program: BK channels of one chunk. What the queries read from S and the keys write to dS."""
     kb, c, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    col, i = kb * BK + tl.arange(0, BK), tl.arange(0, C)
-    t = c * C + i
-    start = ((bh // H) * T + c * C) * H + bh % H
+    col, i, start = kb * BK + tl.arange(0, BK), tl.arange(0, C), ((bh // H) * n + c) * C * H + bh % H
     dq, dk = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
     sd = tl.zeros((BK,), tl.float32)
     for v0 in range(0, V, BV):
         val = v0 + tl.arange(0, BV)
-        at, inside = i[:, None] * (H * V) + val[None, :], (t < T)[:, None] & (val < V)[None, :]
-        tile = col[:, None] * V + val[None, :]
-        there = (col < K)[:, None] & (val < V)[None, :]
-        s, ds = tl.load(S + (bh * n + c) * K * V + tile, there, 0.0), tl.load(dS + (bh * n + c) * K * V + tile, there, 0.0)
-        dq = tl.dot(tl.load(do + start * V + at, inside, 0.0), tl.trans(s), dq, input_precision=DOT)
-        dk = tl.dot(tl.load(v + start * V + at, inside, 0.0), tl.trans(ds), dk, input_precision=DOT)
+        at, tile = start * V + i[:, None] * (H * V) + val[None, :], (bh * n + c) * K * V + col[:, None] * V + val[None, :]
+        s, ds = tl.load(S + tile), tl.load(dS + tile)
+        dq = tl.dot(tl.load(do + at), tl.trans(s), dq, input_precision=DOT)
+        dk = tl.dot(tl.load(v + at), tl.trans(ds), dk, input_precision=DOT)
         sd += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
-    at, inside = i[:, None] * (H * K) + col[None, :], (t < T)[:, None] & (col < K)[None, :]
-    tl.store(dqs + start * K + at, dq.to(dqs.dtype.element_ty), inside)
-    tl.store(dks + start * K + at, dk.to(dks.dtype.element_ty), inside)
-    tl.store(both + (bh * n + c) * K + col, sd, col < K)
+    at = start * K + i[:, None] * (H * K) + col[None, :]
+    tl.store(dqs + at, dq.to(dqs.dtype.element_ty))
+    tl.store(dks + at, dk.to(dks.dtype.element_ty))
+    tl.store(both + (bh * n + c) * K + col, sd)
 
 
 @triton.jit
-def gla_finish(q, k, g, ks, dA, dqs, dks, both, decay, dq, dk, dg, scale, LIMIT, T, n, H, K,
+def gla_finish(q, k, g, ks, dA, dqs, dks, both, decay, dq, dk, dg, scale, LIMIT, n, H: tl.constexpr, K: tl.constexpr,
                C: tl.constexpr, BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr):
     """One program: BK channels of one chunk.
 
@@ -368,20 +349,18 @@ def gla_finish(q, k, g, ks, dA, dqs, dks, both, decay, dq, dk, dg, scale, LIMIT,
     the two states: always. The diagonal i = j spans nothing and is left out, else it would drown small gradients."""
     kb, c, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if STEEP:
-        if not gla_is_steep(decay + (bh * n + c) * K, LIMIT, K, 1024):
+        if not gla_is_steep(decay + (bh * n + c) * K, LIMIT, K, BK):
             return
-    col, i = kb * BK + tl.arange(0, BK), tl.arange(0, C)
-    t = c * C + i
-    start = ((bh // H) * T + c * C) * H + bh % H
-    at, inside = i[:, None] * (H * K) + col[None, :], (t < T)[:, None] & (col < K)[None, :]
-    qt = tl.load(q + start * K + at, inside, 0.0).to(tl.float32) * scale
-    kt = tl.load(k + start * K + at, inside, 0.0).to(tl.float32)
+    col, i, start = kb * BK + tl.arange(0, BK), tl.arange(0, C), ((bh // H) * n + c) * C * H + bh % H
+    at, scores = start * K + i[:, None] * (H * K) + col[None, :], dA + start * C
+    qt, kt = tl.load(q + at).to(tl.float32) * scale, tl.load(k + at).to(tl.float32)
     if not STEEP:
-        gt = tl.load(g + start * K + at, inside, 0.0) * LOG2E
+        gt = tl.load(g + at) * LOG2E
         whole = tl.sum(gt, 0)
         e = tl.cumsum(gt, 0) - 0.5 * whole[None, :]
         half, to_q, to_k = tl.exp2(0.5 * whole)[None, :], tl.exp2(e), tl.exp2(-e)
-        ds = tl.load(dA + start * C + i[:, None] * (H * C) + i[None, :], (t < T)[:, None] & (i[:, None] > i[None, :]), 0.0)
+        ds = tl.load(scores + i[:, None] * (H * C) + i[None, :])
+        ds = tl.where(i[:, None] > i[None, :], ds, tl.zeros_like(ds))
         qe, ke = (qt * to_q).to(ds.dtype), (kt * to_k).to(ds.dtype)
         dqt, dkt = tl.dot(ds, ke, input_precision=DOT), tl.dot(tl.trans(ds), qe, input_precision=DOT)
         pairs = qe.to(tl.float32) * dqt - ke.to(tl.float32) * dkt         # from the rounded factors: they cancel exactly
@@ -392,32 +371,39 @@ def gla_finish(q, k, g, ks, dA, dqs, dks, both, decay, dq, dk, dg, scale, LIMIT,
         last = tl.zeros((BK,), tl.float32)
         for step in range(1, C):
             j = C - 1 - step
-            next_g = gla_token(g + start * K, j + 1, T - c * C, H, K, col) * LOG2E
-            kj = gla_token(k + start * K, j, T - c * C, H, K, col)
+            next_g = tl.load(g + (start + (j + 1) * H) * K + col) * LOG2E
+            kj = tl.load(k + (start + j * H) * K + col).to(tl.float32)
             last += next_g
             upto += tl.where((i > j)[:, None], next_g[None, :], 0.0)
             after = tl.where((i == j)[:, None], last[None, :], after)
-            ds = tl.load(dA + start * C + i * (H * C) + j, (t < T) & (i > j), 0.0).to(tl.float32)[:, None] * tl.exp2(upto)
+            ds = tl.where(i > j, tl.load(scores + i * (H * C) + j).to(tl.float32), 0.0)[:, None] * tl.exp2(upto)
             dqt += ds * kj[None, :]
             dkt = tl.where((i == j)[:, None], tl.sum(ds * qt, axis=0)[None, :], dkt)
-        upto += gla_token(g + start * K, 0, T, H, K, col)[None, :] * LOG2E
+        upto += tl.load(g + start * K + col)[None, :] * LOG2E
         pairs = qt * dqt - kt * dkt
         to_q, to_k = tl.exp2(upto), tl.exp2(after)
-    diagonal = tl.load(dA + start * C + i * (H * C) + i, t < T, 0.0).to(tl.float32)[:, None]
-    from_state = to_q * tl.load(dqs + start * K + at, inside, 0.0).to(tl.float32)
+    diagonal = tl.load(scores + i * (H * C) + i).to(tl.float32)[:, None]
+    from_state = to_q * tl.load(dqs + at).to(tl.float32)
     pairs += qt * from_state
-    tl.store(dq + start * K + at, ((dqt + diagonal * kt + from_state) * scale).to(dq.dtype.element_ty), inside)
-    to_state = to_k * tl.load(dks + start * K + at, inside, 0.0).to(tl.float32)
-    tl.store(dk + start * K + at, (dkt + diagonal * qt + to_state).to(dk.dtype.element_ty), inside)
-    begun = inside & (i > 0)[:, None]                                     # the key before t, within the chunk
-    keys = tl.load(ks + start * K + at - H * K, begun, 0.0).to(tl.float32) * tl.load(dks + start * K + at - H * K, begun, 0.0).to(tl.float32)
+    tl.store(dq + at, ((dqt + diagonal * kt + from_state) * scale).to(dq.dtype.element_ty))
+    tl.store(dk + at, (dkt + diagonal * qt + to_k * tl.load(dks + at).to(tl.float32)).to(dk.dtype.element_ty))
+    begun = (i > 0)[:, None]                                              # the key before t, within the chunk
+    keys = tl.load(ks + at - H * K, begun, 0.0).to(tl.float32) * tl.load(dks + at - H * K, begun, 0.0).to(tl.float32)
     here = (bh * n + c) * K + col
-    always = tl.load(both + here, col < K, 0.0) * tl.exp2(tl.load(decay + here, col < K, 0.0))
-    tl.store(dg + start * K + at, tl.cumsum(pairs, 0, reverse=True) + tl.cumsum(keys, 0) + always[None, :], inside)
+    always = tl.load(both + here) * tl.exp2(tl.load(decay + here))
+    tl.store(dg + at, tl.cumsum(pairs, 0, reverse=True) + tl.cumsum(keys, 0) + always[None, :])
 
 
-def pow2(x, low, high):
+def pow2(x, low, high=1 << 30):
     return max(low, min(high, triton.next_power_of_2(x)))
+
+
+def pad(x, multiples):
+    """x with zeros after its end: every dimension becomes a multiple of the number that {dimension: number} gives for it."""
+    ends = [0] * (2 * x.dim())                                            # F.pad counts from the last dimension
+    for d, multiple in multiples.items():
+        ends[-1 - 2 * d] = -x.shape[d] % multiple
+    return F.pad(x, ends) if any(ends) else x
 
 
 def scan_tile(K, V, heads, rows):
@@ -429,23 +415,22 @@ def scan_tile(K, V, heads, rows):
 
 
 class GLATriton(torch.autograd.Function):
+    """T a multiple of C = 16, 32, 64 or 128; K and V multiples of 128, or powers of two from 16."""
     @staticmethod
-    def forward(ctx, q, k, v, g, scale, state):
-        (B, T, H, K), V = q.shape, v.shape[-1]
-        C = pow2(T, 16, 128)
-        n = triton.cdiv(T, C)
+    def forward(ctx, q, k, v, g, scale, state, C):
+        (B, T, H, K), V, n = q.shape, v.shape[-1], q.shape[1] // C
         dot, limit = ("tf32x3", 30.0) if q.dtype == torch.float32 else (None, 90.0)
         qs, ks, A = torch.empty_like(q), torch.empty_like(k), q.new_empty(B, T, H, C)
         decay, S = g.new_empty(B, H, n, K), v.new_empty(B, H, n, K, V)
         o, last = torch.empty_like(v), g.new_empty(B, H, K, V)
         for steep in (False, True):
-            gla_prepare[(n, B * H)](q, k, g, qs, ks, decay, A, scale, limit, T, n, H, K, C, pow2(K, 16, 64), steep, dot,
+            gla_prepare[(n, B * H)](q, k, g, qs, ks, decay, A, scale, limit, n, H, K, C, pow2(K, 16, 64), steep, dot,
                                     num_warps=8, num_stages=1)
         BK, BV, warps, stages = scan_tile(K, V, B * H, 64)
-        gla_scan[(triton.cdiv(K, BK), triton.cdiv(V, BV), B * H)](
-            ks, v, decay, state, S, last, T, n, H, K, V, C, BK, BV, False, state is not None, dot, num_warps=warps, num_stages=stages)
+        gla_scan[(K // BK, V // BV, B * H)](ks, v, decay, state, S, last, n, H, K, V, C, BK, BV, False, state is not None, dot,
+                                            num_warps=warps, num_stages=stages)
         BK, BV = pow2(K, 16, 64), pow2(V, 16, 128)
-        gla_rows[(triton.cdiv(V, BV), n, B * H)](qs, S, A, v, o, T, n, H, K, V, C, BK, BV, False, dot, num_warps=4, num_stages=3)
+        gla_rows[(V // BV, n, B * H)](qs, S, A, v, o, n, H, K, V, C, BK, BV, False, dot, num_warps=4, num_stages=3)
         ctx.save_for_backward(q, k, v, g, qs, ks, A, decay, S)
         ctx.scale, ctx.C, ctx.dot, ctx.limit, ctx.has_state = scale, C, dot, limit, state is not None
         return o, last
@@ -454,24 +439,23 @@ class GLATriton(torch.autograd.Function):
     def backward(ctx, do, dlast):
         q, k, v, g, qs, ks, A, decay, S = ctx.saved_tensors
         (B, T, H, K), V, C, dot = q.shape, v.shape[-1], ctx.C, ctx.dot
-        n, do, dlast = triton.cdiv(T, C), do.contiguous(), dlast.contiguous()
+        n, do, dlast = T // C, do.contiguous(), dlast.contiguous()
         dS, first, dA = torch.empty_like(S), torch.empty_like(dlast), torch.empty_like(A)
         dv, dqs, dks, both = torch.empty_like(v), torch.empty_like(q), torch.empty_like(k), torch.empty_like(decay)
         dq, dk, dg = torch.empty_like(q), torch.empty_like(k), torch.empty_like(g)
         BK, BV, warps, stages = scan_tile(K, V, B * H, 128)
-        gla_scan[(triton.cdiv(K, BK), triton.cdiv(V, BV), B * H)](
-            qs, do, decay, dlast, dS, first, T, n, H, K, V, C, BK, BV, True, True, dot, num_warps=warps, num_stages=stages)
+        gla_scan[(K // BK, V // BV, B * H)](qs, do, decay, dlast, dS, first, n, H, K, V, C, BK, BV, True, True, dot,
+                                            num_warps=warps, num_stages=stages)
         BK, BV = pow2(K, 16, 64), pow2(V, 16, 128)
-        gla_rows[(triton.cdiv(V, BV), n, B * H)](ks, dS, A, do, dv, T, n, H, K, V, C, BK, BV, True, dot, num_warps=4, num_stages=3)
-        gla_scores[(n, B * H)](do, v, dA, T, H, V, C, BV, dot, num_warps=4, num_stages=3)
+        gla_rows[(V // BV, n, B * H)](ks, dS, A, do, dv, n, H, K, V, C, BK, BV, True, dot, num_warps=4, num_stages=3)
+        gla_scores[(n, B * H)](do, v, dA, n, H, V, C, BV, dot, num_warps=4, num_stages=3)
         BK, BV = pow2(K, 16, 128), pow2(V, 16, 64)
-        gla_through[(triton.cdiv(K, BK), n, B * H)](do, v, S, dS, dqs, dks, both, T, n, H, K, V, C, BK, BV, dot,
-                                                    num_warps=8, num_stages=3)
+        gla_through[(K // BK, n, B * H)](do, v, S, dS, dqs, dks, both, n, H, K, V, C, BK, BV, dot, num_warps=8, num_stages=3)
         BK = pow2(K, 16, 32)
         for steep in (False, True):
-            gla_finish[(triton.cdiv(K, BK), n, B * H)](q, k, g, ks, dA, dqs, dks, both, decay, dq, dk, dg, ctx.scale, ctx.limit,
-                                                       T, n, H, K, C, BK, steep, dot, num_warps=4)
-        return dq, dk, dv, dg, None, first if ctx.has_state else None
+            gla_finish[(K // BK, n, B * H)](q, k, g, ks, dA, dqs, dks, both, decay, dq, dk, dg, ctx.scale, ctx.limit,
+                                            n, H, K, C, BK, steep, dot, num_warps=4)
+        return dq, dk, dv, dg, None, first if ctx.has_state else None, None
 
 
 @triton.jit
@@ -497,16 +481,19 @@ def needs_grad(*tensors):
 
 
 def gla_triton(q, k, v, g, scale, state):
-    if q.shape[1] == 1 and state is not None and not needs_grad(q, k, v, g, state):
-        (B, _, H, K), V = q.shape, v.shape[-1]
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    if T == 1 and state is not None and not needs_grad(q, k, v, g, state):
         o, new = v.new_empty(v.shape), torch.empty(state.shape, device=v.device)
         BV = pow2(V, 16, 64)
         gla_step[(triton.cdiv(V, BV), B * H)](*(t.contiguous() for t in (q, k, v, g.float(), state.float())), o, new, scale, K, V,
                                               pow2(K, 16, 64), BV, num_warps=4)
         return o, new
     dtype = torch.bfloat16 if {q.dtype, k.dtype, v.dtype} == {torch.bfloat16} else torch.float32
-    q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
-    return GLATriton.apply(q, k, v, g.float().contiguous(), scale, None if state is None else state.float().contiguous())
+    C, BK, BV = pow2(T, 16, 128), pow2(K, 16, 128), pow2(V, 16, 128)
+    q, k, g = (pad(x, {1: C, 3: BK}).contiguous() for x in (q.to(dtype), k.to(dtype), g.float()))
+    state = None if state is None else pad(state.float(), {2: BK, 3: BV}).contiguous()
+    o, last = GLATriton.apply(q, k, pad(v.to(dtype), {1: C, 3: BV}).contiguous(), g, scale, state, C)
+    return o[:, :T, :, :V], last[:, :, :K, :V]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -527,34 +514,31 @@ def gla_triton(q, k, v, g, scale, state):
 #
 # Chunk length L. A stored state costs N P / L numbers a token and head, the tables of decays about L / 2 exponentials:
 # L = 128 for every N (256 was no faster at N = 512). Tables are worked on in blocks of R x R, those above the diagonal
-# left out.
+# left out. A block below the diagonal needs no table: its decays split at the seam s between the two blocks into
+# exp(cum_i - cum_s) exp(cum_s - cum_j), a factor for each row and one for each column, neither above 1.
 # cum is a float64 sum kept as two float32: a difference of two large sums then keeps the digits of the small decays
-# (bfloat16 inputs have fewer digits to keep: their tables leave lo out).
+# (bfloat16 inputs have fewer digits to keep: EXACT is off for them, and lo is left out).
 
 
 @triton.jit
-def ssd_prepare(B, C, dt, A, CB, hi, lo, T, G, N, H, L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
-                DOT: tl.constexpr):
+def ssd_prepare(B, C, dt, A, CB, hi, lo, n, G: tl.constexpr, N: tl.constexpr, H: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+                BN: tl.constexpr, BH: tl.constexpr, DOT: tl.constexpr):
     """One program: R rows of CB in one chunk of one group. dt is (B,T,H); hi, lo are (B,H,T); CB is (B,T,G,L)."""
-    block, bg = tl.program_id(0), tl.program_id(1)
-    c, r, b, group = block // (L // R), block % (L // R), (bg // G).to(tl.int64), bg % G
+    block, b, group = tl.program_id(0), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    c, r, T = block // (L // R), block % (L // R), n * L
     i, start = tl.arange(0, R), (b * T + c * L) * G + group                # token i of the chunk is row start + i G
-    rows = r * R + i
     for jb in range(r + 1):
-        cols = jb * R + i
         acc = tl.zeros((R, R), tl.float32)
         for n0 in range(0, N, BN):
-            col = n0 + tl.arange(0, BN)
-            ct = tl.load(C + start * N + rows[:, None] * (G * N) + col[None, :], (c * L + rows < T)[:, None] & (col < N)[None, :], 0.0)
-            bt = tl.load(B + start * N + cols[:, None] * (G * N) + col[None, :], (c * L + cols < T)[:, None] & (col < N)[None, :], 0.0)
-            acc = tl.dot(ct, tl.trans(bt), acc, input_precision=DOT)
-        tl.store(CB + start * L + rows[:, None] * (G * L) + cols[None, :], acc.to(CB.dtype.element_ty), (c * L + rows < T)[:, None])
+            at = start * N + i[:, None] * (G * N) + n0 + tl.arange(0, BN)[None, :]
+            acc = tl.dot(tl.load(C + at + r * R * G * N), tl.trans(tl.load(B + at + jb * R * G * N)), acc, input_precision=DOT)
+        tl.store(CB + start * L + (r * R + i)[:, None] * (G * L) + jb * R + i[None, :], acc.to(CB.dtype.element_ty))
     if r == 0:
         t = c * L + tl.arange(0, L)
         for h0 in range(0, H // G, BH):
             of_group = h0 + tl.arange(0, BH)
             h = group * (H // G) + of_group
-            inside = (t < T)[:, None] & (of_group < H // G)[None, :]
+            inside = (of_group < H // G)[None, :]
             g = tl.load(dt + b * T * H + t[:, None] * H + h[None, :], inside, 0.0) * tl.load(A + h, of_group < H // G, 0.0)[None, :]
             cum = tl.cumsum(g.to(tl.float64), 0) * LOG2E
             at = b * H * T + h[None, :] * T + t[:, None]
@@ -563,218 +547,216 @@ def ssd_prepare(B, C, dt, A, CB, hi, lo, T, G, N, H, L: tl.constexpr, R: tl.cons
 
 
 @triton.jit
-def ssd_decays(hi, lo, dt, b, h, t, end, T, H):
-    """cum as (hi, lo), dt, and to_end_j = exp(g_{j+1} + ... to token end), for tokens t (R,) of one head."""
-    at = (b * H + h) * T + tl.minimum(t, T - 1)                             # past T the sums stay as they are
-    cum_hi, cum_lo, end = tl.load(hi + at), tl.load(lo + at), (b * H + h) * T + end
-    to_end = tl.exp2((tl.load(hi + end) - cum_hi) + (tl.load(lo + end) - cum_lo))
-    return cum_hi, cum_lo, tl.load(dt + b * T * H + t * H + h, t < T, 0.0), to_end
-
-
-@triton.jit
-def ssd_table(hi_i, lo_i, hi_j, lo_j, i, j, EXACT: tl.constexpr):
-    """W_ij = exp(g_{j+1} + ... + g_i) for i >= j, else 0."""
-    between = hi_i[:, None] - hi_j[None, :]
+def ssd_between(hi, lo, t, u, EXACT: tl.constexpr):
+    """The base-2 logarithm of the decay from token u to token t of one head's hi, lo; t or u a vector, the other a number."""
+    between = tl.load(hi + t) - tl.load(hi + u)
     if EXACT:
-        between += lo_i[:, None] - lo_j[None, :]
-    return tl.exp2(tl.where(i[:, None] >= j[None, :], between, float("-inf")))
+        between += tl.load(lo + t) - tl.load(lo + u)
+    return between
 
 
 @triton.jit
-def ssd_scan(x, y, dt, hi, lo, first, S, last, T, n, H, G, P, N,
-             L: tl.constexpr, R: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr,
-             FIRST: tl.constexpr, DOT: tl.constexpr):
+def ssd_table(hi, lo, t, EXACT: tl.constexpr):
+    """W_ij = exp(g_{j+1} + ... + g_i) for i >= j, else 0, for tokens t (R,) of one head."""
+    cum = tl.load(hi + t)
+    between = cum[:, None] - cum[None, :]
+    if EXACT:
+        rest = tl.load(lo + t)
+        between += rest[:, None] - rest[None, :]
+    return tl.exp2(tl.where(t[:, None] >= t[None, :], between, float("-inf")))
+
+
+@triton.jit
+def ssd_scan(x, y, dt, hi, lo, first, S, last, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+             L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr, DOT: tl.constexpr):
     """One program: BN columns of one head's state, carried over all tokens in registers, stored before each chunk.
     x is x or dy (B,T,H,P), y is B or C (B,T,G,N)."""
     nb, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    p, col, i = tl.arange(0, BP), nb * BN + tl.arange(0, BN), tl.arange(0, R)
-    tile, inside = p[:, None] * N + col[None, :], (p < P)[:, None] & (col < N)[None, :]
-    carry = tl.zeros((BP, BN), tl.float32)
+    p, col, i, T = tl.arange(0, P), nb * BN + tl.arange(0, BN), tl.arange(0, R), n * L
+    tile = p[:, None] * N + col[None, :]
+    hi, lo, dt = hi + (b * H + h) * T, lo + (b * H + h) * T, dt + b * T * H + h
+    carry = tl.zeros((P, BN), tl.float32)
     if FIRST:
-        carry += tl.load(first + (b * H + h) * P * N + tile, inside, 0.0)
+        carry += tl.load(first + (b * H + h) * P * N + tile)
     for step in range(n * (L // R)):
         piece = n * (L // R) - 1 - step if REVERSE else step
         c, enter = piece // (L // R), step % (L // R) == 0                   # enter: this piece is its chunk's first
-        tl.store(S + ((b * H + h) * n + c) * P * N + tile, carry.to(S.dtype.element_ty), inside & enter)
-        t, end = piece * R + i, tl.minimum(c * L + L, T) - 1
-        cum, cum_lo, dts, to_end = ssd_decays(hi, lo, dt, b, h, t, end, T, H)
-        weight = tl.exp2(cum) if REVERSE else to_end * dts
-        xt = tl.load(x + ((b * T + piece * R) * H + h) * P + i[None, :] * (H * P) + p[:, None], (t < T)[None, :] & (p < P)[:, None], 0.0)
-        yt = tl.load(y + ((b * T + piece * R) * G + h // (H // G)) * N + i[:, None] * (G * N) + col[None, :],
-                     (t < T)[:, None] & (col < N)[None, :], 0.0)
-        whole = tl.where(enter, tl.exp2(tl.load(hi + (b * H + h) * T + end)), 1.0)
+        if enter:
+            tl.store(S + ((b * H + h) * n + c) * P * N + tile, carry.to(S.dtype.element_ty))
+        t, end = piece * R + i, c * L + L - 1
+        if REVERSE:
+            weight = tl.exp2(tl.load(hi + t))
+        else:
+            weight = tl.exp2(ssd_between(hi, lo, end, t, DOT is not None)) * tl.load(dt + t * H)
+        xt = tl.load(x + ((b * T + piece * R) * H + h) * P + i[None, :] * (H * P) + p[:, None])
+        yt = tl.load(y + ((b * T + piece * R) * G + h // (H // G)) * N + i[:, None] * (G * N) + col[None, :])
+        whole = tl.where(enter, tl.exp2(tl.load(hi + end)), 1.0)
         carry = tl.dot((xt.to(tl.float32) * weight[None, :]).to(yt.dtype), yt, carry * whole, input_precision=DOT)
-    tl.store(last + (b * H + h) * P * N + tile, carry, inside)
+    tl.store(last + (b * H + h) * P * N + tile, carry)
 
 
 @triton.jit
-def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, out, ddt, keys, dD, T, n, H, G, P, N,
-             L: tl.constexpr, R: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BACKWARD: tl.constexpr,
+def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, out, ddt, keys, dD, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+             N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BACKWARD: tl.constexpr,
              SKIP: tl.constexpr, DOT: tl.constexpr):
     """One program: R tokens of one chunk of one head. Forward z is C and out is y; backward z is B, S is dS and out is dx,
     with ddt = sum_p x dv (B,H,T), keys = sum_p v (dv through the state) (B,H,T), dD = sum_tp dy x (B,H,blocks)."""
     h, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    c, r, p, i = block // (L // R), block % (L // R), tl.arange(0, BP), tl.arange(0, R)
-    rows = r * R + i
-    t, end = c * L + rows, tl.minimum(c * L + L, T) - 1
-    zs = z + ((b * T + c * L) * G + h // (H // G)) * N + rows[:, None] * (G * N)
-    xs = ((b * T + c * L) * H + h) * P + p[None, :]
-    cbs = CB + ((b * T + c * L) * G + h // (H // G)) * L
-    cum, cum_lo, dts, to_end = ssd_decays(hi, lo, dt, b, h, t, end, T, H)
-    inside = (t < T)[:, None] & (p < P)[None, :]
-    xt = tl.load(x + xs + rows[:, None] * (H * P), inside, 0.0)
-    cb = tl.load(cbs + rows[:, None] * (G * L) + rows[None, :], (t < T)[:, None], 0.0)
+    c, r, i, p, T = block // (L // R), block % (L // R), tl.arange(0, R), tl.arange(0, P), n * L
+    t, token = block * R + i, b * T + block * R                             # token i is t in its sequence, token + i in all
+    hi, lo, dts = hi + (b * H + h) * T, lo + (b * H + h) * T, dt + b * T * H + h
+    zs = z + (token * G + h // (H // G)) * N + i[:, None] * (G * N)
+    cbs = CB + (token * G + h // (H // G)) * L + i[:, None] * (G * L) + r * R + i[None, :]           # the block on the diagonal
+    at = (token * H + h) * P + i[:, None] * (H * P) + p[None, :]
+    xt = tl.load(x + at)
     if BACKWARD:
-        dyt = tl.load(dy + xs + rows[:, None] * (H * P), inside, 0.0)
-    acc = tl.zeros((R, BP), tl.float32)
-    for n0 in range(0, N, BN):                                                          # through the state
+        dyt = tl.load(dy + at)
+    cb = tl.load(cbs)
+    acc = tl.zeros((R, P), tl.float32)
+    for n0 in range(0, N, BN):                                              # through the state
         col = n0 + tl.arange(0, BN)
-        zt = tl.load(zs + col[None, :], (t < T)[:, None] & (col < N)[None, :], 0.0)
-        s = tl.load(S + ((b * H + h) * n + c) * P * N + p[None, :] * N + col[:, None], (p < P)[None, :] & (col < N)[:, None], 0.0)
-        acc = tl.dot(zt, s, acc, input_precision=DOT)
-    w = cb.to(tl.float32) * ssd_table(cum, cum_lo, cum, cum_lo, i, i, DOT is not None)  # this block of the table
-    if BACKWARD:
-        acc = acc * to_end[:, None]
-        tl.store(keys + (b * H + h) * T + t, dts * tl.sum(xt.to(tl.float32) * acc, axis=1), t < T)
-        acc = tl.dot(tl.trans(w.to(cb.dtype)), dyt, acc, input_precision=DOT)
-        for ib in range(r + 1, L // R):                                                 # queries of later blocks
-            later = ib * R + i
-            u = c * L + later
-            hi_i, lo_i, _, _ = ssd_decays(hi, lo, dt, b, h, u, end, T, H)
-            cb = tl.load(cbs + later[:, None] * (G * L) + rows[None, :], (u < T)[:, None], 0.0)
-            w = cb.to(tl.float32) * ssd_table(hi_i, lo_i, cum, cum_lo, later, rows, DOT is not None)
-            dyi = tl.load(dy + xs + later[:, None] * (H * P), (u < T)[:, None] & (p < P)[None, :], 0.0)
-            acc = tl.dot(tl.trans(w.to(cb.dtype)), dyi, acc, input_precision=DOT)
-        tl.store(ddt + (b * H + h) * T + t, tl.sum(xt.to(tl.float32) * acc, axis=1), t < T)       # acc is dv
-        acc = acc * dts[:, None]
+        s = tl.load(S + ((b * H + h) * n + c) * P * N + p[None, :] * N + col[:, None])
+        acc = tl.dot(tl.load(zs + col[None, :]), s, acc, input_precision=DOT)
+    w = cb.to(tl.float32) * ssd_table(hi, lo, t, DOT is not None)
+    dt_t = tl.load(dts + t * H)
+    if BACKWARD:                                                            # the seam: the last token of this block
+        seam, end = block * R + R - 1, c * L + L - 1
+        after = tl.exp2(ssd_between(hi, lo, seam, t, DOT is not None))
+        acc = acc * tl.exp2(ssd_between(hi, lo, end, seam, DOT is not None))
+        tl.store(keys + (b * H + h) * T + t, dt_t * after * tl.sum(xt.to(tl.float32) * acc, axis=1))
+        for k in range(1, L // R - r):                                      # queries of later blocks
+            upto = tl.exp2(ssd_between(hi, lo, t + k * R, seam, DOT is not None))
+            dyi = (tl.load(dy + at + k * R * H * P).to(tl.float32) * upto[:, None]).to(cb.dtype)
+            acc = tl.dot(tl.trans(tl.load(cbs + k * R * G * L)), dyi, acc, input_precision=DOT)
+        acc = tl.dot(tl.trans(w.to(cb.dtype)), dyt, acc * after[:, None], input_precision=DOT)
+        tl.store(ddt + (b * H + h) * T + t, tl.sum(xt.to(tl.float32) * acc, axis=1))              # acc is dv
+        acc = acc * dt_t[:, None]
         if SKIP:
             acc += tl.load(D + h) * dyt.to(tl.float32)
-            both = xt.to(tl.float32) * dyt.to(tl.float32)
-            tl.store(dD + (b * H + h) * tl.num_programs(1) + block, tl.sum(tl.sum(both, axis=1), axis=0))
-    else:
-        acc = acc * tl.exp2(cum)[:, None]
-        acc = tl.dot((w * dts[None, :]).to(cb.dtype), xt, acc, input_precision=DOT)
-        for jb in range(r):                                                             # keys of earlier blocks
-            earlier = jb * R + i
-            hi_j, lo_j, dt_j, _ = ssd_decays(hi, lo, dt, b, h, c * L + earlier, end, T, H)
-            cb = tl.load(cbs + rows[:, None] * (G * L) + earlier[None, :], (t < T)[:, None], 0.0)
-            w = cb.to(tl.float32) * ssd_table(cum, cum_lo, hi_j, lo_j, rows, earlier, DOT is not None) * dt_j[None, :]
-            xj = tl.load(x + xs + earlier[:, None] * (H * P), (p < P)[None, :], 0.0)
-            acc = tl.dot(w.to(cb.dtype), xj, acc, input_precision=DOT)
+            tl.store(dD + (b * H + h) * tl.num_programs(1) + block, tl.sum(xt.to(tl.float32) * dyt.to(tl.float32)))
+    else:                                                                   # the seam: the last token before this block
+        if r > 0:
+            seam = block * R - 1
+            upto = tl.exp2(ssd_between(hi, lo, t, seam, DOT is not None))
+            acc = acc * tl.exp2(tl.load(hi + seam))
+        else:
+            seam, upto = block * R, tl.exp2(tl.load(hi + t))
+        for k in range(1, r + 1):                                           # keys of earlier blocks
+            after = tl.exp2(ssd_between(hi, lo, seam, t - k * R, DOT is not None)) * tl.load(dts + (t - k * R) * H)
+            xj = (tl.load(x + at - k * R * H * P).to(tl.float32) * after[:, None]).to(cb.dtype)
+            acc = tl.dot(tl.load(cbs - k * R), xj, acc, input_precision=DOT)
+        acc = tl.dot((w * dt_t[None, :]).to(cb.dtype), xt, acc * upto[:, None], input_precision=DOT)
         if SKIP:
             acc += tl.load(D + h) * xt.to(tl.float32)
-    tl.store(out + xs + rows[:, None] * (H * P), acc.to(out.dtype.element_ty), inside)
+    tl.store(out + at, acc.to(out.dtype.element_ty))
 
 
 @triton.jit
-def ssd_scores(x, dy, dt, hi, lo, CB, dCB, ends, begins, T, H, G, P, L: tl.constexpr, R: tl.constexpr, BP: tl.constexpr,
-               DOT: tl.constexpr):
+def ssd_scores(x, dy, dt, hi, lo, CB, dCB, ends, begins, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+               L: tl.constexpr, R: tl.constexpr, DOT: tl.constexpr):
     """One program: queries of block ib and keys of block jb of one chunk of one group, its heads in turn. dCB (B,T,G,L)
     sums over the heads; for each head, ends[jb] (blocks,B,H,T) is the sum of weight x gradient over the pairs that end at
     a token, begins[ib] over those that begin there."""
-    jb, block, bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    c, ib, b, group = block // (L // R), block % (L // R), (bg // G).to(tl.int64), bg % G
+    jb, block, b, group = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
+    c, ib, T, heads = block // (L // R), block % (L // R), n * L, tl.num_programs(2) // G * H
     if jb > ib:
         return
-    i, p = ib * R + tl.arange(0, R), tl.arange(0, BP)
-    j, end, all_heads = jb * R + tl.arange(0, R), tl.minimum(c * L + L, T) - 1, tl.num_programs(2) // G * H
-    table = ((b * T + c * L) * G + group) * L + i[:, None] * (G * L) + j[None, :]
-    cb = tl.load(CB + table, (c * L + i < T)[:, None], 0.0).to(tl.float32)
+    r, p = tl.arange(0, R), tl.arange(0, P)
+    t, u = c * L + ib * R + r, c * L + jb * R + r                           # queries, keys
+    table = ((b * T + c * L) * G + group) * L + (ib * R + r)[:, None] * (G * L) + jb * R + r[None, :]
+    cb = tl.load(CB + table).to(tl.float32)
     acc = tl.zeros((R, R), tl.float32)
     for m in range(H // G):
         h = group * (H // G) + m
-        hi_i, lo_i, _, _ = ssd_decays(hi, lo, dt, b, h, c * L + i, end, T, H)
-        hi_j, lo_j, dt_j, _ = ssd_decays(hi, lo, dt, b, h, c * L + j, end, T, H)
-        xs = ((b * T + c * L) * H + h) * P + p[None, :]
-        dyt = tl.load(dy + xs + i[:, None] * (H * P), (c * L + i < T)[:, None] & (p < P)[None, :], 0.0)
-        xt = tl.load(x + xs + j[:, None] * (H * P), (c * L + j < T)[:, None] & (p < P)[None, :], 0.0)
-        d = tl.dot(dyt, tl.trans(xt), input_precision=DOT) * ssd_table(hi_i, lo_i, hi_j, lo_j, i, j, DOT is not None) * dt_j[None, :]
+        his, los = hi + (b * H + h) * T, lo + (b * H + h) * T
+        at = (b * T * H + h) * P + p[None, :]
+        dyt, xt = tl.load(dy + at + t[:, None] * (H * P)), tl.load(x + at + u[:, None] * (H * P))
+        d = tl.dot(dyt, tl.trans(xt), input_precision=DOT) * tl.load(dt + b * T * H + u * H + h)[None, :]
+        if jb == ib:
+            d = d * ssd_table(his, los, t, DOT is not None)
+        else:
+            seam = c * L + ib * R - 1
+            d = d * (tl.exp2(ssd_between(his, los, t, seam, DOT is not None))[:, None] *
+                     tl.exp2(ssd_between(his, los, seam, u, DOT is not None))[None, :])
         acc += d
         # The diagonal spans nothing. The two sums nearly cancel in ssd_finish: float64 for float32 inputs.
-        d = tl.where(i[:, None] > j[None, :], d * cb, 0.0).to(ends.dtype.element_ty)
-        tl.store(ends + (jb * all_heads + b * H + h) * T + c * L + i, tl.sum(d, axis=1), c * L + i < T)
-        tl.store(begins + (ib * all_heads + b * H + h) * T + c * L + j, tl.sum(d, axis=0), c * L + j < T)
-    tl.store(dCB + table, acc.to(dCB.dtype.element_ty), (c * L + i < T)[:, None])
+        d = tl.where(t[:, None] > u[None, :], d * cb, 0.0).to(ends.dtype.element_ty)
+        tl.store(ends + (jb * heads + b * H + h) * T + t, tl.sum(d, axis=1))
+        tl.store(begins + (ib * heads + b * H + h) * T + u, tl.sum(d, axis=0))
+    tl.store(dCB + table, acc.to(dCB.dtype.element_ty))
 
 
 @triton.jit
-def ssd_through(x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, T, n, H, G, P, N,
-                L: tl.constexpr, R: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr):
+def ssd_through(x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+                N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr):
     """One program: BN columns of R tokens of one chunk of one group, its heads in turn. For every head also the part of
     queries = sum_n C (dC through the state) (blocks of N, B,H,T) and both = sum S dS (blocks of N, B,H,n)."""
-    nb, block, bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    c, r, b, group = block // (L // R), block % (L // R), (bg // G).to(tl.int64), bg % G
-    i, p, col = tl.arange(0, R), tl.arange(0, BP), nb * BN + tl.arange(0, BN)
-    rows, start = r * R + i, (b * T + c * L) * G + group
-    t, end, all_heads = c * L + rows, tl.minimum(c * L + L, T) - 1, tl.num_programs(2) // G * H
+    nb, block, b, group = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
+    c, r, T, heads = block // (L // R), block % (L // R), n * L, tl.num_programs(2) // G * H
+    i, p, col = tl.arange(0, R), tl.arange(0, P), nb * BN + tl.arange(0, BN)
+    t, end, token = block * R + i, c * L + L - 1, b * T + block * R
+    wide = (token * G + group) * N + i[:, None] * (G * N) + col[None, :]
+    table = (token * G + group) * L + i[:, None] * (G * L) + r * R + i[None, :]
     dc, db = tl.zeros((R, BN), tl.float32), tl.zeros((R, BN), tl.float32)
-    for k in range(L // R):
-        other = k * R + i
-        wide = start * N + other[:, None] * (G * N) + col[None, :]
-        inside = (c * L + other < T)[:, None] & (col < N)[None, :]
-        if k <= r:
-            d = tl.load(dCB + start * L + rows[:, None] * (G * L) + other[None, :], (t < T)[:, None], 0.0)
-            dc = tl.dot(d, tl.load(B + wide, inside, 0.0), dc, input_precision=DOT)
-        if k >= r:
-            d = tl.load(dCB + start * L + other[:, None] * (G * L) + rows[None, :], (c * L + other < T)[:, None], 0.0)
-            db = tl.dot(tl.trans(d), tl.load(C + wide, inside, 0.0), db, input_precision=DOT)
-    wide, inside = start * N + rows[:, None] * (G * N) + col[None, :], (t < T)[:, None] & (col < N)[None, :]
-    ct = tl.load(C + wide, inside, 0.0).to(tl.float32)
+    for k in range(0, r + 1):                                               # keys of this block and earlier ones
+        dc = tl.dot(tl.load(dCB + table - k * R), tl.load(B + wide - k * R * G * N), dc, input_precision=DOT)
+    for k in range(0, L // R - r):                                          # queries of this block and later ones
+        db = tl.dot(tl.trans(tl.load(dCB + table + k * R * G * L)), tl.load(C + wide + k * R * G * N), db, input_precision=DOT)
+    ct = tl.load(C + wide).to(tl.float32)
     for m in range(H // G):
         h = group * (H // G) + m
-        cum, cum_lo, dts, to_end = ssd_decays(hi, lo, dt, b, h, t, end, T, H)
-        at, there = ((b * T + c * L) * H + h) * P + rows[:, None] * (H * P) + p[None, :], (t < T)[:, None] & (p < P)[None, :]
+        his, los = hi + (b * H + h) * T, lo + (b * H + h) * T
+        at = (token * H + h) * P + i[:, None] * (H * P) + p[None, :]
         tile = ((b * H + h) * n + c) * P * N + p[:, None] * N + col[None, :]
-        s = tl.load(S + tile, (p < P)[:, None] & (col < N)[None, :], 0.0)
-        ds = tl.load(dS + tile, (p < P)[:, None] & (col < N)[None, :], 0.0)
-        read = tl.dot(tl.load(dy + at, there, 0.0), s, input_precision=DOT) * tl.exp2(cum)[:, None]
-        dc += read
-        tl.store(queries + (nb * all_heads + b * H + h) * T + t, tl.sum(read * ct, axis=1), t < T)
-        db += tl.dot(tl.load(x + at, there, 0.0), ds, input_precision=DOT) * (to_end * dts)[:, None]
+        s, ds = tl.load(S + tile), tl.load(dS + tile)
+        upto, to_end = tl.exp2(tl.load(his + t)), tl.exp2(ssd_between(his, los, end, t, DOT is not None))
+        read = tl.dot(tl.load(dy + at), s, input_precision=DOT)
+        dc += read * upto[:, None]
+        tl.store(queries + (nb * heads + b * H + h) * T + t, upto * tl.sum(read * ct, axis=1))
+        v = tl.load(x + at).to(tl.float32) * (to_end * tl.load(dt + b * T * H + t * H + h))[:, None]
+        db = tl.dot(v.to(ds.dtype), ds, db, input_precision=DOT)
         if r == 0:
-            tl.store(both + (nb * all_heads + b * H + h) * n + c, tl.sum(tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1), axis=0))
-    tl.store(dC + wide, dc.to(dC.dtype.element_ty), inside)
-    tl.store(dB + wide, db.to(dB.dtype.element_ty), inside)
+            tl.store(both + (nb * heads + b * H + h) * n + c, tl.sum(s.to(tl.float32) * ds.to(tl.float32)))
+    tl.store(dC + wide, dc.to(dC.dtype.element_ty))
+    tl.store(dB + wide, db.to(dB.dtype.element_ty))
 
 
 @triton.jit
-def ssd_finish(queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, T, n, H, blocks, L: tl.constexpr, R: tl.constexpr):
+def ssd_finish(queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, n, H: tl.constexpr, BLOCKS: tl.constexpr,
+               L: tl.constexpr, R: tl.constexpr):
     """One program: one chunk of one head: dg, and from g = dt A the gradients of dt (B,T,H) and A (B,H,n)."""
     c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i = tl.arange(0, L)
-    t = c * L + i
-    here, heads = bh * T + t, tl.num_programs(1)
+    i, T, heads = tl.arange(0, L), n * L, tl.num_programs(1)
+    here = bh * T + c * L + i
     ended, always = tl.zeros((L,), ends.dtype.element_ty), 0.0
-    for k in range(L // R):
-        ended += tl.load(ends + k * heads * T + here, (t < T) & (k <= i // R), 0.0)
-        ended -= tl.load(begins + k * heads * T + here, (t < T) & (k >= i // R), 0.0)
-    for nb in range(blocks):
-        ended += tl.load(queries + nb * heads * T + here, t < T, 0.0)
+    for k in range(L // R):                                                 # blocks that do not exist hold nothing
+        ended += tl.load(ends + k * heads * T + here, k <= i // R, 0.0)
+        ended -= tl.load(begins + k * heads * T + here, k >= i // R, 0.0)
+    for nb in range(BLOCKS):
+        ended += tl.load(queries + nb * heads * T + here)
         always += tl.load(both + (nb * heads + bh) * n + c)
-    always = always * tl.exp2(tl.load(hi + bh * T + tl.minimum(c * L + L, T) - 1))
-    begun = tl.load(keys + here - 1, (t < T) & (i > 0), 0.0)
-    dg = tl.cumsum(ended, 0, reverse=True) + tl.cumsum(begun, 0) + always
-    at = ((bh // H) * T + t) * H + bh % H
-    tl.store(ddt + at, tl.load(ddt_x + here, t < T, 0.0) + dg * tl.load(A + bh % H), t < T)
-    tl.store(dA + bh * n + c, tl.sum(tl.where(t < T, dg * tl.load(dt + at, t < T, 0.0), 0.0), axis=0))
+    always = always * tl.exp2(tl.load(hi + bh * T + c * L + L - 1))
+    dg = tl.cumsum(ended, 0, reverse=True) + tl.cumsum(tl.load(keys + here - 1, i > 0, 0.0), 0) + always
+    at = ((bh // H) * T + c * L + i) * H + bh % H
+    tl.store(ddt + at, tl.load(ddt_x + here) + dg * tl.load(A + bh % H))
+    tl.store(dA + bh * n + c, tl.sum(dg * tl.load(dt + at), axis=0))
 
 
 class SSDTriton(torch.autograd.Function):
+    """T a multiple of L = 16, 32, 64 or 128; P a power of two from 16; N a multiple of 128, or a power of two from 16."""
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, state):
+    def forward(ctx, x, dt, A, B, C, D, state, L):
         (b, T, H, P), (G, N) = x.shape, B.shape[2:]
-        L = pow2(T, 16, 128)
-        R = min(L, 64)
-        n, BP, BN, BS = triton.cdiv(T, L), pow2(P, 16, 128), pow2(N, 16, 128), pow2(N, 16, 256)
+        n, R = T // L, min(L, 64)
+        BN, BS = pow2(N, 16, 128), 256 if N % 256 == 0 else pow2(N, 16, 128)
         dot = "tf32x3" if x.dtype == torch.float32 else None
         CB, hi, lo = x.new_empty(b, T, G, L), dt.new_empty(b, H, T), dt.new_empty(b, H, T)
         S, last, y = x.new_empty(b, H, n, P, N), dt.new_empty(b, H, P, N), torch.empty_like(x)
-        ssd_prepare[(n * (L // R), b * G)](B, C, dt, A, CB, hi, lo, T, G, N, H, L, R, min(BN, 64), 16, dot, num_warps=4)
-        ssd_scan[(triton.cdiv(N, BS), H, b)](x, B, dt, hi, lo, state, S, last, T, n, H, G, P, N, L, R, BP, BS, False,
-                                             state is not None, dot, num_warps=8, num_stages=3)
-        regs = None if dot else 168                                        # three programs a processor, not two
-        ssd_rows[(H, n * (L // R), b)](C, S, CB, x, None, dt, hi, lo, D, y, None, None, None, T, n, H, G, P, N, L, R, BP, BN,
-                                       False, D is not None, dot, num_warps=4, num_stages=2, maxnreg=regs)
+        ssd_prepare[(T // R, b * G)](B, C, dt, A, CB, hi, lo, n, G, N, H, L, R, min(BN, 64), 16, dot, num_warps=4)
+        ssd_scan[(N // BS, H, b)](x, B, dt, hi, lo, state, S, last, n, H, G, P, N, L, R, BS, False, state is not None, dot,
+                                  num_warps=8, num_stages=3)
+        ssd_rows[(H, T // R, b)](C, S, CB, x, None, dt, hi, lo, D, y, None, None, None, n, H, G, P, N, L, R, BN, False, D is not None,
+                                 dot, num_warps=4, num_stages=2, maxnreg=None if dot else 168)    # three programs a processor, not two
         ctx.save_for_backward(x, dt, A, B, C, D, CB, hi, lo, S)
         ctx.L, ctx.dot, ctx.has_state = L, dot, state is not None
         return y, last
@@ -783,26 +765,24 @@ class SSDTriton(torch.autograd.Function):
     def backward(ctx, dy, dlast):
         x, dt, A, B, C, D, CB, hi, lo, S = ctx.saved_tensors
         (b, T, H, P), (G, N), L, dot = x.shape, B.shape[2:], ctx.L, ctx.dot
-        n, R, BP, BN, BS = triton.cdiv(T, L), min(L, 64), pow2(P, 16, 128), pow2(N, 16, 64), pow2(N, 16, 256)
-        rows, blocks, dy, dlast = n * (L // R), triton.cdiv(N, BN), dy.contiguous(), dlast.contiguous()
+        n, R, BN, BS = T // L, min(L, 64), pow2(N, 16, 64), 256 if N % 256 == 0 else pow2(N, 16, 128)
+        blocks, dy, dlast = N // BN, dy.contiguous(), dlast.contiguous()
         dS, first, dx, dCB = torch.empty_like(S), torch.empty_like(dlast), torch.empty_like(x), torch.empty_like(CB)
         dB, dC, ddt = torch.empty_like(B), torch.empty_like(C), torch.empty_like(dt)
         ddt_x, keys, queries = (hi.new_empty(m * b, H, T) for m in (1, 1, blocks))
         wide = torch.float64 if x.dtype == torch.float32 else torch.float32
         ends, begins = (torch.empty(L // R, b, H, T, dtype=wide, device=x.device) for _ in range(2))
-        both, dA, dD = (hi.new_empty(b, H, m) for m in (blocks * n, n, rows))
-        ssd_scan[(triton.cdiv(N, BS), H, b)](dy, C, dt, hi, lo, dlast, dS, first, T, n, H, G, P, N, L, R, BP, BS, True, True, dot,
-                                             num_warps=8, num_stages=3)
-        regs = None if dot else 168
-        ssd_rows[(H, rows, b)](B, dS, CB, x, dy, dt, hi, lo, D, dx, ddt_x, keys, dD, T, n, H, G, P, N, L, R, BP, pow2(N, 16, 128), True,
-                               D is not None, dot, num_warps=4, num_stages=2, maxnreg=regs)
-        ssd_scores[(L // R, rows, b * G)](x, dy, dt, hi, lo, CB, dCB, ends, begins, T, H, G, P, L, R, BP, dot, num_warps=4,
-                                          num_stages=3)
-        ssd_through[(blocks, rows, b * G)](x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, T, n, H, G, P, N,
-                                           L, R, BP, BN, dot, num_warps=4, num_stages=3)
-        ssd_finish[(n, b * H)](queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, T, n, H, blocks, L, R, num_warps=4)
+        both, dA, dD = (hi.new_empty(b, H, m) for m in (blocks * n, n, T // R))
+        ssd_scan[(N // BS, H, b)](dy, C, dt, hi, lo, dlast, dS, first, n, H, G, P, N, L, R, BS, True, True, dot,
+                                  num_warps=8, num_stages=3)
+        ssd_rows[(H, T // R, b)](B, dS, CB, x, dy, dt, hi, lo, D, dx, ddt_x, keys, dD, n, H, G, P, N, L, R, pow2(N, 16, 128), True,
+                                 D is not None, dot, num_warps=4, num_stages=2, maxnreg=None if dot else 168)
+        ssd_scores[(L // R, T // R, b * G)](x, dy, dt, hi, lo, CB, dCB, ends, begins, n, H, G, P, L, R, dot, num_warps=4, num_stages=3)
+        ssd_through[(blocks, T // R, b * G)](x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H, G, P, N, L, R, BN, dot,
+                                             num_warps=4, num_stages=3)
+        ssd_finish[(n, b * H)](queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, n, H, blocks, L, R, num_warps=4)
         return (dx, ddt, dA.sum((0, 2)), dB, dC, dD.sum((0, 2)) if D is not None else None,
-                first if ctx.has_state else None)
+                first if ctx.has_state else None, None)
 
 
 @triton.jit
@@ -836,9 +816,13 @@ def ssd_triton(x, dt, A, B, C, D, state):
                                              H, G, P, N, BP, BN, D is not None, num_warps=4)
         return y, new
     dtype = torch.bfloat16 if {x.dtype, B.dtype, C.dtype} == {torch.bfloat16} else torch.float32
-    x, B, C = (t.to(dtype).contiguous() for t in (x, B, C))
-    dt, A, D, state = (None if t is None else t.float().contiguous() for t in (dt, A, D, state))
-    return SSDTriton.apply(x, dt, A, B, C, D, state)
+    (_, T, _, P), N = x.shape, B.shape[-1]
+    L, BP, BN = pow2(T, 16, 128), pow2(P, 16), pow2(N, 16, 128)
+    x, dt = pad(x.to(dtype), {1: L, 3: BP}).contiguous(), pad(dt.float(), {1: L}).contiguous()
+    B, C = (pad(t.to(dtype), {1: L, 3: BN}).contiguous() for t in (B, C))
+    A, D, state = (None if t is None else t.float().contiguous() for t in (A, D, state))
+    y, last = SSDTriton.apply(x, dt, A, B, C, D, state if state is None else pad(state, {2: BP, 3: BN}), L)
+    return y[:, :T, :, :P], last[:, :, :P, :N]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
