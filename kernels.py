@@ -189,7 +189,7 @@ def ssd_chunked(x, dt, A, B, C, D, state, L=64):
 #
 #   gla_scan      dS_{c-1} = decay_c dS_c + qs_c^T do_c, from the last chunk   stores dS_c, the gradient after chunk c
 #   gla_rows      dv_c = ks_c dS_c + A_c^T do_c
-#   gla_scores    dA_c = do_c v_c^T, lower triangle
+#   gla_scores    dA_c = do_c v_c^T, below the diagonal, and the diagonal
 #   gla_through   dqs_c = do_c S_c^T,  dks_c = v_c dS_c^T,  and the sums of S_c dS_c over the value channels
 #   gla_finish    dq, dk: the above through exp(upto), exp(after), and dA through the scores; dg from all of them
 #
@@ -203,6 +203,17 @@ def ssd_chunked(x, dt, A, B, C, D, state, L=64):
 
 
 LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None      # the kernels take exp(x) as exp2(x LOG2E)
+
+
+@triton.jit
+def running_sum(x, EXACT: tl.constexpr):
+    """For every row of x (C,BK) the sum of the rows up to it. Not EXACT: a matrix product with a triangle of ones, x as the
+    sum of two bfloat16, which keeps 16 of its bits and is several times faster."""
+    if EXACT:
+        return tl.cumsum(x, 0)
+    i, hi = tl.arange(0, x.shape[0]), x.to(tl.bfloat16)
+    ones = (i[:, None] >= i[None, :]).to(tl.bfloat16)
+    return tl.dot(ones, hi, tl.dot(ones, (x - hi.to(tl.float32)).to(tl.bfloat16)))
 
 
 @triton.jit
@@ -239,7 +250,7 @@ def gla_prepare(q, k, g, qs, ks, decay, A, scale, LIMIT, n, H: tl.constexpr, K: 
         if not STEEP:
             gt = tl.load(g + start * K + at) * LOG2E
             whole = tl.sum(gt, 0)
-            e = tl.cumsum(gt, 0) - 0.5 * whole[None, :]
+            e = running_sum(gt, DOT is not None) - 0.5 * whole[None, :]
             half = tl.exp2(0.5 * whole)[None, :]
             qt, kt = qt * tl.exp2(e), kt * tl.exp2(-e)
             scores = tl.dot(qt.to(q.dtype.element_ty), tl.trans(kt.to(q.dtype.element_ty)), scores, input_precision=DOT)
@@ -305,15 +316,16 @@ def gla_rows(x, S, A, y, out, n, H: tl.constexpr, K: tl.constexpr, V: tl.constex
 
 
 @triton.jit
-def gla_scores(do, v, dA, n, H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr):
-    """One program: dA of one chunk of one head."""
+def gla_scores(do, v, dA, diagonal, n, H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr):
+    """One program: dA of one chunk of one head, its diagonal apart (B,H,T)."""
     c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i, start = tl.arange(0, C), ((bh // H) * n + c) * C * H + bh % H
     acc = tl.zeros((C, C), tl.float32)
     for v0 in range(0, V, BV):
         at = start * V + i[:, None] * (H * V) + v0 + tl.arange(0, BV)[None, :]
         acc = tl.dot(tl.load(do + at), tl.trans(tl.load(v + at)), acc, input_precision=DOT)
-    acc = tl.where(i[:, None] >= i[None, :], acc, 0.0)
+    tl.store(diagonal + (bh * n + c) * C + i, tl.sum(tl.where(i[:, None] == i[None, :], acc, 0.0), axis=1))
+    acc = tl.where(i[:, None] > i[None, :], acc, 0.0)
     tl.store(dA + start * C + i[:, None] * (H * C) + i[None, :], acc.to(dA.dtype.element_ty))
 
 
@@ -339,7 +351,7 @@ def gla_through(do, v, S, dS, dqs, dks, both, n, H: tl.constexpr, K: tl.constexp
 
 
 @triton.jit
-def gla_finish(q, k, g, ks, dA, dqs, dks, both, decay, dq, dk, dg, scale, LIMIT, n, H: tl.constexpr, K: tl.constexpr,
+def gla_finish(q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, scale, LIMIT, n, H: tl.constexpr, K: tl.constexpr,
                C: tl.constexpr, BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr):
     """One program: BK channels of one chunk.
 
@@ -357,10 +369,9 @@ def gla_finish(q, k, g, ks, dA, dqs, dks, both, decay, dq, dk, dg, scale, LIMIT,
     if not STEEP:
         gt = tl.load(g + at) * LOG2E
         whole = tl.sum(gt, 0)
-        e = tl.cumsum(gt, 0) - 0.5 * whole[None, :]
+        e = running_sum(gt, DOT is not None) - 0.5 * whole[None, :]
         half, to_q, to_k = tl.exp2(0.5 * whole)[None, :], tl.exp2(e), tl.exp2(-e)
         ds = tl.load(scores + i[:, None] * (H * C) + i[None, :])
-        ds = tl.where(i[:, None] > i[None, :], ds, tl.zeros_like(ds))
         qe, ke = (qt * to_q).to(ds.dtype), (kt * to_k).to(ds.dtype)
         dqt, dkt = tl.dot(ds, ke, input_precision=DOT), tl.dot(tl.trans(ds), qe, input_precision=DOT)
         pairs = qe.to(tl.float32) * dqt - ke.to(tl.float32) * dkt         # from the rounded factors: they cancel exactly
@@ -376,22 +387,26 @@ def gla_finish(q, k, g, ks, dA, dqs, dks, both, decay, dq, dk, dg, scale, LIMIT,
             last += next_g
             upto += tl.where((i > j)[:, None], next_g[None, :], 0.0)
             after = tl.where((i == j)[:, None], last[None, :], after)
-            ds = tl.where(i > j, tl.load(scores + i * (H * C) + j).to(tl.float32), 0.0)[:, None] * tl.exp2(upto)
+            ds = tl.load(scores + i * (H * C) + j).to(tl.float32)[:, None] * tl.exp2(upto)
             dqt += ds * kj[None, :]
             dkt = tl.where((i == j)[:, None], tl.sum(ds * qt, axis=0)[None, :], dkt)
         upto += tl.load(g + start * K + col)[None, :] * LOG2E
         pairs = qt * dqt - kt * dkt
         to_q, to_k = tl.exp2(upto), tl.exp2(after)
-    diagonal = tl.load(scores + i * (H * C) + i).to(tl.float32)[:, None]
-    from_state = to_q * tl.load(dqs + at).to(tl.float32)
+    own = tl.load(diagonal + (bh * n + c) * C + i)[:, None]
+    from_state, to_state = to_q * tl.load(dqs + at).to(tl.float32), to_k * tl.load(dks + at).to(tl.float32)
     pairs += qt * from_state
-    tl.store(dq + at, ((dqt + diagonal * kt + from_state) * scale).to(dq.dtype.element_ty))
-    tl.store(dk + at, (dkt + diagonal * qt + to_k * tl.load(dks + at).to(tl.float32)).to(dk.dtype.element_ty))
-    begun = (i > 0)[:, None]                                              # the key before t, within the chunk
-    keys = tl.load(ks + at - H * K, begun, 0.0).to(tl.float32) * tl.load(dks + at - H * K, begun, 0.0).to(tl.float32)
-    here = (bh * n + c) * K + col
-    always = tl.load(both + here) * tl.exp2(tl.load(decay + here))
-    tl.store(dg + at, tl.cumsum(pairs, 0, reverse=True) + tl.cumsum(keys, 0) + always[None, :])
+    tl.store(dq + at, ((dqt + own * kt + from_state) * scale).to(dq.dtype.element_ty))
+    tl.store(dk + at, (dkt + own * qt + to_state).to(dk.dtype.element_ty))
+    always = tl.load(both + (bh * n + c) * K + col) * tl.exp2(tl.load(decay + (bh * n + c) * K + col))
+    if STEEP or DOT is not None:                                          # the keys before t: added up without their last
+        begun = (i > 0)[:, None]
+        before = tl.load(ks + at - H * K, begun, 0.0).to(tl.float32) * tl.load(dks + at - H * K, begun, 0.0).to(tl.float32)
+        total = tl.cumsum(pairs, 0, reverse=True) + tl.cumsum(before, 0)
+    else:                                                                 # or all keys less those at t and later
+        rest = pairs - kt * to_state
+        total = rest - running_sum(rest, False) + tl.sum(pairs, 0)[None, :]
+    tl.store(dg + at, total + always[None, :])
 
 
 def pow2(x, low, high=1 << 30):
@@ -441,6 +456,7 @@ class GLATriton(torch.autograd.Function):
         (B, T, H, K), V, C, dot = q.shape, v.shape[-1], ctx.C, ctx.dot
         n, do, dlast = T // C, do.contiguous(), dlast.contiguous()
         dS, first, dA = torch.empty_like(S), torch.empty_like(dlast), torch.empty_like(A)
+        diagonal = g.new_empty(B, H, T)
         dv, dqs, dks, both = torch.empty_like(v), torch.empty_like(q), torch.empty_like(k), torch.empty_like(decay)
         dq, dk, dg = torch.empty_like(q), torch.empty_like(k), torch.empty_like(g)
         BK, BV, warps, stages = scan_tile(K, V, B * H, 128)
@@ -448,13 +464,13 @@ class GLATriton(torch.autograd.Function):
                                             num_warps=warps, num_stages=stages)
         BK, BV = pow2(K, 16, 64), pow2(V, 16, 128)
         gla_rows[(V // BV, n, B * H)](ks, dS, A, do, dv, n, H, K, V, C, BK, BV, True, dot, num_warps=4, num_stages=3)
-        gla_scores[(n, B * H)](do, v, dA, n, H, V, C, BV, dot, num_warps=4, num_stages=3)
+        gla_scores[(n, B * H)](do, v, dA, diagonal, n, H, V, C, BV, dot, num_warps=4, num_stages=3)
         BK, BV = pow2(K, 16, 128), pow2(V, 16, 64)
         gla_through[(K // BK, n, B * H)](do, v, S, dS, dqs, dks, both, n, H, K, V, C, BK, BV, dot, num_warps=8, num_stages=3)
         BK = pow2(K, 16, 32)
         for steep in (False, True):
-            gla_finish[(K // BK, n, B * H)](q, k, g, ks, dA, dqs, dks, both, decay, dq, dk, dg, ctx.scale, ctx.limit,
-                                            n, H, K, C, BK, steep, dot, num_warps=4)
+            gla_finish[(K // BK, n, B * H)](q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, ctx.scale, ctx.limit,
+                                            n, H, K, C, BK, steep, dot, num_warps=8)
         return dq, dk, dv, dg, None, first if ctx.has_state else None, None
 
 
