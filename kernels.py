@@ -250,7 +250,7 @@ def gla_prepare(q, k, g, qs, ks, decay, A, scale, LIMIT, n, H: tl.constexpr, K: 
         if not STEEP:
             gt = tl.load(g + start * K + at) * LOG2E
             whole = tl.sum(gt, 0)
-            e = running_sum(gt, DOT is not None) - 0.5 * whole[None, :]
+            e = tl.cumsum(gt, 0) - 0.5 * whole[None, :]
             half = tl.exp2(0.5 * whole)[None, :]
             qt, kt = qt * tl.exp2(e), kt * tl.exp2(-e)
             scores = tl.dot(qt.to(q.dtype.element_ty), tl.trans(kt.to(q.dtype.element_ty)), scores, input_precision=DOT)
@@ -365,9 +365,10 @@ def gla_finish(q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, sca
             return
     col, i, start = kb * BK + tl.arange(0, BK), tl.arange(0, C), ((bh // H) * n + c) * C * H + bh % H
     at, scores = start * K + i[:, None] * (H * K) + col[None, :], dA + start * C
-    qt, kt = tl.load(q + at).to(tl.float32) * scale, tl.load(k + at).to(tl.float32)
+    qt, kt, gt, from_state, to_state = tl.load(q + at), tl.load(k + at), tl.load(g + at), tl.load(dqs + at), tl.load(dks + at)
+    qt, kt = qt.to(tl.float32) * scale, kt.to(tl.float32)
     if not STEEP:
-        gt = tl.load(g + at) * LOG2E
+        gt *= LOG2E
         whole = tl.sum(gt, 0)
         e = running_sum(gt, DOT is not None) - 0.5 * whole[None, :]
         half, to_q, to_k = tl.exp2(0.5 * whole)[None, :], tl.exp2(e), tl.exp2(-e)
@@ -394,7 +395,7 @@ def gla_finish(q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, sca
         pairs = qt * dqt - kt * dkt
         to_q, to_k = tl.exp2(upto), tl.exp2(after)
     own = tl.load(diagonal + (bh * n + c) * C + i)[:, None]
-    from_state, to_state = to_q * tl.load(dqs + at).to(tl.float32), to_k * tl.load(dks + at).to(tl.float32)
+    from_state, to_state = to_q * from_state.to(tl.float32), to_k * to_state.to(tl.float32)
     pairs += qt * from_state
     tl.store(dq + at, ((dqt + own * kt + from_state) * scale).to(dq.dtype.element_ty))
     tl.store(dk + at, (dkt + own * qt + to_state).to(dk.dtype.element_ty))
@@ -615,56 +616,56 @@ def ssd_scan(x, y, dt, hi, lo, first, S, last, n, H: tl.constexpr, G: tl.constex
 def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, out, ddt, keys, dD, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
              N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BACKWARD: tl.constexpr,
              SKIP: tl.constexpr, DOT: tl.constexpr):
-    """One program: R tokens of one chunk of one head. Forward z is C and out is y; backward z is B, S is dS and out is dx,
-    with ddt = sum_p x dv (B,H,T), keys = sum_p v (dv through the state) (B,H,T), dD = sum_tp dy x (B,H,blocks)."""
+    """One program: R tokens of one chunk of one head; R is L or L / 2. Forward z is C and out is y; backward z is B, S is dS and
+    out is dx, with ddt = sum_p x dv (B,H,T), keys = sum_p v (dv through the state) (B,H,T), dD = sum_tp dy x (B,H,blocks).
+
+    The other block of the chunk is read in any case and weighs nothing where it is not an earlier one (forward) or a later one
+    (backward): without a branch its loads are under way early."""
     h, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     c, r, i, p, T = block // (L // R), block % (L // R), tl.arange(0, R), tl.arange(0, P), n * L
     t, token = block * R + i, b * T + block * R                             # token i is t in its sequence, token + i in all
-    hi, lo, dts = hi + (b * H + h) * T, lo + (b * H + h) * T, dt + b * T * H + h
     zs = z + (token * G + h // (H // G)) * N + i[:, None] * (G * N)
-    cbs = CB + (token * G + h // (H // G)) * L + i[:, None] * (G * L) + r * R + i[None, :]           # the block on the diagonal
-    at = (token * H + h) * P + i[:, None] * (H * P) + p[None, :]
-    xt = tl.load(x + at)
-    if BACKWARD:
-        dyt = tl.load(dy + at)
-    cb = tl.load(cbs)
+    cbs = CB + ((b * T + c * L) * G + h // (H // G)) * L + i[:, None] * (G * L) + i[None, :]
+    cb = tl.load(cbs + r * R * (G * L + 1)).to(tl.float32)                  # the block on the diagonal, and below it
+    other, there = (c * L + L - R, r + 1 < L // R) if BACKWARD else (c * L, r > 0)
+    if L > R:
+        below = tl.load(cbs + R * G * L)
+    his, los, dts = hi + (b * H + h) * T, lo + (b * H + h) * T, dt + b * T * H + h
+    at = h * P + i[:, None] * (H * P) + p[None, :]
+    xt, dt_t = tl.load(x + token * H * P + at), tl.load(dts + t * H)
     acc = tl.zeros((R, P), tl.float32)
-    for n0 in range(0, N, BN):                                              # through the state
+    for n0 in range(0, N, BN):                                          # through the state
         col = n0 + tl.arange(0, BN)
         s = tl.load(S + ((b * H + h) * n + c) * P * N + p[None, :] * N + col[:, None])
         acc = tl.dot(tl.load(zs + col[None, :]), s, acc, input_precision=DOT)
-    w = cb.to(tl.float32) * ssd_table(hi, lo, t, DOT is not None)
-    dt_t = tl.load(dts + t * H)
-    if BACKWARD:                                                            # the seam: the last token of this block
+    w = cb * ssd_table(his, los, t, DOT is not None)
+    if BACKWARD:                                                        # the seam: the last token of this block
         seam, end = block * R + R - 1, c * L + L - 1
-        after = tl.exp2(ssd_between(hi, lo, seam, t, DOT is not None))
-        acc = acc * tl.exp2(ssd_between(hi, lo, end, seam, DOT is not None))
+        after = tl.exp2(ssd_between(his, los, seam, t, DOT is not None))
+        acc = acc * tl.exp2(ssd_between(his, los, end, seam, DOT is not None))
         tl.store(keys + (b * H + h) * T + t, dt_t * after * tl.sum(xt.to(tl.float32) * acc, axis=1))
-        for k in range(1, L // R - r):                                      # queries of later blocks
-            upto = tl.exp2(ssd_between(hi, lo, t + k * R, seam, DOT is not None))
-            dyi = (tl.load(dy + at + k * R * H * P).to(tl.float32) * upto[:, None]).to(cb.dtype)
-            acc = tl.dot(tl.trans(tl.load(cbs + k * R * G * L)), dyi, acc, input_precision=DOT)
-        acc = tl.dot(tl.trans(w.to(cb.dtype)), dyt, acc * after[:, None], input_precision=DOT)
-        tl.store(ddt + (b * H + h) * T + t, tl.sum(xt.to(tl.float32) * acc, axis=1))              # acc is dv
+        dyt = tl.load(dy + token * H * P + at)
+        if L > R:
+            upto = tl.exp2(tl.where(there, ssd_between(his, los, other + i, seam, DOT is not None), float("-inf")))
+            dyo = tl.load(dy + (b * T + other) * H * P + at).to(tl.float32) * upto[:, None]
+            acc = tl.dot(tl.trans(below), dyo.to(dyt.dtype), acc, input_precision=DOT)
+        acc = tl.dot(tl.trans(w.to(dyt.dtype)), dyt, acc * after[:, None], input_precision=DOT)
+        tl.store(ddt + (b * H + h) * T + t, tl.sum(xt.to(tl.float32) * acc, axis=1))          # acc is dv
         acc = acc * dt_t[:, None]
         if SKIP:
             acc += tl.load(D + h) * dyt.to(tl.float32)
             tl.store(dD + (b * H + h) * tl.num_programs(1) + block, tl.sum(xt.to(tl.float32) * dyt.to(tl.float32)))
-    else:                                                                   # the seam: the last token before this block
-        if r > 0:
-            seam = block * R - 1
-            upto = tl.exp2(ssd_between(hi, lo, t, seam, DOT is not None))
-            acc = acc * tl.exp2(tl.load(hi + seam))
-        else:
-            seam, upto = block * R, tl.exp2(tl.load(hi + t))
-        for k in range(1, r + 1):                                           # keys of earlier blocks
-            after = tl.exp2(ssd_between(hi, lo, seam, t - k * R, DOT is not None)) * tl.load(dts + (t - k * R) * H)
-            xj = (tl.load(x + at - k * R * H * P).to(tl.float32) * after[:, None]).to(cb.dtype)
-            acc = tl.dot(tl.load(cbs - k * R), xj, acc, input_precision=DOT)
-        acc = tl.dot((w * dt_t[None, :]).to(cb.dtype), xt, acc * upto[:, None], input_precision=DOT)
+    else:                                                               # the seam: the last token before this block
+        seam = c * L + R - 1
+        upto = tl.where(there, ssd_between(his, los, t, seam, DOT is not None), tl.load(his + t))
+        if L > R:
+            after = tl.exp2(tl.where(there, ssd_between(his, los, seam, other + i, DOT is not None), float("-inf")))
+            xo = tl.load(x + (b * T + other) * H * P + at).to(tl.float32) * (after * tl.load(dts + (other + i) * H))[:, None]
+            acc = tl.dot(below, xo.to(xt.dtype), acc * tl.exp2(tl.where(there, tl.load(his + seam), 0.0)), input_precision=DOT)
+        acc = tl.dot((w * dt_t[None, :]).to(xt.dtype), xt, acc * tl.exp2(upto)[:, None], input_precision=DOT)
         if SKIP:
             acc += tl.load(D + h) * xt.to(tl.float32)
-    tl.store(out + at, acc.to(out.dtype.element_ty))
+    tl.store(out + token * H * P + at, acc.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -764,15 +765,16 @@ class SSDTriton(torch.autograd.Function):
     def forward(ctx, x, dt, A, B, C, D, state, L):
         (b, T, H, P), (G, N) = x.shape, B.shape[2:]
         n, R = T // L, min(L, 64)
-        BN, BS = pow2(N, 16, 128), 256 if N % 256 == 0 else pow2(N, 16, 128)
+        BN = pow2(N, 16, 128)
         dot = "tf32x3" if x.dtype == torch.float32 else None
         CB, hi, lo = x.new_empty(b, T, G, L), dt.new_empty(b, H, T), dt.new_empty(b, H, T)
         S, last, y = x.new_empty(b, H, n, P, N), dt.new_empty(b, H, P, N), torch.empty_like(x)
         ssd_prepare[(T // R, b * G)](B, C, dt, A, CB, hi, lo, n, G, N, H, L, R, min(BN, 64), 16, dot, num_warps=4)
-        ssd_scan[(N // BS, H, b)](x, B, dt, hi, lo, state, S, last, n, H, G, P, N, L, R, BS, False, state is not None, dot,
-                                  num_warps=8, num_stages=3)
+        ssd_scan[(N // BN, H, b)](x, B, dt, hi, lo, state, S, last, n, H, G, P, N, L, R, BN, False, state is not None, dot,
+                                  num_warps=4, num_stages=3)
+        BN = BN if N <= 128 else 64
         ssd_rows[(H, T // R, b)](C, S, CB, x, None, dt, hi, lo, D, y, None, None, None, n, H, G, P, N, L, R, BN, False, D is not None,
-                                 dot, num_warps=4, num_stages=2, maxnreg=None if dot else 168)    # three programs a processor, not two
+                                 dot, num_warps=4, num_stages=3, maxnreg=None if dot else 168)    # three programs a processor, not two
         ctx.save_for_backward(x, dt, A, B, C, D, CB, hi, lo, S)
         ctx.L, ctx.dot, ctx.has_state = L, dot, state is not None
         return y, last
@@ -781,7 +783,7 @@ class SSDTriton(torch.autograd.Function):
     def backward(ctx, dy, dlast):
         x, dt, A, B, C, D, CB, hi, lo, S = ctx.saved_tensors
         (b, T, H, P), (G, N), L, dot = x.shape, B.shape[2:], ctx.L, ctx.dot
-        n, R, BN, BS = T // L, min(L, 64), pow2(N, 16, 64), 256 if N % 256 == 0 else pow2(N, 16, 128)
+        n, R, BN, BS = T // L, min(L, 64), pow2(N, 16, 64), pow2(N, 16, 128)
         blocks, dy, dlast = N // BN, dy.contiguous(), dlast.contiguous()
         dS, first, dx, dCB = torch.empty_like(S), torch.empty_like(dlast), torch.empty_like(x), torch.empty_like(CB)
         dB, dC, ddt = torch.empty_like(B), torch.empty_like(C), torch.empty_like(dt)
@@ -790,9 +792,9 @@ class SSDTriton(torch.autograd.Function):
         ends, begins = (torch.empty(L // R, b, H, T, dtype=wide, device=x.device) for _ in range(2))
         both, dA, dD = (hi.new_empty(b, H, m) for m in (blocks * n, n, T // R))
         ssd_scan[(N // BS, H, b)](dy, C, dt, hi, lo, dlast, dS, first, n, H, G, P, N, L, R, BS, True, True, dot,
-                                  num_warps=8, num_stages=3)
-        ssd_rows[(H, T // R, b)](B, dS, CB, x, dy, dt, hi, lo, D, dx, ddt_x, keys, dD, n, H, G, P, N, L, R, pow2(N, 16, 128), True,
-                                 D is not None, dot, num_warps=4, num_stages=2, maxnreg=None if dot else 168)
+                                  num_warps=4, num_stages=3)
+        ssd_rows[(H, T // R, b)](B, dS, CB, x, dy, dt, hi, lo, D, dx, ddt_x, keys, dD, n, H, G, P, N, L, R, BS, True, D is not None,
+                                 dot, num_warps=4, num_stages=2, maxnreg=None if dot else 168)
         ssd_scores[(L // R, T // R, b * G)](x, dy, dt, hi, lo, CB, dCB, ends, begins, n, H, G, P, L, R, dot, num_warps=4, num_stages=3)
         ssd_through[(blocks, T // R, b * G)](x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H, G, P, N, L, R, BN, dot,
                                              num_warps=4, num_stages=3)
