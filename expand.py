@@ -14,6 +14,7 @@ Every other layer is kept bit for bit.
 
     python expand.py --init_from=out/recipe-gla/pretrained.pt --every=2 --out=out/expanded.pt
     python expand.py --init_from=gla-1.3b --every=6 --dry-run          the report for a public size, without weights
+    python expand.py --init_from=gla-1.3b --every=6 --speed            reading and writing before and after; random weights for a size
 """
 import copy, os
 from dataclasses import replace
@@ -21,7 +22,7 @@ from dataclasses import replace
 import torch
 
 from data.prepare import BadInput, command_line, main_line
-from model import LM, SIZES, save_checkpoint
+from model import LM, SIZES, save_checkpoint, speed
 
 
 def expand(lm, layers, factor=None, init="reinit", seed=0):
@@ -177,18 +178,31 @@ def choose_layers(n_layer, every, listed):
     return list(range(0, n_layer, every))
 
 
+def speeds(name, lm, new):
+    """Reading and writing before and after the expansion, as a Markdown table."""
+    lines = ["| model | state bytes a sequence | prefill, tokens/s | ms a token, batch 1 | batch 64 |", "|---|---|---|---|---|"]
+    for which, model in (("before", lm), ("expanded", new)):
+        r = speed(model.eval())
+        lines.append(f"| {name}, {which} | {r['state_bytes']:,} | {r['prefill_tokens_per_s']:,} | {r['ms_per_token'][1]:.2f} | {r['ms_per_token'][64]:.2f} |")
+    return "\n".join(lines)
+
+
 def main():
-    o = command_line(__doc__, init_from="", every=6, layers="", factor=0, init="reinit", seed=0, out="out/expanded.pt", dry_run=False)
+    o = command_line(__doc__, init_from="", every=6, layers="", factor=0, init="reinit", seed=0, out="out/expanded.pt", dry_run=False,
+                     speed=False, device="cuda" if torch.cuda.is_available() else "cpu")
     if o.init_from in SIZES:
-        if not o.dry_run:
-            raise BadInput(f"{o.init_from} is a size, not a checkpoint; add --dry-run, or name a checkpoint")
-        with torch.device("meta"):
+        if not o.dry_run and not o.speed:
+            raise BadInput(f"{o.init_from} is a size, not a checkpoint; add --dry-run or --speed, or name a checkpoint")
+        with torch.device("meta" if o.dry_run else o.device):
             lm = LM(copy.deepcopy(SIZES[o.init_from]))
     elif o.init_from:
         lm = LM.from_pretrained(o.init_from)
     else:
         raise BadInput(f"name a checkpoint to expand: --init_from=out/recipe-gla/pretrained.pt, or one of {', '.join(SIZES)} with --dry-run")
     new, report = expand(lm, choose_layers(lm.config.n_layer, o.every, o.layers), o.factor or None, o.init, o.seed)
+    if o.speed:
+        print(speeds(o.init_from, lm.to(o.device), new.to(o.device)))
+        return
     if not o.dry_run:
         if os.path.isdir(o.out):
             raise BadInput(f"{o.out} is a folder; --out names the file to write")

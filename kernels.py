@@ -206,13 +206,11 @@ LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None      # th
 
 
 @triton.jit
-def running_sum(x, EXACT: tl.constexpr):
-    """For every row of x (C,BK) the sum of the rows up to it. Not EXACT: a matrix product with a triangle of ones, x as the
-    sum of two bfloat16, which keeps 16 of its bits and is several times faster."""
-    if EXACT:
-        return tl.cumsum(x, 0)
+def sum_before(x):
+    """For every row of x (C,BK) the sum of the rows above it: a product with a triangle of ones, several times faster than a
+    scan. x goes in as the sum of two bfloat16, which keeps 16 of its bits."""
     i, hi = tl.arange(0, x.shape[0]), x.to(tl.bfloat16)
-    ones = (i[:, None] >= i[None, :]).to(tl.bfloat16)
+    ones = (i[:, None] > i[None, :]).to(tl.bfloat16)
     return tl.dot(ones, hi, tl.dot(ones, (x - hi.to(tl.float32)).to(tl.bfloat16)))
 
 
@@ -278,7 +276,8 @@ def gla_prepare(q, k, g, qs, ks, decay, A, scale, LIMIT, n, H: tl.constexpr, K: 
 
 @triton.jit
 def gla_scan(x, y, decay, first, S, last, n, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-             BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr, DOT: tl.constexpr):
+             BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr,
+             LAST: tl.constexpr, DOT: tl.constexpr):
     """One program: a BK x BV tile of one head's state, carried over all chunks in registers, stored before each."""
     kb, vb, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     col, val, i = kb * BK + tl.arange(0, BK), vb * BV + tl.arange(0, BV), tl.arange(0, C)
@@ -294,7 +293,8 @@ def gla_scan(x, y, decay, first, S, last, n, H: tl.constexpr, K: tl.constexpr, V
         yt = tl.load(y + start * V + i[:, None] * (H * V) + val[None, :])                  # (C,BV)
         d = tl.exp2(tl.load(decay + (bh * n + c) * K + col))
         carry = tl.dot(xt, yt, carry * d[:, None], input_precision=DOT)
-    tl.store(last + bh * K * V + tile, carry)
+    if LAST:
+        tl.store(last + bh * K * V + tile, carry)
 
 
 @triton.jit
@@ -370,7 +370,7 @@ def gla_finish(q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, sca
     if not STEEP:
         gt *= LOG2E
         whole = tl.sum(gt, 0)
-        e = running_sum(gt, DOT is not None) - 0.5 * whole[None, :]
+        e = (tl.cumsum(gt, 0) if DOT is not None else gt + sum_before(gt)) - 0.5 * whole[None, :]
         half, to_q, to_k = tl.exp2(0.5 * whole)[None, :], tl.exp2(e), tl.exp2(-e)
         ds = tl.load(scores + i[:, None] * (H * C) + i[None, :])
         qe, ke = (qt * to_q).to(ds.dtype), (kt * to_k).to(ds.dtype)
@@ -404,9 +404,8 @@ def gla_finish(q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, sca
         begun = (i > 0)[:, None]
         before = tl.load(ks + at - H * K, begun, 0.0).to(tl.float32) * tl.load(dks + at - H * K, begun, 0.0).to(tl.float32)
         total = tl.cumsum(pairs, 0, reverse=True) + tl.cumsum(before, 0)
-    else:                                                                 # or all keys less those at t and later
-        rest = pairs - kt * to_state
-        total = rest - running_sum(rest, False) + tl.sum(pairs, 0)[None, :]
+    else:                                                                 # one sum for both: all pairs less those before t
+        total = tl.sum(pairs, 0)[None, :] + sum_before(kt * to_state - pairs)
     tl.store(dg + at, total + always[None, :])
 
 
@@ -443,11 +442,12 @@ class GLATriton(torch.autograd.Function):
             gla_prepare[(n, B * H)](q, k, g, qs, ks, decay, A, scale, limit, n, H, K, C, pow2(K, 16, 64), steep, dot,
                                     num_warps=8, num_stages=1)
         BK, BV, warps, stages = scan_tile(K, V, B * H, 64)
-        gla_scan[(K // BK, V // BV, B * H)](ks, v, decay, state, S, last, n, H, K, V, C, BK, BV, False, state is not None, dot,
+        gla_scan[(K // BK, V // BV, B * H)](ks, v, decay, state, S, last, n, H, K, V, C, BK, BV, False, state is not None, True, dot,
                                             num_warps=warps, num_stages=stages)
         BK, BV = pow2(K, 16, 64), pow2(V, 16, 128)
         gla_rows[(V // BV, n, B * H)](qs, S, A, v, o, n, H, K, V, C, BK, BV, False, dot, num_warps=4, num_stages=3)
         ctx.save_for_backward(q, k, v, g, qs, ks, A, decay, S)
+        ctx.set_materialize_grads(False)
         ctx.scale, ctx.C, ctx.dot, ctx.limit, ctx.has_state = scale, C, dot, limit, state is not None
         return o, last
 
@@ -455,13 +455,13 @@ class GLATriton(torch.autograd.Function):
     def backward(ctx, do, dlast):
         q, k, v, g, qs, ks, A, decay, S = ctx.saved_tensors
         (B, T, H, K), V, C, dot = q.shape, v.shape[-1], ctx.C, ctx.dot
-        n, do, dlast = T // C, do.contiguous(), dlast.contiguous()
-        dS, first, dA = torch.empty_like(S), torch.empty_like(dlast), torch.empty_like(A)
+        n, do, dlast = T // C, torch.zeros_like(v) if do is None else do.contiguous(), None if dlast is None else dlast.contiguous()
+        dS, first, dA = torch.empty_like(S), g.new_empty(B, H, K, V) if ctx.has_state else None, torch.empty_like(A)
         diagonal = g.new_empty(B, H, T)
         dv, dqs, dks, both = torch.empty_like(v), torch.empty_like(q), torch.empty_like(k), torch.empty_like(decay)
         dq, dk, dg = torch.empty_like(q), torch.empty_like(k), torch.empty_like(g)
         BK, BV, warps, stages = scan_tile(K, V, B * H, 128)
-        gla_scan[(K // BK, V // BV, B * H)](qs, do, decay, dlast, dS, first, n, H, K, V, C, BK, BV, True, True, dot,
+        gla_scan[(K // BK, V // BV, B * H)](qs, do, decay, dlast, dS, first, n, H, K, V, C, BK, BV, True, dlast is not None, ctx.has_state, dot,
                                             num_warps=warps, num_stages=stages)
         BK, BV = pow2(K, 16, 64), pow2(V, 16, 128)
         gla_rows[(V // BV, n, B * H)](ks, dS, A, do, dv, n, H, K, V, C, BK, BV, True, dot, num_warps=4, num_stages=3)
@@ -472,7 +472,7 @@ class GLATriton(torch.autograd.Function):
         for steep in (False, True):
             gla_finish[(K // BK, n, B * H)](q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, ctx.scale, ctx.limit,
                                             n, H, K, C, BK, steep, dot, num_warps=8)
-        return dq, dk, dv, dg, None, first if ctx.has_state else None, None
+        return dq, dk, dv, dg, None, first, None
 
 
 @triton.jit
@@ -560,7 +560,8 @@ def ssd_prepare(B, C, dt, A, CB, hi, lo, n, G: tl.constexpr, N: tl.constexpr, H:
             cum = tl.cumsum(g.to(tl.float64), 0) * LOG2E
             at = b * H * T + h[None, :] * T + t[:, None]
             tl.store(hi + at, cum.to(tl.float32), inside)
-            tl.store(lo + at, (cum - cum.to(tl.float32).to(tl.float64)).to(tl.float32), inside)
+            if DOT is not None:
+                tl.store(lo + at, (cum - cum.to(tl.float32).to(tl.float64)).to(tl.float32), inside)
 
 
 @triton.jit
@@ -585,7 +586,8 @@ def ssd_table(hi, lo, t, EXACT: tl.constexpr):
 
 @triton.jit
 def ssd_scan(x, y, dt, hi, lo, first, S, last, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-             L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr, DOT: tl.constexpr):
+             L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr,
+             LAST: tl.constexpr, DOT: tl.constexpr):
     """One program: BN columns of one head's state, carried over all tokens in registers, stored before each chunk.
     x is x or dy (B,T,H,P), y is B or C (B,T,G,N)."""
     nb, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -609,7 +611,8 @@ def ssd_scan(x, y, dt, hi, lo, first, S, last, n, H: tl.constexpr, G: tl.constex
         yt = tl.load(y + ((b * T + piece * R) * G + h // (H // G)) * N + i[:, None] * (G * N) + col[None, :])
         whole = tl.where(enter, tl.exp2(tl.load(hi + end)), 1.0)
         carry = tl.dot((xt.to(tl.float32) * weight[None, :]).to(yt.dtype), yt, carry * whole, input_precision=DOT)
-    tl.store(last + (b * H + h) * P * N + tile, carry)
+    if LAST:
+        tl.store(last + (b * H + h) * P * N + tile, carry)
 
 
 @triton.jit
@@ -767,15 +770,17 @@ class SSDTriton(torch.autograd.Function):
         n, R = T // L, min(L, 64)
         BN = pow2(N, 16, 128)
         dot = "tf32x3" if x.dtype == torch.float32 else None
-        CB, hi, lo = x.new_empty(b, T, G, L), dt.new_empty(b, H, T), dt.new_empty(b, H, T)
+        CB, hi = x.new_empty(b, T, G, L), dt.new_empty(b, H, T)
+        lo = torch.empty_like(hi) if dot else hi                          # not read in bfloat16
         S, last, y = x.new_empty(b, H, n, P, N), dt.new_empty(b, H, P, N), torch.empty_like(x)
         ssd_prepare[(T // R, b * G)](B, C, dt, A, CB, hi, lo, n, G, N, H, L, R, min(BN, 64), 16, dot, num_warps=4)
-        ssd_scan[(N // BN, H, b)](x, B, dt, hi, lo, state, S, last, n, H, G, P, N, L, R, BN, False, state is not None, dot,
+        ssd_scan[(N // BN, H, b)](x, B, dt, hi, lo, state, S, last, n, H, G, P, N, L, R, BN, False, state is not None, True, dot,
                                   num_warps=4, num_stages=3)
         BN = BN if N <= 128 else 64
         ssd_rows[(H, T // R, b)](C, S, CB, x, None, dt, hi, lo, D, y, None, None, None, n, H, G, P, N, L, R, BN, False, D is not None,
                                  dot, num_warps=4, num_stages=3, maxnreg=None if dot else 168)    # three programs a processor, not two
         ctx.save_for_backward(x, dt, A, B, C, D, CB, hi, lo, S)
+        ctx.set_materialize_grads(False)
         ctx.L, ctx.dot, ctx.has_state = L, dot, state is not None
         return y, last
 
@@ -784,14 +789,15 @@ class SSDTriton(torch.autograd.Function):
         x, dt, A, B, C, D, CB, hi, lo, S = ctx.saved_tensors
         (b, T, H, P), (G, N), L, dot = x.shape, B.shape[2:], ctx.L, ctx.dot
         n, R, BN, BS = T // L, min(L, 64), pow2(N, 16, 64), pow2(N, 16, 128)
-        blocks, dy, dlast = N // BN, dy.contiguous(), dlast.contiguous()
-        dS, first, dx, dCB = torch.empty_like(S), torch.empty_like(dlast), torch.empty_like(x), torch.empty_like(CB)
+        blocks, dy = N // BN, torch.zeros_like(x) if dy is None else dy.contiguous()
+        dlast, first = None if dlast is None else dlast.contiguous(), dt.new_empty(b, H, P, N) if ctx.has_state else None
+        dS, dx, dCB = torch.empty_like(S), torch.empty_like(x), torch.empty_like(CB)
         dB, dC, ddt = torch.empty_like(B), torch.empty_like(C), torch.empty_like(dt)
         ddt_x, keys, queries = (hi.new_empty(m * b, H, T) for m in (1, 1, blocks))
         wide = torch.float64 if x.dtype == torch.float32 else torch.float32
         ends, begins = (torch.empty(L // R, b, H, T, dtype=wide, device=x.device) for _ in range(2))
         both, dA, dD = (hi.new_empty(b, H, m) for m in (blocks * n, n, T // R))
-        ssd_scan[(N // BS, H, b)](dy, C, dt, hi, lo, dlast, dS, first, n, H, G, P, N, L, R, BS, True, True, dot,
+        ssd_scan[(N // BS, H, b)](dy, C, dt, hi, lo, dlast, dS, first, n, H, G, P, N, L, R, BS, True, dlast is not None, ctx.has_state, dot,
                                   num_warps=4, num_stages=3)
         ssd_rows[(H, T // R, b)](B, dS, CB, x, dy, dt, hi, lo, D, dx, ddt_x, keys, dD, n, H, G, P, N, L, R, BS, True, D is not None,
                                  dot, num_warps=4, num_stages=2, maxnreg=None if dot else 168)
@@ -799,8 +805,7 @@ class SSDTriton(torch.autograd.Function):
         ssd_through[(blocks, T // R, b * G)](x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H, G, P, N, L, R, BN, dot,
                                              num_warps=4, num_stages=3)
         ssd_finish[(n, b * H)](queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, n, H, blocks, L, R, num_warps=4)
-        return (dx, ddt, dA.sum((0, 2)), dB, dC, dD.sum((0, 2)) if D is not None else None,
-                first if ctx.has_state else None, None)
+        return (dx, ddt, dA.sum((0, 2)), dB, dC, dD.sum((0, 2)) if D is not None else None, first, None)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ expand.py changes): `n_head` sets it for GLA (d_k d_v / n_head numbers a layer),
     python model.py --ckpt=out/recipe-gla/statex.pt --prompt="def read("      generate (--ckpt also takes a folder or hub id)
     python model.py --ckpt=out/run/ckpt.pt --export=FOLDER                    write it in the public format
 """
-import json, math, os, pickle, re
+import json, math, os, pickle, re, time
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -287,9 +287,16 @@ class LM(nn.Module):
     def generate(self, idx, n, temperature=1.0, top_k=None):
         """Continue idx (B,T) by n tokens, returned as (B,T+n). Memory does not grow with n: each step carries the
         state and one token. temperature 0 takes the likeliest token; top_k keeps only the k likeliest."""
-        out, state = [idx], None
-        for _ in range(n):
-            x, state = self.features(out[-1], state)
+        out, step = [idx], None
+        for i in range(n):
+            if i == 0:
+                x, state = self.features(idx)
+            elif step:
+                x = step(out[-1])
+            else:
+                x, state = self.features(out[-1], state)
+                if x.is_cuda and n - i > 16:                              # worth a recording
+                    step = self.recorded_step(out[-1], state)
             logits = self.lm_head(x[:, -1])[:, :self.config.vocab_size].float()
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
@@ -300,6 +307,24 @@ class LM(nn.Module):
                 token = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)
             out.append(token)
         return torch.cat(out, dim=1)
+
+    def recorded_step(self, token, state):
+        """The one-token step after `state` as a CUDA graph: a function of token (B,1) that returns the features (B,1,d_model)
+        and moves its own copy of the state on. Launching a step's several hundred kernels takes longer than running them."""
+        token, state = token.clone(), [(S.clone(), None if before is None else before.clone()) for S, before in state]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            x, new = self.features(token, state)
+            for (S, before), (new_S, new_before) in zip(state, new):
+                S.copy_(new_S)
+                if before is not None:
+                    before.copy_(new_before)
+
+        def step(t, held=state):                                          # the graph reads and writes these tensors
+            token.copy_(t)
+            graph.replay()
+            return x
+        return step
 
     @classmethod
     def from_pretrained(cls, name, block=None):
@@ -529,6 +554,35 @@ def export(lm, folder):
     save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
     with open(f"{folder}/config.json", "w") as f:
         json.dump(public, f, indent=1)
+
+
+def speed(lm, prompt=8192, n=64):
+    """How fast lm reads a prompt and writes n tokens on the device it is on, in bfloat16 on a GPU (A_log, dt_bias and D stay
+    in float32; lm is converted in place). Returns {"state_bytes" a sequence, "prefill_tokens_per_s", "ms_per_token": {batch: ms}}."""
+    device, c = lm.embeddings.weight.device, lm.config
+    if device.type == "cuda":
+        exact = {k: p.data.float() for k, p in lm.named_parameters() if k.endswith(("A_log", "dt_bias", ".D"))}
+        lm.bfloat16()
+        for k, p in lm.named_parameters():
+            p.data = exact.get(k, p.data)
+
+    def seconds(f):
+        f()
+        times = []
+        for _ in range(3):
+            t0 = time.time()
+            f()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.time() - t0)
+        return sorted(times)[1]
+
+    idx = torch.randint(c.vocab_size, (64, prompt), device=device)
+    with torch.no_grad():
+        read = seconds(lambda: lm.features(idx[:1]))
+    write = {b: seconds(lambda: lm.generate(idx[:b, :1], n)) / n * 1e3 for b in (1, 64)}
+    return {"state_bytes": 4 * sum(c.state_numbers(i) for i in range(c.n_layer)), "prefill_tokens_per_s": round(prompt / read),
+            "ms_per_token": write}
 
 
 def main():

@@ -176,14 +176,14 @@ def test_prefill_then_step_equals_the_full_forward(block, changes):
 
 @pytest.mark.parametrize("block,changes", MODELS)
 def test_generate(block, changes):
-    lm = small(block, **changes)
-    idx = torch.randint(61, (2, 9))
-    greedy = lm.generate(idx, 12, temperature=0)
+    lm = small(block, **changes).to(DEVICE)
+    idx, n = torch.randint(61, (2, 9), device=DEVICE), 30 if CUDA else 12               # long runs are recorded on a GPU
+    greedy = lm.generate(idx, n, temperature=0)
     again = idx
-    for _ in range(12):                                      # without any state: the whole prefix every time
+    for _ in range(n):                                       # without any state: the whole prefix every time
         again = torch.cat((again, lm(again)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
     assert torch.equal(greedy, again) and torch.equal(greedy[:, :9], idx)
-    assert torch.equal(lm.generate(idx, 12, top_k=1), greedy)
+    assert torch.equal(lm.generate(idx, n, top_k=1), greedy)
     torch.manual_seed(1)
     assert lm.generate(idx, 5, temperature=1.0, top_k=1000).max() < 61
 
