@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from data.prepare import BadInput, command_line, load_tokenizer, main_line
 from kernels import gla, ssd
@@ -249,6 +250,7 @@ class LM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        self.checkpoint_activations = False                              # keep only the layers' inputs for the backward pass
         rows = -(-c.vocab_size // c.pad_vocab) * c.pad_vocab
         self.embeddings = nn.Embedding(rows, c.d_model)
         self.layers = nn.ModuleList((GLABlock if c.block == "gla" else Mamba2Block)(c, i) for i in range(c.n_layer))
@@ -262,7 +264,8 @@ class LM(nn.Module):
         """idx (B,T) -> the last layer's output (B,T,d_model) after the final norm, and the state after token T."""
         x, states = self.embeddings(idx), []
         for i, layer in enumerate(self.layers):
-            x, s = layer(x, None if state is None else state[i])
+            s = None if state is None else state[i]
+            x, s = checkpoint(layer, x, s, use_reentrant=False) if self.checkpoint_activations and self.training else layer(x, s)
             states.append(s)
         return self.norm(x), states
 
@@ -344,12 +347,12 @@ class LM(nn.Module):
 # checkpoints: {"config": dict, "model": state_dict, "train": dict or None}
 
 
-def save_checkpoint(path, lm, train=None):
-    """Write to a temporary file, flush it to the disk, rename: a kill at any moment leaves the old file or the new."""
+def save_checkpoint(path, lm, train=None, weights=None):
+    """weights: lm's state_dict, where lm holds only a part of it. Write to a temporary file, flush it to the disk, rename: a kill at any moment leaves the old file or the new."""
     tmp = f"{path}.tmp"
     try:
         with open(tmp, "wb") as f:
-            torch.save({"config": asdict(lm.config), "model": lm.state_dict(), "train": train}, f)
+            torch.save({"config": asdict(lm.config), "model": weights or lm.state_dict(), "train": train}, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
