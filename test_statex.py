@@ -594,14 +594,126 @@ def test_killed_and_resumed_gives_the_same_numbers(block, corpus, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole[0].state_dict().values(), killed[0].state_dict().values()))
 
 
-def test_accumulation_gives_the_same_step(corpus, tmp_path):
-    """Two halves of a batch, one after the other, are not the same rows as one batch; but the loss must be of one scale,
-    and the same options the same bits."""
+def test_any_number_of_parts_gives_the_same_step(corpus, tmp_path):
+    """A batch in one pass, in four, and with the activations computed twice: the same losses to rounding."""
     args = [f"--data={corpus}", "--init_from=scratch", "--steps=10", *TINY]
-    for name, accumulate in (("a", 1), ("b", 2), ("c", 2)):
-        assert cli(train_script, *args, f"--accumulate={accumulate}", f"--out_dir={tmp_path}/{name}") == (0, "")
-    a, b, c = (losses(f"{tmp_path}/{x}")[10][0] for x in "abc")
-    assert b == c and abs(a - b) < 0.5
+    for name, more in (("a", "--accumulate=1"), ("b", "--accumulate=4"), ("c", "--checkpoint_activations")):
+        assert cli(train_script, *args, more, f"--out_dir={tmp_path}/{name}") == (0, "")
+    a, b, c = (losses(f"{tmp_path}/{x}")[10] for x in "abc")
+    assert a == pytest.approx(b, rel=1e-4) and a == pytest.approx(c, rel=1e-4)
+
+
+def torchrun(*args):
+    """Start train.py as two processes on this machine's CPU; -> the running torchrun."""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"{HERE}/train.py", *args],
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("more", ((), ("--shard",)))
+def test_two_processes_give_the_same_losses(more, corpus, tmp_path):
+    """The same batch shared out: DistributedDataParallel and FSDP2, over gloo. The checkpoint is one whole model."""
+    args = [f"--data={corpus}", "--init_from=scratch", "--steps=20", "--carry_state", *TINY]
+    assert cli(train_script, *args, f"--out_dir={tmp_path}/one") == (0, "")
+    run = torchrun(*args, *more, f"--out_dir={tmp_path}/two")
+    err = run.communicate()[1]
+    assert run.returncode == 0, err
+    one, two = losses(f"{tmp_path}/one"), losses(f"{tmp_path}/two")
+    assert one[10] == pytest.approx(two[10], rel=1e-3) and one[20] == pytest.approx(two[20], rel=1e-3)
+    (a, x), (b, y) = (load_checkpoint(f"{tmp_path}/{n}/ckpt.pt") for n in ("one", "two"))
+    assert a.config == b.config and x["tokens"] == y["tokens"] and len(y["carried"]) == 2
+    assert all(gap(q, p) < 0.05 for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def test_a_process_that_dies_ends_the_others(corpus, tmp_path):
+    run = torchrun(f"--data={corpus}", "--init_from=scratch", "--steps=100000", *TINY, f"--out_dir={tmp_path}")
+    while not os.path.exists(f"{tmp_path}/ckpt.pt") and run.poll() is None:
+        time.sleep(0.05)
+    children = open(f"/proc/{run.pid}/task/{run.pid}/children").read().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    t0 = time.time()
+    err = run.communicate(timeout=60)[1]
+    assert run.returncode and time.time() - t0 < 60 and "train.py: process" in err and "--init_from=resume" in err
+    assert load_checkpoint(f"{tmp_path}/ckpt.pt")[1]["step"] >= 10
+
+
+def test_sigterm_saves_and_stops(corpus, tmp_path):
+    args = [f"--data={corpus}", "--init_from=scratch", "--steps=100000", *TINY, "--eval_interval=50000", f"--out_dir={tmp_path}"]
+    run = subprocess.Popen([sys.executable, f"{HERE}/train.py", *args], stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    while not (os.path.exists(f"{tmp_path}/log.jsonl") and losses(tmp_path)) and run.poll() is None:
+        time.sleep(0.05)
+    run.terminate()
+    out = run.communicate(timeout=30)[0]
+    assert run.returncode == 128 + signal.SIGTERM and "stopped by a signal" in out and "--init_from=resume" in out
+    assert load_checkpoint(f"{tmp_path}/ckpt.pt")[1]["step"] >= max(losses(tmp_path))
+
+
+def train_quietly(args):
+    sys.stderr = sys.stdout = open(os.devnull, "w")
+    torch.set_num_threads(1)
+    sys.argv = [train_script.__file__, *args]
+    train_script.main()
+
+
+def test_killed_twenty_times(corpus, tmp_path, monkeypatch):
+    """kill -9 at random moments, most of them in a save: never a checkpoint lost, and in the end the same bits."""
+    import multiprocessing
+    start = multiprocessing.get_context("forkserver")
+    monkeypatch.setenv("PYTHONPATH", HERE)
+    start.set_forkserver_preload(["test_statex", "torch.distributed.checkpoint.state_dict"])       # a process starts at once
+    args = [f"--data={corpus}", "--steps=60", *TINY, "--eval_interval=1", "--pairs=2"]
+    rng, steps = np.random.default_rng(0), [0]
+    for go in range(21):
+        init, log = "resume" if os.path.exists(f"{tmp_path}/a/ckpt.pt") else "scratch", f"{tmp_path}/a/log.jsonl"
+        run = start.Process(target=train_quietly, args=([*args, f"--init_from={init}", f"--out_dir={tmp_path}/a"],))
+        run.start()
+        seen = os.path.getsize(log) if os.path.exists(log) else 0
+        while go < 20 and run.is_alive() and (os.path.getsize(log) if os.path.exists(log) else 0) == seen:
+            time.sleep(0.01)
+        if go < 20:
+            run.join(rng.uniform(0, 0.3))
+            run.kill()
+        run.join()
+        if os.path.exists(f"{tmp_path}/a/ckpt.pt"):
+            steps.append(load_checkpoint(f"{tmp_path}/a/ckpt.pt")[1]["step"])
+    assert steps == sorted(steps) and len(set(steps)) > 10 and steps[-1] == 60, steps
+    run = start.Process(target=train_quietly, args=([*args, "--init_from=scratch", f"--out_dir={tmp_path}/b"],))
+    run.start(), run.join()
+    a, b = (load_checkpoint(f"{tmp_path}/{x}/ckpt.pt")[0].state_dict().values() for x in "ab")
+    assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_full_disk(ckpt, corpus, tmp_path):
+    """A file may not grow past 30,000 bytes, which the system reports much as it does a full disk."""
+    import resource, shutil
+    shutil.copy(ckpt, tmp_path / "ckpt.pt")
+    before, soft = open(ckpt, "rb").read(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert len(before) > 30000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30000, soft[1]))
+    try:
+        code, err = cli(train_script, f"--init_from={tmp_path}/ckpt.pt", f"--data={corpus}", *TINY, "--steps=3", f"--out_dir={tmp_path}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+    assert code == 2 and "cannot save" in err.splitlines()[-1] and "last checkpoint is untouched" in err.splitlines()[-1]
+    assert open(tmp_path / "ckpt.pt", "rb").read() == before and not os.path.exists(tmp_path / "ckpt.pt.tmp")
+
+
+def test_carried_state_equals_one_long_sequence(corpus, tmp_path):
+    """Without learning, the mean loss of four slices is that of the four in one; and the slices lie end to end."""
+    args = [f"--data={corpus}", "--init_from=scratch", *TINY, "--batch_size=2", "--recall_tokens=0", "--lr=0", "--carry_state"]
+    for name, T, steps in (("long", 160, 1), ("slices", 16, 10)):
+        assert cli(train_script, *args, f"--block_size={T}", f"--steps={steps}", f"--out_dir={tmp_path}/{name}") == (0, "")
+    curve = load_checkpoint(f"{tmp_path}/slices/ckpt.pt")[1]["curve"]
+    o = train_script.SimpleNamespace(seed=0, batch_size=2, block_size=16, carry_state=True, recall_tokens=0, device="cpu")
+    tokens = prepare.load_corpus(corpus)[0]
+    got = [train_script.batches(tokens, o, 4096, step, 0, 1)[0] for step in range(10)]
+    lm = load_checkpoint(f"{tmp_path}/slices/ckpt.pt")[0]
+    state, total = None, 0.0
+    for idx, targets, _ in got:
+        _, loss, state = lm(idx, targets, state)
+        total += loss.item() / 10
+    whole = lm(torch.cat([idx for idx, _, _ in got], 1), torch.cat([targets for _, targets, _ in got], 1))[1].item()
+    assert total == pytest.approx(whole, rel=1e-5) and curve[-1][1] == pytest.approx(loss.item(), rel=1e-5)
+    assert all(torch.equal(a[0][:, 1:], a[1][:, :-1]) and torch.equal(a[1][:, -1], b[0][:, 0]) for a, b in zip(got, got[1:]))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path):

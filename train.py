@@ -110,11 +110,11 @@ signals = []                              # SIGINT or SIGTERM that came: save an
 
 
 def listen():
-    """Wait for SIGINT and SIGTERM in a thread of its own, which gets them even while the main one hangs in a collective."""
-    asked = {signal.SIGINT, signal.SIGTERM}
+    """Note SIGINT and SIGTERM in `signals`. A thread hears of them through a pipe, even while the main one hangs in a collective."""
+    ear, mouth = os.pipe()
 
     def wait():
-        signals.append(signal.sigwait(asked))
+        signals.append(os.read(ear, 1)[0])
         if World.size > 1:                                         # torchrun sends SIGTERM when another process has died
             time.sleep(20)
             if World.stopping:
@@ -122,9 +122,12 @@ def listen():
             print(f"train.py: process {World.rank} waited 20 s for the others after signal {signals[0]} and ends; "
                   "go on with --init_from=resume", file=sys.stderr, flush=True)
         else:
-            signal.sigwait(asked)                                  # a second one: at once
+            os.read(ear, 1)                                        # a second one: at once
         os._exit(128 + signals[0])
-    signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+    os.set_blocking(mouth, False)
+    signal.set_wakeup_fd(mouth)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     threading.Thread(target=wait, daemon=True).start()
 
 
