@@ -429,50 +429,82 @@ def scan_tile(K, V, heads, rows):
     return pow2(K, 16, 64), pow2(V, 16, 64), 4, 3
 
 
-class GLATriton(torch.autograd.Function):
-    """T a multiple of C = 16, 32, 64 or 128; K and V multiples of 128, or powers of two from 16."""
-    @staticmethod
-    def forward(ctx, q, k, v, g, scale, state, C):
-        (B, T, H, K), V, n = q.shape, v.shape[-1], q.shape[1] // C
-        dot, limit = ("tf32x3", 30.0) if q.dtype == torch.float32 else (None, 90.0)
-        qs, ks, A = torch.empty_like(q), torch.empty_like(k), q.new_empty(B, T, H, C)
-        decay, S = g.new_empty(B, H, n, K), v.new_empty(B, H, n, K, V)
-        o, last = torch.empty_like(v), g.new_empty(B, H, K, V)
-        for steep in (False, True):
-            gla_prepare[(n, B * H)](q, k, g, qs, ks, decay, A, scale, limit, n, H, K, C, pow2(K, 16, 64), steep, dot,
-                                    num_warps=8, num_stages=1)
-        BK, BV, warps, stages = scan_tile(K, V, B * H, 64)
-        gla_scan[(K // BK, V // BV, B * H)](ks, v, decay, state, S, last, n, H, K, V, C, BK, BV, False, state is not None, True, dot,
-                                            num_warps=warps, num_stages=stages)
-        BK, BV = pow2(K, 16, 64), pow2(V, 16, 128)
-        gla_rows[(V // BV, n, B * H)](qs, S, A, v, o, n, H, K, V, C, BK, BV, False, dot, num_warps=4, num_stages=3)
-        ctx.save_for_backward(q, k, v, g, qs, ks, A, decay, S)
-        ctx.set_materialize_grads(False)
-        ctx.scale, ctx.C, ctx.dot, ctx.limit, ctx.has_state = scale, C, dot, limit, state is not None
-        return o, last
+def operator(schema, buffers):
+    """Makes a function a PyTorch operator, which torch.compile leaves in one piece. `buffers` allocates the results from the
+    arguments; the function gets the arguments and the results, and fills these."""
+    def make(f):
+        def call(*args):
+            out = buffers(*args)
+            f(*args, *out)
+            return out
+        op = torch.library.custom_op(f"statex::{f.__name__}", call, mutates_args=(), schema=schema)
+        op.register_fake(buffers)
+        return op
+    return make
 
-    @staticmethod
-    def backward(ctx, do, dlast):
-        q, k, v, g, qs, ks, A, decay, S = ctx.saved_tensors
-        (B, T, H, K), V, C, dot = q.shape, v.shape[-1], ctx.C, ctx.dot
-        n, do, dlast = T // C, torch.zeros_like(v) if do is None else do.contiguous(), None if dlast is None else dlast.contiguous()
-        dS, first, dA = torch.empty_like(S), g.new_empty(B, H, K, V) if ctx.has_state else None, torch.empty_like(A)
-        diagonal = g.new_empty(B, H, T)
-        dv, dqs, dks, both = torch.empty_like(v), torch.empty_like(q), torch.empty_like(k), torch.empty_like(decay)
-        dq, dk, dg = torch.empty_like(q), torch.empty_like(k), torch.empty_like(g)
-        BK, BV, warps, stages = scan_tile(K, V, B * H, 128)
-        gla_scan[(K // BK, V // BV, B * H)](qs, do, decay, dlast, dS, first, n, H, K, V, C, BK, BV, True, dlast is not None, ctx.has_state, dot,
-                                            num_warps=warps, num_stages=stages)
-        BK, BV = pow2(K, 16, 64), pow2(V, 16, 128)
-        gla_rows[(V // BV, n, B * H)](ks, dS, A, do, dv, n, H, K, V, C, BK, BV, True, dot, num_warps=4, num_stages=3)
-        gla_scores[(n, B * H)](do, v, dA, diagonal, n, H, V, C, BV, dot, num_warps=4, num_stages=3)
-        BK, BV = pow2(K, 16, 128), pow2(V, 16, 64)
-        gla_through[(K // BK, n, B * H)](do, v, S, dS, dqs, dks, both, n, H, K, V, C, BK, BV, dot, num_warps=8, num_stages=3)
-        BK = pow2(K, 16, 32)
-        for steep in (False, True):
-            gla_finish[(K // BK, n, B * H)](q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, ctx.scale, ctx.limit,
-                                            n, H, K, C, BK, steep, dot, num_warps=8)
-        return dq, dk, dv, dg, None, first, None
+
+def gla_results(q, k, v, g, state, scale, C):
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    return (torch.empty_like(v), g.new_empty(B, H, K, V), torch.empty_like(q), torch.empty_like(k), q.new_empty(B, T, H, C),
+            g.new_empty(B, H, T // C, K), v.new_empty(B, H, T // C, K, V))
+
+
+@operator("(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? state, float scale, int C) -> "
+          "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", gla_results)
+def gla_forward(q, k, v, g, state, scale, C, o, last, qs, ks, A, decay, S):
+    """T a multiple of C = 16, 32, 64 or 128; K and V multiples of 128, or powers of two from 16."""
+    (B, T, H, K), V, n = q.shape, v.shape[-1], q.shape[1] // C
+    dot, limit = ("tf32x3", 30.0) if q.dtype == torch.float32 else (None, 90.0)
+    for steep in (False, True):
+        gla_prepare[(n, B * H)](q, k, g, qs, ks, decay, A, scale, limit, n, H, K, C, pow2(K, 16, 64), steep, dot,
+                                num_warps=8, num_stages=1)
+    BK, BV, warps, stages = scan_tile(K, V, B * H, 64)
+    gla_scan[(K // BK, V // BV, B * H)](ks, v, decay, state, S, last, n, H, K, V, C, BK, BV, False, state is not None, True, dot,
+                                        num_warps=warps, num_stages=stages)
+    BK, BV = pow2(K, 16, 64), pow2(V, 16, 128)
+    gla_rows[(V // BV, n, B * H)](qs, S, A, v, o, n, H, K, V, C, BK, BV, False, dot, num_warps=4, num_stages=3)
+
+
+def gla_gradients(q, k, v, g, qs, ks, A, decay, S, do, dlast, scale, C, has_state):
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    return (*(torch.empty_like(x) for x in (q, k, v, g)), g.new_empty(B, H, K, V) if has_state else g.new_empty(0))
+
+
+@operator("(Tensor q, Tensor k, Tensor v, Tensor g, Tensor qs, Tensor ks, Tensor A, Tensor decay, Tensor S, Tensor do, Tensor? dlast, "
+          "float scale, int C, bool has_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", gla_gradients)
+def gla_backward(q, k, v, g, qs, ks, A, decay, S, do, dlast, scale, C, has_state, dq, dk, dv, dg, first):
+    (B, T, H, K), V, n = q.shape, v.shape[-1], q.shape[1] // C
+    dot, limit = ("tf32x3", 30.0) if q.dtype == torch.float32 else (None, 90.0)
+    dS, dA, diagonal = torch.empty_like(S), torch.empty_like(A), g.new_empty(B, H, T)
+    dqs, dks, both = torch.empty_like(q), torch.empty_like(k), torch.empty_like(decay)
+    BK, BV, warps, stages = scan_tile(K, V, B * H, 128)
+    gla_scan[(K // BK, V // BV, B * H)](qs, do, decay, dlast, dS, first, n, H, K, V, C, BK, BV, True, dlast is not None, has_state, dot,
+                                        num_warps=warps, num_stages=stages)
+    BK, BV = pow2(K, 16, 64), pow2(V, 16, 128)
+    gla_rows[(V // BV, n, B * H)](ks, dS, A, do, dv, n, H, K, V, C, BK, BV, True, dot, num_warps=4, num_stages=3)
+    gla_scores[(n, B * H)](do, v, dA, diagonal, n, H, V, C, BV, dot, num_warps=4, num_stages=3)
+    BK, BV = pow2(K, 16, 128), pow2(V, 16, 64)
+    gla_through[(K // BK, n, B * H)](do, v, S, dS, dqs, dks, both, n, H, K, V, C, BK, BV, dot, num_warps=8, num_stages=3)
+    BK = pow2(K, 16, 32)
+    for steep in (False, True):
+        gla_finish[(K // BK, n, B * H)](q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, scale, limit,
+                                        n, H, K, C, BK, steep, dot, num_warps=8)
+
+
+def gla_save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4], *output[2:])
+    ctx.has_state, ctx.scale, ctx.C = inputs[4] is not None, *inputs[5:]
+
+
+def gla_chain(ctx, do, dlast, *_):
+    v = ctx.saved_tensors[2]
+    do, dlast = torch.zeros_like(v) if do is None else do.contiguous(), None if dlast is None else dlast.contiguous()
+    *grads, first = gla_backward(*ctx.saved_tensors, do, dlast, ctx.scale, ctx.C, ctx.has_state)
+    return *grads, first if ctx.has_state else None, None, None
+
+
+gla_forward.register_autograd(gla_chain, setup_context=gla_save)
 
 
 @triton.jit
@@ -505,11 +537,11 @@ def gla_triton(q, k, v, g, scale, state):
         gla_step[(triton.cdiv(V, BV), B * H)](*(t.contiguous() for t in (q, k, v, g.float(), state.float())), o, new, scale, K, V,
                                               pow2(K, 16, 64), BV, num_warps=4)
         return o, new
-    dtype = torch.bfloat16 if {q.dtype, k.dtype, v.dtype} == {torch.bfloat16} else torch.float32
+    dtype = torch.bfloat16 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else torch.float32
     C, BK, BV = pow2(T, 16, 128), pow2(K, 16, 128), pow2(V, 16, 128)
     q, k, g = (pad(x, {1: C, 3: BK}).contiguous() for x in (q.to(dtype), k.to(dtype), g.float()))
     state = None if state is None else pad(state.float(), {2: BK, 3: BV}).contiguous()
-    o, last = GLATriton.apply(q, k, pad(v.to(dtype), {1: C, 3: BV}).contiguous(), g, scale, state, C)
+    o, last, *_ = gla_forward(q, k, pad(v.to(dtype), {1: C, 3: BV}).contiguous(), g, state, scale, C)
     return o[:, :T, :, :V], last[:, :, :K, :V]
 
 
@@ -762,50 +794,69 @@ def ssd_finish(queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, n, 
     tl.store(dA + bh * n + c, tl.sum(dg * tl.load(dt + at), axis=0))
 
 
-class SSDTriton(torch.autograd.Function):
-    """T a multiple of L = 16, 32, 64 or 128; P a power of two from 16; N a multiple of 128, or a power of two from 16."""
-    @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, state, L):
-        (b, T, H, P), (G, N) = x.shape, B.shape[2:]
-        n, R = T // L, min(L, 64)
-        BN = pow2(N, 16, 128)
-        dot = "tf32x3" if x.dtype == torch.float32 else None
-        CB, hi = x.new_empty(b, T, G, L), dt.new_empty(b, H, T)
-        lo = torch.empty_like(hi) if dot else hi                          # not read in bfloat16
-        S, last, y = x.new_empty(b, H, n, P, N), dt.new_empty(b, H, P, N), torch.empty_like(x)
-        ssd_prepare[(T // R, b * G)](B, C, dt, A, CB, hi, lo, n, G, N, H, L, R, min(BN, 64), 16, dot, num_warps=4)
-        ssd_scan[(N // BN, H, b)](x, B, dt, hi, lo, state, S, last, n, H, G, P, N, L, R, BN, False, state is not None, True, dot,
-                                  num_warps=4, num_stages=3)
-        BN = BN if N <= 128 else 64
-        ssd_rows[(H, T // R, b)](C, S, CB, x, None, dt, hi, lo, D, y, None, None, None, n, H, G, P, N, L, R, BN, False, D is not None,
-                                 dot, num_warps=4, num_stages=3, maxnreg=None if dot else 168)    # three programs a processor, not two
-        ctx.save_for_backward(x, dt, A, B, C, D, CB, hi, lo, S)
-        ctx.set_materialize_grads(False)
-        ctx.L, ctx.dot, ctx.has_state = L, dot, state is not None
-        return y, last
+def ssd_results(x, dt, A, B, C, D, state, L):
+    (b, T, H, P), (G, N) = x.shape, B.shape[2:]
+    lo = dt.new_empty(b, H, T) if x.dtype == torch.float32 else dt.new_empty(0)
+    return (torch.empty_like(x), dt.new_empty(b, H, P, N), x.new_empty(b, T, G, L), dt.new_empty(b, H, T), lo,
+            x.new_empty(b, H, T // L, P, N))
 
-    @staticmethod
-    def backward(ctx, dy, dlast):
-        x, dt, A, B, C, D, CB, hi, lo, S = ctx.saved_tensors
-        (b, T, H, P), (G, N), L, dot = x.shape, B.shape[2:], ctx.L, ctx.dot
-        n, R, BN, BS = T // L, min(L, 64), pow2(N, 16, 64), pow2(N, 16, 128)
-        blocks, dy = N // BN, torch.zeros_like(x) if dy is None else dy.contiguous()
-        dlast, first = None if dlast is None else dlast.contiguous(), dt.new_empty(b, H, P, N) if ctx.has_state else None
-        dS, dx, dCB = torch.empty_like(S), torch.empty_like(x), torch.empty_like(CB)
-        dB, dC, ddt = torch.empty_like(B), torch.empty_like(C), torch.empty_like(dt)
-        ddt_x, keys, queries = (hi.new_empty(m * b, H, T) for m in (1, 1, blocks))
-        wide = torch.float64 if x.dtype == torch.float32 else torch.float32
-        ends, begins = (torch.empty(L // R, b, H, T, dtype=wide, device=x.device) for _ in range(2))
-        both, dA, dD = (hi.new_empty(b, H, m) for m in (blocks * n, n, T // R))
-        ssd_scan[(N // BS, H, b)](dy, C, dt, hi, lo, dlast, dS, first, n, H, G, P, N, L, R, BS, True, dlast is not None, ctx.has_state, dot,
-                                  num_warps=4, num_stages=3)
-        ssd_rows[(H, T // R, b)](B, dS, CB, x, dy, dt, hi, lo, D, dx, ddt_x, keys, dD, n, H, G, P, N, L, R, BS, True, D is not None,
-                                 dot, num_warps=4, num_stages=2, maxnreg=None if dot else 168)
-        ssd_scores[(L // R, T // R, b * G)](x, dy, dt, hi, lo, CB, dCB, ends, begins, n, H, G, P, L, R, dot, num_warps=4, num_stages=3)
-        ssd_through[(blocks, T // R, b * G)](x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H, G, P, N, L, R, BN, dot,
-                                             num_warps=4, num_stages=3)
-        ssd_finish[(n, b * H)](queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, n, H, blocks, L, R, num_warps=4)
-        return (dx, ddt, dA.sum((0, 2)), dB, dC, dD.sum((0, 2)) if D is not None else None, first, None)
+
+@operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, int L) -> "
+          "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", ssd_results)
+def ssd_forward(x, dt, A, B, C, D, state, L, y, last, CB, hi, lo, S):
+    """T a multiple of L = 16, 32, 64 or 128; P a power of two from 16; N a multiple of 128, or a power of two from 16."""
+    (b, T, H, P), (G, N), n, R = x.shape, B.shape[2:], x.shape[1] // L, min(L, 64)
+    dot, BN = "tf32x3" if x.dtype == torch.float32 else None, pow2(N, 16, 128)
+    ssd_prepare[(T // R, b * G)](B, C, dt, A, CB, hi, lo, n, G, N, H, L, R, min(BN, 64), 16, dot, num_warps=4)
+    ssd_scan[(N // BN, H, b)](x, B, dt, hi, lo, state, S, last, n, H, G, P, N, L, R, BN, False, state is not None, True, dot,
+                              num_warps=4, num_stages=3)
+    BN = BN if N <= 128 else 64
+    ssd_rows[(H, T // R, b)](C, S, CB, x, None, dt, hi, lo, D, y, None, None, None, n, H, G, P, N, L, R, BN, False, D is not None,
+                             dot, num_warps=4, num_stages=3, maxnreg=None if dot else 168)        # three programs a processor, not two
+
+
+def ssd_gradients(x, dt, A, B, C, D, CB, hi, lo, S, dy, dlast, L, has_state):
+    (b, T, H, P), N = x.shape, B.shape[-1]
+    return (*(torch.empty_like(t) for t in (x, dt, A, B, C)), torch.empty_like(A) if D is not None else A.new_empty(0),
+            dt.new_empty(b, H, P, N) if has_state else dt.new_empty(0))
+
+
+@operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor CB, Tensor hi, Tensor lo, Tensor S, Tensor dy, "
+          "Tensor? dlast, int L, bool has_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", ssd_gradients)
+def ssd_backward(x, dt, A, B, C, D, CB, hi, lo, S, dy, dlast, L, has_state, dx, ddt, dA, dB, dC, dD, first):
+    (b, T, H, P), (G, N), n, R = x.shape, B.shape[2:], x.shape[1] // L, min(L, 64)
+    dot, BN, BS = "tf32x3" if x.dtype == torch.float32 else None, pow2(N, 16, 64), pow2(N, 16, 128)
+    blocks, wide = N // BN, torch.float64 if dot else torch.float32
+    dS, dCB, ddt_x, keys, queries = torch.empty_like(S), torch.empty_like(CB), *(hi.new_empty(m * b, H, T) for m in (1, 1, blocks))
+    ends, begins = (torch.empty(L // R, b, H, T, dtype=wide, device=x.device) for _ in range(2))
+    both, dA_parts, dD_parts = (hi.new_empty(b, H, m) for m in (blocks * n, n, T // R))
+    ssd_scan[(N // BS, H, b)](dy, C, dt, hi, lo, dlast, dS, first, n, H, G, P, N, L, R, BS, True, dlast is not None, has_state, dot,
+                              num_warps=4, num_stages=3)
+    ssd_rows[(H, T // R, b)](B, dS, CB, x, dy, dt, hi, lo, D, dx, ddt_x, keys, dD_parts, n, H, G, P, N, L, R, BS, True, D is not None,
+                             dot, num_warps=4, num_stages=2, maxnreg=None if dot else 168)
+    ssd_scores[(L // R, T // R, b * G)](x, dy, dt, hi, lo, CB, dCB, ends, begins, n, H, G, P, L, R, dot, num_warps=4, num_stages=3)
+    ssd_through[(blocks, T // R, b * G)](x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H, G, P, N, L, R, BN, dot,
+                                         num_warps=4, num_stages=3)
+    ssd_finish[(n, b * H)](queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA_parts, n, H, blocks, L, R, num_warps=4)
+    torch.sum(dA_parts, (0, 2), out=dA)
+    if D is not None:
+        torch.sum(dD_parts, (0, 2), out=dD)
+
+
+def ssd_save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:6], *output[2:])
+    ctx.has_state, ctx.L = inputs[6] is not None, inputs[7]
+
+
+def ssd_chain(ctx, dy, dlast, *_):
+    x, D = ctx.saved_tensors[0], ctx.saved_tensors[5]
+    dy, dlast = torch.zeros_like(x) if dy is None else dy.contiguous(), None if dlast is None else dlast.contiguous()
+    *grads, dD, first = ssd_backward(*ctx.saved_tensors, dy, dlast, ctx.L, ctx.has_state)
+    return *grads, None if D is None else dD, first if ctx.has_state else None, None
+
+
+ssd_forward.register_autograd(ssd_chain, setup_context=ssd_save)
 
 
 @triton.jit
@@ -838,13 +889,13 @@ def ssd_triton(x, dt, A, B, C, D, state):
         ssd_step[(triton.cdiv(P, BP), H, b)](x.contiguous(), wide(dt), wide(A), B.contiguous(), C.contiguous(), wide(D), wide(state), y, new,
                                              H, G, P, N, BP, BN, D is not None, num_warps=4)
         return y, new
-    dtype = torch.bfloat16 if {x.dtype, B.dtype, C.dtype} == {torch.bfloat16} else torch.float32
+    dtype = torch.bfloat16 if x.dtype == B.dtype == C.dtype == torch.bfloat16 else torch.float32
     (_, T, _, P), N = x.shape, B.shape[-1]
     L, BP, BN = pow2(T, 16, 128), pow2(P, 16), pow2(N, 16, 128)
     x, dt = pad(x.to(dtype), {1: L, 3: BP}).contiguous(), pad(dt.float(), {1: L}).contiguous()
     B, C = (pad(t.to(dtype), {1: L, 3: BN}).contiguous() for t in (B, C))
     A, D, state = (None if t is None else t.float().contiguous() for t in (A, D, state))
-    y, last = SSDTriton.apply(x, dt, A, B, C, D, state if state is None else pad(state, {2: BP, 3: BN}), L)
+    y, last, *_ = ssd_forward(x, dt, A, B, C, D, state if state is None else pad(state, {2: BP, 3: BN}), L)
     return y[:, :T, :, :P], last[:, :, :P, :N]
 
 

@@ -103,6 +103,18 @@ def test_one_token_steps(op, shape, G):
     assert gap(torch.cat(outs, dim=1), o) < 1e-5 and gap(state, S) < 1e-5
 
 
+@pytest.mark.parametrize("block", ("gla", "mamba2"))
+def test_torch_compile_sees_no_graph_break(block, monkeypatch):
+    """A layer with the Triton kernels in it is one graph, forward and backward, and computes the same."""
+    monkeypatch.setattr(model_script, "gla", lambda *a, **k: gla(*a, **k, impl="triton"))
+    monkeypatch.setattr(model_script, "ssd", lambda *a, **k: ssd(*a, **k, impl="triton"))
+    layer, x = small(block).layers[0].to(DEVICE), torch.randn(1, 20, 32, device=DEVICE, requires_grad=True)
+    plain = layer(x)[0]
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)[0]
+    assert gap(compiled, plain) < 1e-5
+    assert gap(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (compiled, plain))) < 1e-5
+
+
 @pytest.mark.skipif(not CUDA, reason="needs a GPU: compares the kernels that training there picks")
 @pytest.mark.parametrize("block", ("gla", "mamba2"))
 def test_training_with_the_kernels_matches_chunked(block, monkeypatch):
