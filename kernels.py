@@ -413,6 +413,20 @@ def pow2(x, low, high=1 << 30):
     return max(low, min(high, triton.next_power_of_2(x)))
 
 
+# Triton 3.6 on an H100 gives wrong numbers for some bfloat16 products of less than 64 channels in kernels like these, and for
+# chunks of 64 tokens: there are no such here.
+
+
+def chunk(T):
+    """The chunk length for T tokens."""
+    return pow2(T, 16) if T <= 32 else 128
+
+
+def whole_tile(D, x):
+    """D channels are padded to a multiple of this; in the interpreter, where size costs and nothing is compiled, by less."""
+    return pow2(D, 64 if x.is_cuda else 16, 128)
+
+
 def pad(x, multiples):
     """x with zeros after its end: every dimension becomes a multiple of the number that {dimension: number} gives for it."""
     ends = [0] * (2 * x.dim())                                            # F.pad counts from the last dimension
@@ -452,7 +466,7 @@ def gla_results(q, k, v, g, state, scale, C):
 @operator("(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? state, float scale, int C) -> "
           "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", gla_results)
 def gla_forward(q, k, v, g, state, scale, C, o, last, qs, ks, A, decay, S):
-    """T a multiple of C = 16, 32, 64 or 128; K and V multiples of 128, or powers of two from 16."""
+    """T a multiple of C = 16, 32 or 128; K and V multiples of 128, or powers of two from 16."""
     (B, T, H, K), V, n = q.shape, v.shape[-1], q.shape[1] // C
     dot, limit = ("tf32x3", 30.0) if q.dtype == torch.float32 else (None, 90.0)
     for steep in (False, True):
@@ -538,7 +552,7 @@ def gla_triton(q, k, v, g, scale, state):
                                               pow2(K, 16, 64), BV, num_warps=4)
         return o, new
     dtype = torch.bfloat16 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else torch.float32
-    C, BK, BV = pow2(T, 16, 128), pow2(K, 16, 128), pow2(V, 16, 128)
+    C, BK, BV = chunk(T), whole_tile(K, q), whole_tile(V, q)
     q, k, g = (pad(x, {1: C, 3: BK}).contiguous() for x in (q.to(dtype), k.to(dtype), g.float()))
     state = None if state is None else pad(state.float(), {2: BK, 3: BV}).contiguous()
     o, last, *_ = gla_forward(q, k, pad(v.to(dtype), {1: C, 3: BV}).contiguous(), g, state, scale, C)
@@ -804,7 +818,7 @@ def ssd_results(x, dt, A, B, C, D, state, L):
 @operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, int L) -> "
           "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", ssd_results)
 def ssd_forward(x, dt, A, B, C, D, state, L, y, last, CB, hi, lo, S):
-    """T a multiple of L = 16, 32, 64 or 128; P a power of two from 16; N a multiple of 128, or a power of two from 16."""
+    """T a multiple of L = 16, 32 or 128; P a power of two from 16; N a multiple of 128, or a power of two from 16."""
     (b, T, H, P), (G, N), n, R = x.shape, B.shape[2:], x.shape[1] // L, min(L, 64)
     dot, BN = "tf32x3" if x.dtype == torch.float32 else None, pow2(N, 16, 128)
     ssd_prepare[(T // R, b * G)](B, C, dt, A, CB, hi, lo, n, G, N, H, L, R, min(BN, 64), 16, dot, num_warps=4)
@@ -891,7 +905,7 @@ def ssd_triton(x, dt, A, B, C, D, state):
         return y, new
     dtype = torch.bfloat16 if x.dtype == B.dtype == C.dtype == torch.bfloat16 else torch.float32
     (_, T, _, P), N = x.shape, B.shape[-1]
-    L, BP, BN = pow2(T, 16, 128), pow2(P, 16), pow2(N, 16, 128)
+    L, BP, BN = chunk(T), max(pow2(P, 16), whole_tile(P, x)), whole_tile(N, x)
     x, dt = pad(x.to(dtype), {1: L, 3: BP}).contiguous(), pad(dt.float(), {1: L}).contiguous()
     B, C = (pad(t.to(dtype), {1: L, 3: BN}).contiguous() for t in (B, C))
     A, D, state = (None if t is None else t.float().contiguous() for t in (A, D, state))
