@@ -190,6 +190,8 @@ def speeds(name, lm, new):
 def main():
     o = command_line(__doc__, init_from="", every=6, layers="", factor=0, init="reinit", seed=0, out="out/expanded.pt", dry_run=False,
                      speed=False, device="cuda" if torch.cuda.is_available() else "cpu")
+    if o.speed and o.dry_run:
+        raise BadInput("--speed runs the models and --dry-run makes none; give one of the two")
     if o.init_from in SIZES:
         if not o.dry_run and not o.speed:
             raise BadInput(f"{o.init_from} is a size, not a checkpoint; add --dry-run or --speed, or name a checkpoint")

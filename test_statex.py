@@ -694,6 +694,15 @@ def test_killed_twenty_times(corpus, tmp_path, monkeypatch):
     assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_presets_have_the_public_shapes(size):
+    o = train_script.SimpleNamespace(**{**train_script.DEFAULTS, **train_script.PRESETS[size]})
+    with torch.device("meta"):
+        made = train_script.new_model(o, {"vocab_size": SIZES[size].vocab_size, "tokenizer": ""}).config
+    for field in ("block", "n_layer", "d_model", "n_head", "d_mlp", "d_state", "headdim", "conv_size", "norm_eps", "tie_embeddings", "vocab_size"):
+        assert getattr(made, field) == getattr(SIZES[size], field), field
+
+
 def test_full_disk(ckpt, corpus, tmp_path):
     """A file may not grow past 30,000 bytes, which the system reports much as it does a full disk."""
     import resource, shutil
@@ -814,7 +823,7 @@ def test_bad_transplants(ckpt, tmp_path):
     refused(expand_script, f"--init_from={ckpt}", out, "--layers=zero", says="not a list of layers")
     refused(expand_script, f"--init_from={ckpt}", out, "--every=0", says="chooses no layers")
     refused(expand_script, f"--init_from={ckpt}", out, "--every=1", "--factor=3", says="a divisor of its 2 heads")
-    refused(expand_script, "--init_from=gla-1.3b", out, says="add --dry-run")
+    refused(expand_script, "--init_from=gla-1.3b", out, says="add --dry-run or --speed")
     refused(expand_script, out, says="name a checkpoint")
     assert not os.path.exists(tmp_path / "x.pt")
     assert cli(expand_script, f"--init_from={ckpt}", "--every=2", out) == (0, "") and os.path.exists(tmp_path / "x.pt")
@@ -826,6 +835,9 @@ def test_bad_shapes(corpus, tmp_path):
     refused(train_script, *args, "--block=mamba2", "--headdim=7", says="headdim 7 does not divide")
     refused(train_script, *args, "--block_size=10000000", says="block_size")
     refused(train_script, *args, "--accumulate=3", says="does not divide batch_size")
+    refused(train_script, *args, "--shard", says="start it with torchrun")
+    refused(train_script, *args, "--vocab_size=100", says="vocab_size 100 is less than the 4096 token ids")
+    refused(train_script, *args, "--carry_state", "--block_size=2000000", says="expected more than block_size")
     (tmp_path / "file").write_text("x")
     refused(train_script, *args, f"--out_dir={tmp_path}/file", says="is a file")
     refused(train_script, *args, f"--out_dir={tmp_path}/file/run", says="cannot make out_dir")
