@@ -429,10 +429,9 @@ def load_public(name):
     config.tokenizer = "hf:EleutherAI/gpt-neox-20b" if "ssm_cfg" in public else f"hf:{name}"    # state-spaces ships none
     with torch.device("meta"):
         lm = LM(config)
-    weights = read_weights(folder)
     want, have, wrong = lm.state_dict(), {}, []
-    for key in list(weights):
-        tensor, ours = weights.pop(key), our_name(key)
+    for key, tensor in read_weights(folder):
+        ours = our_name(key)
         if ours.endswith("mlp.gate_proj.weight") and tensor.shape[0] == 2 * config.d_mlp:        # older: gate and up in one
             have[ours], have[ours.replace("gate_proj", "up_proj")] = (t.float().clone() for t in tensor.chunk(2))
         elif ours not in want or ours in have:
@@ -504,22 +503,29 @@ def our_name(key):
 
 
 def read_weights(folder):
-    """name -> tensor, of model.safetensors, its shards, or pytorch_model.bin (never unpickling anything but tensors)."""
+    """Yields name, tensor from model.safetensors, its shards, or pytorch_model.bin (never unpickling anything but tensors), one
+    at a time, so that the file and a float32 copy of it are not in memory together."""
     names = [f"{folder}/model.safetensors"]
     try:
         if os.path.exists(f"{folder}/model.safetensors.index.json"):
             with open(f"{folder}/model.safetensors.index.json") as f:
                 names = sorted({f"{folder}/{n}" for n in json.load(f)["weight_map"].values()})
         elif not os.path.exists(names[0]):
-            return torch.load(f"{folder}/pytorch_model.bin", map_location="cpu", weights_only=True, mmap=True)
+            weights = torch.load(f"{folder}/pytorch_model.bin", map_location="cpu", weights_only=True)
+            for key in list(weights):
+                yield key, weights.pop(key)
+            return
         try:
-            from safetensors.torch import load_file
+            from safetensors import safe_open
         except ImportError:
             raise BadInput("this checkpoint is in safetensors format: pip install safetensors")
-        weights = {}
         for n in names:
-            weights |= load_file(n)
-        return weights
+            with safe_open(n, "pt") as f:
+                keys = list(f.keys())
+            for key in keys:
+                with safe_open(n, "pt") as f:                  # anew for each: what was read of the file leaves memory
+                    tensor = f.get_tensor(key)
+                yield key, tensor
     except BadInput:
         raise
     except Exception as e:                                     # a missing shard, a cut file, a pickle of something else
