@@ -198,8 +198,9 @@ def ssd_chunked(x, dt, A, B, C, D, state, L=64):
 # is 64 KiB a token, eight times the inputs. At C = 128 the scores are still a small part, and a 128 x 128 tile of them is
 # what one program holds in registers. Measured, C = 128 wins at every public size.
 #
-# No kernel masks tokens or channels (the one-token steps do): the callers pad T to whole chunks (with g = 0 or dt = 0, k = v = 0, which leaves the state alone) and
-# the channels to whole tiles. Heads and channels are compile-time constants, so that addresses fold into the instructions.
+# No kernel masks tokens or channels (the one-token steps do): the callers pad T to whole chunks (with g = 0 or dt = 0,
+# k = v = 0, which leaves the state alone) and the channels to whole tiles. Heads and channels are compile-time constants, so
+# that addresses fold into the instructions.
 
 
 LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None      # the kernels take exp(x) as exp2(x LOG2E)

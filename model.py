@@ -348,7 +348,8 @@ class LM(nn.Module):
 
 
 def save_checkpoint(path, lm, train=None, weights=None):
-    """weights: lm's state_dict, where lm holds only a part of it. Write to a temporary file, flush it to the disk, rename: a kill at any moment leaves the old file or the new."""
+    """Write to a temporary file, flush it to the disk, rename: a kill at any moment leaves the old file or the new.
+    weights: the whole model's state_dict, where lm holds only a part of it."""
     tmp = f"{path}.tmp"
     try:
         with open(tmp, "wb") as f:

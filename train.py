@@ -208,7 +208,8 @@ def flops_per_token(lm):
 
 
 def held_out(lm, o, val):
-    """Loss on held-out text, in windows of block_size but at most 8192 tokens, and on recall sequences that training never draws, in nats an answer."""
+    """Loss on held-out text, in windows of block_size but at most 8192 tokens, and on recall sequences that training never
+    draws, in nats an answer."""
     lm.eval()
     text = recall.text_loss(lm, val, min(o.block_size, 8192, len(val) - 1))[0]
     asked = 0.0
@@ -248,7 +249,8 @@ def train(lm, o, corpus, resume=None, until=None):
         torch.cuda.reset_peak_memory_stats()
 
     def write(**line):
-        log.write(json.dumps({"run": o.name, "step": step, "tokens": seen, **line, "seconds_left": round(sum(s for _, s in recent) / len(recent) * (o.steps - step), 1)}) + "\n")
+        left = sum(s for _, s in recent) / len(recent) * (o.steps - step)
+        log.write(json.dumps({"run": o.name, "step": step, "tokens": seen, **line, "seconds_left": round(left, 1)}) + "\n")
         for k, v in line.items() if board else ():
             board.add_scalar(f"{o.name}/{k}", v, step)
 
