@@ -9,8 +9,9 @@ Both model families are one recurrence. Per head, with a state S of K x V number
           shared by all heads of a group, v = dt * x, and a skip D * x is added to the output.
 
 "recurrent" is the definition: a loop over time. "chunked" does the same sums with matrix products and is the fast path
-on a CPU. Decays travel as logarithms g = log a <= 0, and no path ever takes the exponential of a positive number, so any
-decay is safe: none at all (g = 0) or a state that forgets everything at every step (g = -60).
+on a CPU. Decays travel as logarithms g = log a <= 0, and recurrent and chunked never take the exponential of a positive
+number; the Triton kernel of gla does, up to a bound (see gla_prepare). Any decay is safe: none at all (g = 0) or a state that
+forgets everything at every step (g = -60).
 """
 from __future__ import annotations               # so that tl.constexpr below needs no Triton until a kernel runs
 
@@ -208,8 +209,8 @@ LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None      # th
 
 @triton.jit
 def sum_before(x):
-    """For every row of x (C,BK) the sum of the rows above it: a product with a triangle of ones, several times faster than a
-    scan. x goes in as the sum of two bfloat16, which keeps 16 of its bits."""
+    """For every row of x (C,BK) the sum of the rows above it: a product with a triangle of ones, in place of a scan.
+    x goes in as the sum of two bfloat16, which keeps 16 of its bits."""
     i, hi = tl.arange(0, x.shape[0]), x.to(tl.bfloat16)
     ones = (i[:, None] > i[None, :]).to(tl.bfloat16)
     return tl.dot(ones, hi, tl.dot(ones, (x - hi.to(tl.float32)).to(tl.bfloat16)))
@@ -459,6 +460,7 @@ def operator(schema, buffers):
 
 
 def gla_results(q, k, v, g, state, scale, C):
+    """o (B,T,H,V), the last state (B,H,K,V), qs and ks (B,T,H,K), A (B,T,H,C), decay (B,H,T/C,K), S (B,H,T/C,K,V)."""
     (B, T, H, K), V = q.shape, v.shape[-1]
     return (torch.empty_like(v), g.new_empty(B, H, K, V), torch.empty_like(q), torch.empty_like(k), q.new_empty(B, T, H, C),
             g.new_empty(B, H, T // C, K), v.new_empty(B, H, T // C, K, V))
@@ -481,6 +483,7 @@ def gla_forward(q, k, v, g, state, scale, C, o, last, qs, ks, A, decay, S):
 
 
 def gla_gradients(q, k, v, g, qs, ks, A, decay, S, do, dlast, scale, C, has_state):
+    """Of q, k, v, g, and of the incoming state (B,H,K,V), empty where there was none."""
     (B, T, H, K), V = q.shape, v.shape[-1]
     return (*(torch.empty_like(x) for x in (q, k, v, g)), g.new_empty(B, H, K, V) if has_state else g.new_empty(0))
 
@@ -810,6 +813,7 @@ def ssd_finish(queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, n, 
 
 
 def ssd_results(x, dt, A, B, C, D, state, L):
+    """y (B,T,H,P), the last state (B,H,P,N), CB (B,T,G,L), hi and lo (B,H,T), lo empty in bfloat16, S (B,H,T/L,P,N)."""
     (b, T, H, P), (G, N) = x.shape, B.shape[2:]
     lo = dt.new_empty(b, H, T) if x.dtype == torch.float32 else dt.new_empty(0)
     return (torch.empty_like(x), dt.new_empty(b, H, P, N), x.new_empty(b, T, G, L), dt.new_empty(b, H, T), lo,
@@ -831,6 +835,7 @@ def ssd_forward(x, dt, A, B, C, D, state, L, y, last, CB, hi, lo, S):
 
 
 def ssd_gradients(x, dt, A, B, C, D, CB, hi, lo, S, dy, dlast, L, has_state):
+    """Of x, dt, A, B, C, D, and of the incoming state (B,H,P,N); the last two empty where they were not given."""
     (b, T, H, P), N = x.shape, B.shape[-1]
     return (*(torch.empty_like(t) for t in (x, dt, A, B, C)), torch.empty_like(A) if D is not None else A.new_empty(0),
             dt.new_empty(b, H, P, N) if has_state else dt.new_empty(0))
