@@ -88,11 +88,11 @@ def causal_conv(x, weight, bias, before):
     """Depthwise convolution over time, then silu. x (B,T,D), weight (D,1,taps), before (B,taps-1,D): the inputs
     before x, None for zeros. Returns y (B,T,D) and the inputs that the next call needs before its own.
 
-    A sum of shifted copies: faster than conv1d on a CPU, and fused by torch.compile on a GPU."""
+    A sum of shifted copies, in the weights' precision: faster than conv1d on a CPU, and fused by torch.compile on a GPU."""
     taps, T = weight.shape[-1], x.shape[1]
     x = F.pad(x, (0, 0, taps - 1, 0)) if before is None else torch.cat((before.to(x.dtype), x), dim=1)
     y = sum(x[:, i:i + T] * weight[:, 0, i] for i in range(taps))
-    return F.silu(y if bias is None else y + bias), x[:, T:]
+    return F.silu(y if bias is None else y + bias).to(x.dtype), x[:, T:]
 
 
 class GLA(nn.Module):
@@ -132,8 +132,8 @@ class GLA(nn.Module):
         g = F.logsigmoid(self.gk_proj(x).float()) / 16                                  # log decay, one per key channel
         q, k, v, g = (t.unflatten(-1, (self.n_head, -1)) for t in (q, k, v, g))         # (B,T,H,K or V)
         o, S = gla(q, k, v, g, state=S)
-        o = self.g_norm_swish_gate(o).flatten(-2) * F.silu(self.g_proj(x))
-        return self.o_proj(o), (S, before)
+        o = F.rms_norm(o, o.shape[-1:], self.g_norm_swish_gate.weight.to(o.dtype), self.g_norm_swish_gate.eps)
+        return self.o_proj(o.flatten(-2) * F.silu(self.g_proj(x))), (S, before)
 
 
 class Mamba2(nn.Module):
@@ -205,6 +205,17 @@ class Mamba2Block(nn.Module):
         return x + y, state
 
 
+def slice_loss(logits, targets, n):
+    """logits (rows,vocab_size), targets (rows,1) -> the summed cross-entropy and its gradient in the logits over n."""
+    p = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    p = p - p.amax(1, keepdim=True)
+    right = p.gather(1, targets)
+    p = p.exp_()
+    z = p.sum(1, keepdim=True)
+    dlogits = p.div_(z * n).to(logits.dtype)
+    return (z.log() - right).sum(), dlogits.scatter_add_(1, targets, dlogits.new_full((1, 1), -1 / n).expand_as(targets))
+
+
 class SlicedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of x @ weight.T against targets, without the (tokens, vocabulary) table of logits.
 
@@ -213,7 +224,7 @@ class SlicedCrossEntropy(torch.autograd.Function):
     the backward pass only scales them. Peak memory is one slice's logits."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, slice_numbers):
+    def forward(ctx, x, weight, targets, vocab_size, slice_numbers, slice_loss=slice_loss):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
         n, w = len(x), weight[:vocab_size].to(dtype)
         need_x, need_w = ctx.needs_input_grad[:2]
@@ -221,20 +232,13 @@ class SlicedCrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32)) if need_w else None
         total, rows = 0.0, max(1, slice_numbers // vocab_size)
         for xs, ts, at in zip(x.split(rows), targets.split(rows), range(0, n, rows)):
-            xs, ts = xs.to(dtype), ts[:, None]
-            p = (xs @ w.T).to(torch.promote_types(dtype, torch.float32))
-            p -= p.amax(1, keepdim=True)
-            right = p.gather(1, ts)
-            z = p.exp_().sum(1, keepdim=True)
-            total = total + (z.log() - right).sum()
-            if need_x or need_w:
-                p /= z * n
-                p.scatter_add_(1, ts, p.new_full((1, 1), -1 / n).expand_as(ts))
-                p = p.to(dtype)
-                if need_x:
-                    dx[at:at + rows] = p @ w
-                if need_w:
-                    dw[:vocab_size] += p.T @ xs
+            xs = xs.to(dtype)
+            part, dlogits = slice_loss(xs @ w.T, ts[:, None], n)
+            total = total + part
+            if need_x:
+                dx[at:at + rows] = dlogits @ w
+            if need_w:
+                dw[:vocab_size] += dlogits.T @ xs
         ctx.save_for_backward(dx, dw)
         ctx.dtypes = x.dtype, weight.dtype
         return total / n
@@ -243,7 +247,7 @@ class SlicedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
         return (None if dx is None else dx * grad.to(dx.dtype), None if dw is None else (dw * grad).to(ctx.dtypes[1]),
-                None, None, None)
+                None, None, None, None)
 
 
 class LM(nn.Module):
@@ -251,6 +255,7 @@ class LM(nn.Module):
         super().__init__()
         self.config = c = config
         self.checkpoint_activations = False                              # keep only the layers' inputs for the backward pass
+        self.slice_loss = slice_loss                                     # train.py puts a compiled one here
         rows = -(-c.vocab_size // c.pad_vocab) * c.pad_vocab
         self.embeddings = nn.Embedding(rows, c.d_model)
         self.layers = nn.ModuleList((GLABlock if c.block == "gla" else Mamba2Block)(c, i) for i in range(c.n_layer))
@@ -284,7 +289,7 @@ class LM(nn.Module):
         counted = targets != -100
         slice_numbers = 1 << (28 if x.is_cuda else 22)                    # logits in memory at a time
         return SlicedCrossEntropy.apply(x[counted], self.lm_head.weight, targets[counted], self.config.vocab_size,
-                                        slice_numbers)
+                                        slice_numbers, self.slice_loss)
 
     @torch.no_grad()
     def generate(self, idx, n, temperature=1.0, top_k=None):

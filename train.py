@@ -138,6 +138,7 @@ def wrap(lm, o):
     if o.compile:
         for layer in lm.layers:                                    # layers of one shape are compiled once
             layer.compile()
+        lm.slice_loss = torch.compile(lm.slice_loss, dynamic=True)
     if o.shard:
         from torch.distributed.fsdp import fully_shard
         for layer in (*lm.layers, lm):
