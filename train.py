@@ -149,6 +149,11 @@ def wrap(lm, o):
     return lm
 
 
+def precision(o):
+    """bfloat16 matrix products on a GPU; parameters, residuals, norms and states stay in float32."""
+    return torch.autocast("cuda", torch.bfloat16) if o.device.startswith("cuda") else contextlib.nullcontext()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # one run
 
@@ -208,19 +213,25 @@ def flops_per_token(lm):
     return 6 * weights + 12 * sum(lm.config.state_numbers(i) for i in range(lm.config.n_layer))
 
 
+@contextlib.contextmanager
+def scoring(lm, o):
+    """lm as it is scored: in training's precision, and not compiled, because scoring has many shapes."""
+    lm.eval()
+    with torch.no_grad(), precision(o), torch.compiler.set_stance("force_eager"):
+        yield
+    lm.train()
+
+
 def held_out(lm, o, val):
     """Loss on held-out text, in windows of block_size but at most 8192 tokens, and on recall sequences that training never
     draws, in nats an answer."""
-    lm.eval()
-    text = recall.text_loss(lm, val, min(o.block_size, 8192, len(val) - 1))[0]
     asked = 0.0
-    if o.recall_tokens:
-        with torch.no_grad():
-            for p in sizes(o):
-                idx, targets = (torch.from_numpy(a).to(o.device) for a in
-                                recall.mqar(np.random.default_rng([7, p]), 64, p, lm.config.vocab_size))
-                asked += lm(idx, targets)[1].item() / len(sizes(o))
-    lm.train()
+    with scoring(lm, o):
+        text = recall.text_loss(lm, val, min(o.block_size, 8192, len(val) - 1))[0]
+        for p in sizes(o) if o.recall_tokens else ():
+            idx, targets = (torch.from_numpy(a).to(o.device) for a in
+                            recall.mqar(np.random.default_rng([7, p]), 64, p, lm.config.vocab_size))
+            asked += lm(idx, targets)[1].item() / len(sizes(o))
     return text, asked
 
 
@@ -245,7 +256,6 @@ def train(lm, o, corpus, resume=None, until=None):
     path = f"{o.out_dir}/{o.name}.pt"
     log = open(f"{o.out_dir}/log.jsonl" if first else os.devnull, "a", buffering=1)
     board = tensorboard(o) if o.tensorboard and first else None
-    bf16 = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
 
@@ -287,7 +297,7 @@ def train(lm, o, corpus, resume=None, until=None):
                 if o.shard:
                     model.set_requires_gradient_sync(last)
                 with quiet:
-                    with bf16:
+                    with precision(o):
                         _, part_loss, state = model(idx, targets, carried[k] if o.carry_state and i == 0 and not fresh else None)
                     part_loss = part_loss * weight
                     (part_loss * World.size).backward()                   # they are averaged over the processes
@@ -296,18 +306,18 @@ def train(lm, o, corpus, resume=None, until=None):
                 sums[i] += part_loss.detach()
                 sums[2] += idx.numel()
         norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), o.clip)
-        norm = (norm.full_tensor() if o.shard else norm).item()
         sums[3] += len(signals)
         if World.size > 1:
             dist.all_reduce(sums)
-        text_loss, recall_loss, count, stopping = sums.tolist()
+        optimizer.step()
+        *sums, norm = torch.cat((sums, (norm.full_tensor() if o.shard else norm).double()[None])).tolist()      # waits for the GPU
+        text_loss, recall_loss, count, stopping = sums
         World.stopping = stopping > 0
         if not math.isfinite(text_loss + recall_loss + norm):
             bar.close()
             kept = f"{path} holds the last good step" if os.path.exists(path) else "nothing was saved yet"
             raise BadInput(f"step {step}: the loss is {text_loss + recall_loss:.4g} and the gradient's norm {norm:.4g}; {kept}; "
                            "try a smaller --lr or a longer --warmup")
-        optimizer.step()
         step, seen = step + 1, seen + int(count)
         recent.append((count, time.time() - t0))
         spent += recent[-1][1]
@@ -475,13 +485,12 @@ def report(lm, run, o, corpus, tokenizer):
     """One arm's entry of results.json: what it cost and what it scores."""
     c = lm.config
     numbers = sum(c.state_numbers(i) for i in range(c.n_layer))
-    lm.eval()
-    scores = recall.score(lm, corpus[1], tokenizer, pairs=sizes(o), T=o.block_size)
-    lm.generate(torch.zeros(1, 1, dtype=torch.long, device=o.device), 8)
-    t0 = time.time()
-    lm.generate(torch.zeros(1, 1, dtype=torch.long, device=o.device), 64)
-    decode = (time.time() - t0) / 64 * 1e3
-    lm.train()
+    with scoring(lm, o):
+        scores = recall.score(lm, corpus[1], tokenizer, pairs=sizes(o), T=o.block_size)
+        lm.generate(torch.zeros(1, 1, dtype=torch.long, device=o.device), 8)
+        t0 = time.time()
+        lm.generate(torch.zeros(1, 1, dtype=torch.long, device=o.device), 64)
+        decode = (time.time() - t0) / 64 * 1e3
     return {"params": sum(p.numel() for p in lm.parameters()), "state_numbers": numbers, "state_bytes": 4 * numbers,
             "tokens": run["tokens"], **scores, "tokens_per_s": run["tokens_per_s"],
             "decode_ms_per_token": round(decode, 3), "peak_mem_mib": run["peak_mem_mib"]}

@@ -1,0 +1,332 @@
+"""StateX against LPT on one GPU: the runs, and the tables and figures made of them.
+
+    python data/results/evidence.py --run           every run that has no JSON yet in data/results/runs/, several at a time
+    python data/results/evidence.py --run --only=gla-s0-lpt-lr0.001      one of them
+    python data/results/evidence.py                 tables.md and the figures from the JSONs, whatever is there
+
+Text: this machine's Python source with every installed package (`data/prepare.py --site-packages`); half of the tokens of a
+step are text, half multi-query recall. For each family and seed a small model is pre-trained; each arm goes on from it with
+the same tokens in the same order and schedule. Learning rates: seed 0 tries the whole grid for each arm, the lower
+held-out loss (text + recall) is kept for the other seeds and the sweeps. A killed run is done again from its start.
+
+    lpt         the same model goes on
+    reinit, inherit, preserve                     with a larger state in layers 0 and 3, see expand.py
+    ...-layersX  ...-factorX  ...-stepsX           sweeps of one setting, seed 0; at stepsX `lpt` too
+    ceiling     the large state from scratch, for all the tokens
+    cost        reading, writing and training speed, alone on the GPU
+"""
+import json, math, os, subprocess, sys, time
+from types import SimpleNamespace
+
+import numpy as np
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+sys.path.insert(0, ROOT)
+from data.prepare import BadInput, command_line, load_corpus, load_tokenizer, main_line
+
+RUNS, WORK, CORPUS = f"{HERE}/runs", f"{ROOT}/out/evidence", f"{ROOT}/data/python-all"
+SEEDS, PAIRS, LENGTHS, SHOTS = (0, 1, 2), (16, 32, 64, 128), (256, 512, 1024, 2048, 4096), (1, 2, 4, 8, 16)
+GRID = (1e-3, 2e-3)
+LAYERS = "0,3"
+COMMON = dict(data=CORPUS, n_layer=6, conv_size=4, block_size=512, batch_size=32, recall_tokens=16384,
+              pairs=",".join(map(str, PAIRS)), warmup=50, eval_interval=10**9, compile=True)
+PRE, POST = dict(steps=800, lr=2e-3, curriculum=0.3), dict(steps=240)
+FAMILIES = {"gla": dict(block="gla", d_model=512, n_head=8, d_mlp=0), "mamba2": dict(block="mamba2", d_model=768, d_state=32, headdim=64, tie_embeddings=True)}
+ARMS = {"gla": ("lpt", "reinit", "inherit"), "mamba2": ("lpt", "reinit", "inherit", "preserve")}
+FACTOR = {"gla": 8, "mamba2": 4}
+SWEEPS = {"gla": ("layers0", "layers0,2,4", "layers0,1,2,3,4,5", "factor2", "factor4", "steps80", "steps720"),
+          "mamba2": ("layers0", "layers0,2,4", "layers0,1,2,3,4,5", "factor2", "factor8", "steps80", "steps720")}
+
+
+def read(name):
+    """The result of a run, None before it is done."""
+    try:
+        with open(f"{RUNS}/{name}.json") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        return None
+
+
+def best(family, arm):
+    """(learning rate, result) of an arm at seed 0, None before the grid is done."""
+    tried = {lr: read(f"{family}-s0-{arm}-lr{lr:g}") for lr in GRID}
+    if all(tried.values()):
+        return min(tried.items(), key=lambda x: x[1]["held_out_loss"])
+
+
+def plan():
+    """Yields every run as a dict, those first that others wait for; a run whose learning rate is not known yet is left out."""
+    for seed in SEEDS:
+        for family in FAMILIES:
+            yield dict(name=f"{family}-s{seed}-pre", family=family, seed=seed, arm="pre", **PRE)
+    chosen = {}
+    for family in FAMILIES:
+        for arm in ARMS[family]:
+            for lr in GRID:
+                yield dict(name=f"{family}-s0-{arm}-lr{lr:g}", family=family, seed=0, arm=arm, lr=lr, **POST)
+            chosen[family, arm] = best(family, arm)
+    for (family, arm), found in chosen.items():
+        for seed in SEEDS[1:] if found else ():
+            yield dict(name=f"{family}-s{seed}-{arm}", family=family, seed=seed, arm=arm, lr=found[0], **POST)
+    for family in FAMILIES:
+        steps = dict(steps=PRE["steps"] + POST["steps"])
+        yield dict(name=f"{family}-s0-ceiling", family=family, seed=0, arm="ceiling", **PRE | steps)
+        larger = winner(family)
+        for sweep in SWEEPS[family] if larger else ():
+            for arm in ("lpt", larger) if sweep.startswith("steps") else (larger,):
+                changes = dict(steps=int(sweep[5:])) if sweep.startswith("steps") else {"layers": sweep[6:]} if sweep.startswith("layers") else {"factor": int(sweep[6:])}
+                yield dict(name=f"{family}-s0-{arm}-{sweep}", family=family, seed=0, arm=arm, lr=chosen[family, arm][0], **POST | changes)
+
+
+def winner(family):
+    """The StateX arm whose seed 0 has the lowest held-out loss: the one that the sweeps vary."""
+    found = {arm: best(family, arm) for arm in ARMS[family] if arm != "lpt"}
+    if all(found.values()) and best(family, "lpt"):
+        return min(found, key=lambda a: found[a][1]["held_out_loss"])
+
+
+def start(job):
+    """The checkpoint that a run starts from, None for scratch."""
+    return None if job["arm"] in ("pre", "ceiling") else f"{WORK}/{job['family']}-s{job['seed']}-pre.pt"
+
+
+def enlarge(lm, job):
+    from expand import choose_layers, expand
+    init = {"ceiling": "reinit"}.get(job["arm"], job["arm"])
+    return expand(lm, choose_layers(6, 1, job.get("layers", LAYERS)), job.get("factor", FACTOR[job["family"]]), init, job["seed"])[0]
+
+
+def options(job):
+    import train
+    changes = {k: v for k, v in job.items() if k in train.DEFAULTS}
+    later = 0 if start(job) is None else 100                        # post-training reads other sequences than pre-training
+    return SimpleNamespace(**train.DEFAULTS | COMMON | FAMILIES[job["family"]] | changes
+                           | dict(seed=job["seed"] + later, name=job["name"], out_dir=WORK))
+
+
+def run(job, small):
+    """One run: train, score, write its JSON. small: options over those above, for a quick look on a CPU."""
+    import torch, train
+    from data import recall
+    from model import load_checkpoint
+    torch.set_num_threads(1)
+    o = options(job)
+    vars(o).update(small)
+    corpus = load_corpus(o.data)
+    lm = load_checkpoint(start(job))[0] if start(job) else train.new_model(o, corpus[2])
+    if job["arm"] not in ("pre", "lpt"):
+        lm = enlarge(lm, job)
+    t0 = time.time()
+    r = train.train(lm, o, corpus)
+    t1 = time.time()
+    with train.scoring(lm, o):
+        scores = recall.score(lm, corpus[1], load_tokenizer(corpus[2]["tokenizer"]), pairs=train.sizes(o), lengths=LENGTHS, shots=SHOTS,
+                              T=o.block_size, n=small.get("n", 256))
+    if job["arm"] != "pre":
+        os.remove(f"{WORK}/{job['name']}.pt")
+    c = lm.config
+    numbers = sum(c.state_numbers(i) for i in range(c.n_layer))
+    write(job["name"], {**job, "params": sum(p.numel() for p in lm.parameters()), "state_numbers": numbers, "state_bytes": 4 * numbers,
+                        "tokens": r["tokens"], "held_out_loss": r["val_loss"] + r["recall_loss"], "recall_loss": r["recall_loss"], **scores,
+                        "curve": [[n, round(a, 4), round(b, 4)] for n, a, b in r["curve"][::3]], "seconds": round(t1 - t0), "scoring_seconds": round(time.time() - t1),
+                        "corpus": corpus[2]["sha256"], "versions": {"torch": torch.__version__, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}})
+
+
+def cost(family):
+    """Speeds of the small and of the expanded model, alone on the GPU: training as above, reading 8192 tokens, writing."""
+    import torch, train
+    from model import speed
+    result = {}
+    for arm in ("lpt", "reinit"):
+        job = dict(name=f"{family}-cost", family=family, seed=0, arm=arm, lr=1e-3, steps=60)
+        o = options(job)
+        corpus = load_corpus(o.data)
+        lm = train.new_model(o, corpus[2])
+        lm = lm if arm == "lpt" else enlarge(lm, job)
+        train.train(lm, o, corpus)
+        with open(f"{WORK}/log.jsonl") as f:
+            lines = [json.loads(line) for line in f]
+        last = [line for line in lines if line["run"] == o.name and "tokens_per_s" in line][-1]        # of the last 20 steps
+        peak = torch.cuda.max_memory_allocated() / 2**20
+        result[arm] = {"train_tokens_per_s": last["tokens_per_s"], "peak_mem_mib": round(peak), **speed(lm.eval())}
+        os.remove(f"{WORK}/{o.name}.pt")
+    write(f"{family}-cost", result)
+
+
+def write(name, result):
+    with open(f"{RUNS}/{name}.json.tmp", "w") as f:
+        json.dump(result, f, indent=1)
+    os.replace(f"{RUNS}/{name}.json.tmp", f"{RUNS}/{name}.json")
+
+
+def run_all(o):
+    """Every run that has no result, o.jobs processes at a time, starting none after o.minutes."""
+    t0, running, failed = time.time(), {}, set()
+    print(f"{'run':36s} {'seconds':>7s}  text   recall  mqar by pairs", flush=True)
+    while True:
+        for name, process in list(running.items()):
+            if process.poll() is not None:
+                del running[name]
+                r = read(name)
+                if r is None or process.returncode:
+                    failed.add(name)
+                print(f"{name:36s} " + (f"{r['seconds']:7d}  {r['val_loss']:.3f}  {r['recall_loss']:.3f}   " + " ".join(f"{a:.3f}" for a in r["recall"]["mqar"].values())
+                                        if r else "failed, see out/evidence/" + name + ".txt"), flush=True)
+        for job in plan():
+            name, ready = job["name"], start(job) is None or os.path.exists(start(job)) and job["family"] + f"-s{job['seed']}-pre" not in running
+            done = read(name) and (job["arm"] != "pre" or os.path.exists(f"{WORK}/{name}.pt"))
+            if ready and not done and name not in running and name not in failed and len(running) < o.jobs and (time.time() - t0) / 60 < o.minutes:
+                with open(f"{WORK}/{name}.txt", "w") as log:
+                    running[name] = subprocess.Popen([sys.executable, __file__, "--run", f"--only={name}", *o.passed], stdout=log, stderr=log)
+        if not running:
+            break
+        time.sleep(0.3)
+    for family in FAMILIES:
+        if read(f"{family}-cost") is None and (time.time() - t0) / 60 < o.minutes and not o.passed:
+            subprocess.run([sys.executable, __file__, "--run", f"--only={family}-cost"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tables and figures
+
+
+def seeds_of(family, arm):
+    """The results of an arm, one a seed, at its chosen learning rate."""
+    if arm == "pre":
+        found = [read(f"{family}-s{s}-pre") for s in SEEDS]
+    else:
+        first = best(family, arm)
+        found = [first and first[1], *(read(f"{family}-s{s}-{arm}") for s in SEEDS[1:])]
+    return [r for r in found if r]
+
+
+def mean(results, get):
+    """-> mean and standard error over seeds."""
+    x = np.array([get(r) for r in results], float)
+    return x.mean(), x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else math.nan
+
+
+def table(family):
+    arms = [a for a in ("pre", *ARMS[family]) if seeds_of(family, a)]
+    lines = [f"| {family} | " + " | ".join({"pre": "pre-trained", "lpt": "LPT"}.get(a, f"StateX, {a}") for a in arms) + " |", "|---" * (len(arms) + 1) + "|"]
+
+    def row(label, get, form="{:.3f} ± {:.3f}"):
+        lines.append(f"| {label} | " + " | ".join(form.format(*mean(seeds_of(family, a), get)) for a in arms) + " |")
+    row("parameters, millions", lambda r: r["params"] / 1e6, "{:.2f}")
+    row("state numbers", lambda r: r["state_numbers"], "{:,.0f}")
+    row("learning rate", lambda r: r["lr"], "{:g}")
+    row("seeds", lambda r: len(SEEDS), "{:.0f}") if all(len(seeds_of(family, a)) == len(SEEDS) for a in arms) else None
+    row("val loss", lambda r: r["val_loss"], "{:.4f} ± {:.4f}")
+    row("in-context score", lambda r: r["icl_score"])
+    for task, unit in (("mqar", "pairs"), ("fewshot", "shots"), ("passkey", "tokens")):
+        for size in seeds_of(family, arms[0])[0]["recall"][task]:
+            row(f"{task}, {size} {unit}", lambda r: r["recall"][task][size])
+    return "\n".join(lines)
+
+
+def sweep_table(family):
+    larger, lines = winner(family), []
+    hard = str(PAIRS[-1])
+    rows = [("LPT", best(family, "lpt")[1]), (f"{larger}, as above", best(family, larger)[1])]
+    rows += [(f"{arm}, {sweep.replace('layers', 'layers ').replace('factor', 'factor ').replace('steps', 'post-training steps ')}", read(f"{family}-s0-{arm}-{sweep}"))
+             for sweep in SWEEPS[family] for arm in ("lpt", larger)]
+    rows.append(("large from scratch, all the tokens", read(f"{family}-s0-ceiling")))
+    lines = [f"| {family}, seed 0 | state numbers | tokens after pre-training, millions | mqar, {PAIRS[-2]} pairs | {hard} pairs | val loss |", "|---|---|---|---|---|---|"]
+    for label, r in rows:
+        if r:
+            spent = r["tokens"] / 1e6 if r["arm"] != "ceiling" else 0
+            lines.append(f"| {label} | {r['state_numbers']:,} | {spent:.1f} | {r['recall']['mqar'][str(PAIRS[-2])]:.3f} | {r['recall']['mqar'][hard]:.3f} | {r['val_loss']:.4f} |")
+    return "\n".join(lines)
+
+
+def cost_table():
+    lines = ["| model | state bytes a sequence | training, tokens/s | peak MiB | prefill of 8192, tokens/s | ms a token, batch 1 | batch 64 |", "|---|---|---|---|---|---|---|"]
+    for family in FAMILIES:
+        for arm, r in (read(f"{family}-cost") or {}).items():
+            lines.append(f"| {family}, {'LPT' if arm == 'lpt' else 'StateX'} | {r['state_bytes']:,} | {r['train_tokens_per_s']:,} | {r['peak_mem_mib']:,} | "
+                         f"{r['prefill_tokens_per_s']:,} | {r['ms_per_token']['1']:.2f} | {r['ms_per_token']['64']:.2f} |")
+    return "\n".join(lines)
+
+
+COLORS = {"pre": "0.6", "lpt": "tab:blue", "reinit": "tab:red", "inherit": "tab:orange", "preserve": "tab:green"}
+
+
+def figures(families):
+    try:
+        import matplotlib
+    except ImportError:
+        raise BadInput("the figures need matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(len(families), 3, figsize=(12, 3.4 * len(families)), layout="constrained", squeeze=False)
+    for row, family in zip(axes, families):
+        for ax, task, unit in zip(row, ("mqar", "fewshot", "passkey"), ("key-value pairs", "shots", "tokens of text")):
+            for arm in ("pre", *ARMS[family]):
+                results = seeds_of(family, arm)
+                if results:
+                    x = list(results[0]["recall"][task])
+                    y, e = np.array([mean(results, lambda r: r["recall"][task][s]) for s in x]).T
+                    ax.errorbar(range(len(x)), y, e, color=COLORS[arm], marker="o", ms=4, capsize=3, label={"pre": "pre-trained", "lpt": "LPT"}.get(arm, f"StateX, {arm}"))
+            ax.set_xticks(range(len(x)), x)
+            ax.set(title=f"{family}: {task}", xlabel=unit, ylabel="accuracy", ylim=(-0.02, 1.02))
+        row[0].legend(fontsize=8)
+    fig.savefig(f"{HERE}/evidence.png", dpi=130)
+    fig, axes = plt.subplots(len(families), 3, figsize=(12, 3.4 * len(families)), layout="constrained", squeeze=False)
+    for row, family in zip(axes, families):
+        larger, hard = winner(family), str(PAIRS[-1])
+        if larger is None:
+            continue
+        lpt, main = best(family, "lpt")[1], best(family, larger)[1]
+        one = lambda sweep, arm=larger: read(f"{family}-s0-{arm}-{sweep}")
+        base = dict(lpt=lpt, main=main)
+        sweeps = (("layers expanded", [(0, lpt), (2, main)] + [(len(s[6:].split(",")), one(s)) for s in SWEEPS[family] if s.startswith("layers")]),
+                  ("factor of the state, in two layers", [(1, lpt), (FACTOR[family], main)] + [(int(s[6:]), one(s)) for s in SWEEPS[family] if s.startswith("factor")]))
+        for ax, (label, points) in zip(row, sweeps):
+            points = sorted((x, r["recall"]["mqar"][hard]) for x, r in points if r)
+            ax.plot(*zip(*points), color=COLORS[larger], marker="o", ms=4)
+            ax.set(xlabel=label)
+        for arm, middle in (("lpt", lpt), (larger, main)):
+            points = [(middle["tokens"] / 1e6, middle)] + [(r["tokens"] / 1e6, r) for s in SWEEPS[family] if s.startswith("steps") and (r := one(s, arm))]
+            points = sorted((x, r["recall"]["mqar"][hard]) for x, r in points)
+            row[2].plot(*zip(*points), color=COLORS[arm], marker="o", ms=4, label="LPT" if arm == "lpt" else f"StateX, {arm}")
+        row[2].set(xlabel="post-training tokens, millions")
+        ceiling = read(f"{family}-s0-ceiling")
+        for ax in row:
+            if ceiling:
+                ax.axhline(ceiling["recall"]["mqar"][hard], color="0.4", ls=":", label="large from scratch, all tokens")
+            ax.set(ylabel=f"mqar accuracy, {hard} pairs", ylim=(-0.02, 1.02), title=f"{family}, {larger}")
+        row[2].legend(fontsize=8)
+    fig.savefig(f"{HERE}/sweeps.png", dpi=130)
+
+
+def main():
+    o = command_line(__doc__, run=False, only="", jobs=8, minutes=1e9, small="")
+    small = {k: int(v) for k, v in (item.split("=") for item in o.small.split(",") if item)}
+    os.makedirs(RUNS, exist_ok=True)
+    os.makedirs(WORK, exist_ok=True)
+    if not o.run:
+        families = [f for f in FAMILIES if seeds_of(f, "pre")]
+        if not families:
+            raise BadInput(f"no results in {RUNS}; add --run to make them")
+        parts = [table(f) for f in families] + [sweep_table(f) for f in families if winner(f)] + [cost_table()]
+        with open(f"{HERE}/tables.md", "w") as f:
+            f.write("\n\n".join(parts) + "\n")
+        print("\n\n".join(parts))
+        figures(families)
+        return
+    if not os.path.exists(f"{CORPUS}/meta.json"):
+        subprocess.run([sys.executable, f"{ROOT}/data/prepare.py", "--site-packages"], check=True)
+    if not o.only:
+        o.passed = [f"--small={o.small}"] if o.small else []
+        return run_all(o)
+    if o.only.endswith("-cost"):
+        return cost(o.only[:-5])
+    job = next((j for j in plan() if j["name"] == o.only), None)
+    if job is None:
+        raise BadInput(f"no run {o.only}; there are {', '.join(j['name'] for j in plan())}")
+    run(job, small)
+
+
+if __name__ == "__main__":
+    main_line(main)
