@@ -787,6 +787,22 @@ def refused(script, *args, says):
     assert "Traceback" not in err
 
 
+def test_every_run_of_the_evidence_can_start(tmp_path, monkeypatch):
+    """The plan of data/results/evidence.py names each run once, and each has whole options; the committed results make a table."""
+    sys.path.insert(0, f"{HERE}/data/results")
+    import evidence
+    assert "| val loss |" in evidence.table("gla") and "nan" not in evidence.table("gla")
+    monkeypatch.setattr(evidence, "RUNS", str(tmp_path))
+    for _ in range(3):                                       # later runs take their learning rate from earlier ones
+        jobs = list(evidence.plan())
+        for i, job in enumerate(jobs):
+            evidence.write(job["name"], {"held_out_loss": i})
+    assert len({job["name"] for job in jobs}) == len(jobs) == 54
+    assert {s for s in evidence.SWEEPS["gla"]} <= {job["name"].rsplit("-", 1)[1] for job in jobs if job["family"] == "gla"}
+    for job in jobs:
+        assert evidence.options(job).lr == job["lr"] and evidence.options(job).steps == job["steps"]
+
+
 def test_bad_options():
     refused(train_script, "--learning_rat=1", says="unknown option --learning_rat; the nearest known one is --")
     refused(train_script, "--batchsize=1", says="--batch_size")

@@ -212,7 +212,8 @@ def table(family):
     lines = [f"| {family} | " + " | ".join({"pre": "pre-trained", "lpt": "LPT"}.get(a, f"StateX, {a}") for a in arms) + " |", "|---" * (len(arms) + 1) + "|"]
 
     def row(label, get, form="{:.3f} ± {:.3f}"):
-        lines.append(f"| {label} | " + " | ".join(form.format(*mean(seeds_of(family, a), get)) for a in arms) + " |")
+        cells = [form.format(*mean(seeds_of(family, a), get)).replace(" ± nan", "") for a in arms]        # one seed has no error
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     row("parameters, millions", lambda r: r["params"] / 1e6, "{:.2f}")
     row("state numbers", lambda r: r["state_numbers"], "{:,.0f}")
     row("learning rate", lambda r: r["lr"], "{:g}")
