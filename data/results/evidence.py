@@ -217,7 +217,7 @@ def table(family):
     row("parameters, millions", lambda r: r["params"] / 1e6, "{:.2f}")
     row("state numbers", lambda r: r["state_numbers"], "{:,.0f}")
     row("learning rate", lambda r: r["lr"], "{:g}")
-    row("seeds", lambda r: len(SEEDS), "{:.0f}") if all(len(seeds_of(family, a)) == len(SEEDS) for a in arms) else None
+    lines.append("| seeds | " + " | ".join(str(len(seeds_of(family, a))) for a in arms) + " |")
     row("val loss", lambda r: r["val_loss"], "{:.4f} ± {:.4f}")
     row("in-context score", lambda r: r["icl_score"])
     for task, unit in (("mqar", "pairs"), ("fewshot", "shots"), ("passkey", "tokens")):
@@ -227,8 +227,7 @@ def table(family):
 
 
 def sweep_table(family):
-    larger, lines = winner(family), []
-    hard = str(PAIRS[-1])
+    larger, hard = winner(family), str(PAIRS[-1])
     rows = [("LPT", best(family, "lpt")[1]), (f"{larger}, as above", best(family, larger)[1])]
     rows += [(f"{arm}, {sweep.replace('layers', 'layers ').replace('factor', 'factor ').replace('steps', 'post-training steps ')}", read(f"{family}-s0-{arm}-{sweep}"))
              for sweep in SWEEPS[family] for arm in ("lpt", larger)]
@@ -280,7 +279,6 @@ def figures(families):
             continue
         lpt, main = best(family, "lpt")[1], best(family, larger)[1]
         one = lambda sweep, arm=larger: read(f"{family}-s0-{arm}-{sweep}")
-        base = dict(lpt=lpt, main=main)
         sweeps = (("layers expanded", [(0, lpt), (2, main)] + [(len(s[6:].split(",")), one(s)) for s in SWEEPS[family] if s.startswith("layers")]),
                   ("factor of the state, in two layers", [(1, lpt), (FACTOR[family], main)] + [(int(s[6:]), one(s)) for s in SWEEPS[family] if s.startswith("factor")]))
         for ax, (label, points) in zip(row, sweeps):
