@@ -136,8 +136,9 @@ def wrap(lm, o):
     lm.to(o.device).train()
     lm.checkpoint_activations = o.checkpoint_activations
     if o.compile:
-        for layer in lm.layers:                                    # layers of one shape are compiled once
-            layer.compile()
+        torch._dynamo.config.recompile_limit = 64                  # one graph for each shape of layer and of batch
+        for layer in lm.layers:                                    # layers of one shape share theirs
+            layer.compile(dynamic=False)
         lm.slice_loss = torch.compile(lm.slice_loss, dynamic=True)
     if o.shard:
         from torch.distributed.fsdp import fully_shard

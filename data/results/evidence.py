@@ -5,9 +5,10 @@
     python data/results/evidence.py                 tables.md and the figures from the JSONs, whatever is there
 
 Text: this machine's Python source with every installed package (`data/prepare.py --site-packages`); half of the tokens of a
-step are text, half multi-query recall. For each family and seed a small model is pre-trained; each arm goes on from it with
-the same tokens in the same order and schedule. Learning rates: seed 0 tries the whole grid for each arm, the lower
-held-out loss (text + recall) is kept for the other seeds and the sweeps. A killed run is done again from its start.
+step are text, half multi-query recall of 2 to 128 pairs, which join in one after the other in the first half of pre-training.
+For each family and seed a small model is pre-trained; each arm goes on from it with the same tokens in the same order and
+schedule. Learning rates: seed 0 tries the whole grid for each arm, the lower held-out loss (text + recall) is kept for the
+other seeds and the sweeps. A killed run is done again from its start.
 
     lpt         the same model goes on
     reinit, inherit, preserve                     with a larger state in layers 0 and 3, see expand.py
@@ -15,7 +16,9 @@ held-out loss (text + recall) is kept for the other seeds and the sweeps. A kill
     ceiling     the large state from scratch, for all the tokens
     cost        reading, writing and training speed, alone on the GPU
 """
-import json, math, os, subprocess, sys, time
+import contextlib, gc, json, math, os, subprocess, sys, time, traceback
+from concurrent import futures
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,17 +29,16 @@ sys.path.insert(0, ROOT)
 from data.prepare import BadInput, command_line, load_corpus, load_tokenizer, main_line
 
 RUNS, WORK, CORPUS = f"{HERE}/runs", f"{ROOT}/out/evidence", f"{ROOT}/data/python-all"
-SEEDS, PAIRS, LENGTHS, SHOTS = (0, 1, 2), (16, 32, 64, 128), (256, 512, 1024, 2048, 4096), (1, 2, 4, 8, 16)
-GRID = (1e-3, 2e-3)
-LAYERS = "0,3"
-COMMON = dict(data=CORPUS, n_layer=6, conv_size=4, block_size=512, batch_size=32, recall_tokens=16384,
-              pairs=",".join(map(str, PAIRS)), warmup=50, eval_interval=10**9, compile=True)
-PRE, POST = dict(steps=800, lr=2e-3, curriculum=0.3), dict(steps=240)
-FAMILIES = {"gla": dict(block="gla", d_model=512, n_head=8, d_mlp=0), "mamba2": dict(block="mamba2", d_model=768, d_state=32, headdim=64, tie_embeddings=True)}
+SEEDS, LAYERS, GRID = (0, 1, 2), "0,3", (1e-3, 3e-3)
+PAIRS, LENGTHS, SHOTS = (4, 8, 16, 32, 64, 128), (512, 1024, 2048, 4096), (1, 2, 4, 8, 16)        # what is scored
+COMMON = dict(data=CORPUS, n_layer=6, conv_size=4, block_size=512, batch_size=16, recall_tokens=8192, pairs="2,8,32,128", warmup=50,
+              eval_interval=10**9, compile=True)
+PRE, POST = dict(steps=1200, lr=4e-3, curriculum=0.5), dict(steps=300)
+FAMILIES = {"gla": dict(block="gla", d_model=512, n_head=16, d_mlp=0), "mamba2": dict(block="mamba2", d_model=768, d_state=16, headdim=64, tie_embeddings=True)}
 ARMS = {"gla": ("lpt", "reinit", "inherit"), "mamba2": ("lpt", "reinit", "inherit", "preserve")}
-FACTOR = {"gla": 8, "mamba2": 4}
-SWEEPS = {"gla": ("layers0", "layers0,2,4", "layers0,1,2,3,4,5", "factor2", "factor4", "steps80", "steps720"),
-          "mamba2": ("layers0", "layers0,2,4", "layers0,1,2,3,4,5", "factor2", "factor8", "steps80", "steps720")}
+FACTOR = {"gla": 16, "mamba2": 4}
+SWEEPS = {"gla": ("layers0", "layers0,2,4", "layers0,1,2,3,4,5", "factor2", "factor4", "steps100", "steps900"),
+          "mamba2": ("layers0", "layers0,2,4", "layers0,1,2,3,4,5", "factor2", "factor8", "steps100", "steps900")}
 
 
 def read(name):
@@ -60,6 +62,8 @@ def plan():
     for seed in SEEDS:
         for family in FAMILIES:
             yield dict(name=f"{family}-s{seed}-pre", family=family, seed=seed, arm="pre", **PRE)
+    for family in FAMILIES:
+        yield dict(name=f"{family}-s0-ceiling", family=family, seed=0, arm="ceiling", **PRE | dict(steps=PRE["steps"] + POST["steps"]))
     chosen = {}
     for family in FAMILIES:
         for arm in ARMS[family]:
@@ -70,8 +74,6 @@ def plan():
         for seed in SEEDS[1:] if found else ():
             yield dict(name=f"{family}-s{seed}-{arm}", family=family, seed=seed, arm=arm, lr=found[0], **POST)
     for family in FAMILIES:
-        steps = dict(steps=PRE["steps"] + POST["steps"])
-        yield dict(name=f"{family}-s0-ceiling", family=family, seed=0, arm="ceiling", **PRE | steps)
         larger = winner(family)
         for sweep in SWEEPS[family] if larger else ():
             for arm in ("lpt", larger) if sweep.startswith("steps") else (larger,):
@@ -110,7 +112,6 @@ def run(job, small):
     import torch, train
     from data import recall
     from model import load_checkpoint
-    torch.set_num_threads(1)
     o = options(job)
     vars(o).update(small)
     corpus = load_corpus(o.data)
@@ -121,8 +122,8 @@ def run(job, small):
     r = train.train(lm, o, corpus)
     t1 = time.time()
     with train.scoring(lm, o):
-        scores = recall.score(lm, corpus[1], load_tokenizer(corpus[2]["tokenizer"]), pairs=train.sizes(o), lengths=LENGTHS, shots=SHOTS,
-                              T=o.block_size, n=small.get("n", 256))
+        scores = recall.score(lm, corpus[1], load_tokenizer(corpus[2]["tokenizer"]), pairs=PAIRS, lengths=LENGTHS, shots=SHOTS,
+                              T=o.block_size, n=small.get("n", 128))
     if job["arm"] != "pre":
         os.remove(f"{WORK}/{job['name']}.pt")
     c = lm.config
@@ -160,31 +161,48 @@ def write(name, result):
     os.replace(f"{RUNS}/{name}.json.tmp", f"{RUNS}/{name}.json")
 
 
-def run_all(o):
+def run_logged(job, small):
+    """`run` in a process of the pool, its output in out/evidence/NAME.txt. -> whether it ended well. Layers of one shape are compiled
+    once in a process, so a pool of processes that take run after run saves most of the compilation."""
+    with open(f"{WORK}/{job['name']}.txt", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            run(job, small)
+            return True
+        except Exception:
+            traceback.print_exc()
+            return False
+        finally:
+            gc.collect()
+
+
+def one_thread():
+    import torch
+    torch.set_num_threads(1)
+
+
+def run_all(o, small):
     """Every run that has no result, o.jobs processes at a time, starting none after o.minutes."""
-    t0, running, failed = time.time(), {}, set()
-    print(f"{'run':36s} {'seconds':>7s}  text   recall  mqar by pairs", flush=True)
-    while True:
-        for name, process in list(running.items()):
-            if process.poll() is not None:
-                del running[name]
-                r = read(name)
-                if r is None or process.returncode:
-                    failed.add(name)
-                print(f"{name:36s} " + (f"{r['seconds']:7d}  {r['val_loss']:.3f}  {r['recall_loss']:.3f}   " + " ".join(f"{a:.3f}" for a in r["recall"]["mqar"].values())
-                                        if r else "failed, see out/evidence/" + name + ".txt"), flush=True)
-        for job in plan():
-            name, ready = job["name"], start(job) is None or os.path.exists(start(job)) and job["family"] + f"-s{job['seed']}-pre" not in running
-            done = read(name) and (job["arm"] != "pre" or os.path.exists(f"{WORK}/{name}.pt"))
-            if ready and not done and name not in running and name not in failed and len(running) < o.jobs and (time.time() - t0) / 60 < o.minutes:
-                with open(f"{WORK}/{name}.txt", "w") as log:
-                    running[name] = subprocess.Popen([sys.executable, __file__, "--run", f"--only={name}", *o.passed], stdout=log, stderr=log)
-        if not running:
-            break
-        time.sleep(0.3)
+    t0, running, tried = time.time(), {}, set()
+    print(f"{'run':32s} {'at':>5s} {'seconds':>7s}  text   recall  mqar by pairs", flush=True)
+    with futures.ProcessPoolExecutor(o.jobs, get_context("spawn"), one_thread) as pool:
+        while True:
+            for job in plan():
+                name, busy = job["name"], set(running.values())
+                done = read(name) and (job["arm"] != "pre" or os.path.exists(f"{WORK}/{name}.pt"))
+                ready = start(job) is None or os.path.exists(start(job)) and f"{job['family']}-s{job['seed']}-pre" not in busy
+                if ready and not done and name not in tried and len(running) < o.jobs and time.time() - t0 < 60 * o.minutes:
+                    running[pool.submit(run_logged, job, small)] = name
+                    tried.add(name)
+            if not running:
+                break
+            for future in futures.wait(running, return_when="FIRST_COMPLETED").done:
+                name = running.pop(future)
+                r = read(name) if future.result() else None
+                print(f"{name:32s} {time.time() - t0:5.0f} " + (f"{r['seconds']:7d}  {r['val_loss']:.3f}  {r['recall_loss']:.3f}   " + " ".join(f"{a:.3f}" for a in r["recall"]["mqar"].values())
+                      if r else f"failed, see out/evidence/{name}.txt"), flush=True)
     for family in FAMILIES:
-        if read(f"{family}-cost") is None and (time.time() - t0) / 60 < o.minutes and not o.passed:
-            subprocess.run([sys.executable, __file__, "--run", f"--only={family}-cost"])
+        if read(f"{family}-cost") is None and time.time() - t0 < 60 * o.minutes and not small:
+            cost(family)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,8 +335,7 @@ def main():
     if not os.path.exists(f"{CORPUS}/meta.json"):
         subprocess.run([sys.executable, f"{ROOT}/data/prepare.py", "--site-packages"], check=True)
     if not o.only:
-        o.passed = [f"--small={o.small}"] if o.small else []
-        return run_all(o)
+        return run_all(o, small)
     if o.only.endswith("-cost"):
         return cost(o.only[:-5])
     job = next((j for j in plan() if j["name"] == o.only), None)
