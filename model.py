@@ -261,8 +261,8 @@ class LM(nn.Module):
         self.layers = nn.ModuleList((GLABlock if c.block == "gla" else Mamba2Block)(c, i) for i in range(c.n_layer))
         self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
         self.lm_head = nn.Linear(c.d_model, rows, bias=False)
-        nn.init.normal_(self.embeddings.weight, std=0.02)
-        if c.tie_embeddings:
+        if c.tie_embeddings:                                             # else N(0,1): of rows of 0.02, what the first mixer adds
+            nn.init.normal_(self.embeddings.weight, std=0.02)            # leaves little, and GLA learns bigrams and recall late
             self.lm_head.weight = self.embeddings.weight
 
     def features(self, idx, state=None):

@@ -787,12 +787,17 @@ def refused(script, *args, says):
     assert "Traceback" not in err
 
 
-def test_every_run_of_the_evidence_can_start(tmp_path, monkeypatch):
-    """The plan of data/results/evidence.py names each run once, and each has whole options; the committed results make a table."""
-    sys.path.insert(0, f"{HERE}/data/results")
-    import evidence
-    assert "| val loss |" in evidence.table("gla") and "nan" not in evidence.table("gla")
-    monkeypatch.setattr(evidence, "RUNS", str(tmp_path))
+@pytest.fixture
+def evidence():
+    spec = importlib.util.spec_from_file_location("evidence", f"{HERE}/data/results/evidence.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_run_of_the_evidence_is_planned_once(evidence, tmp_path):
+    """The plan of data/results/evidence.py names each run once, and each has whole options."""
+    evidence.RUNS = str(tmp_path)
     for _ in range(3):                                       # later runs take their learning rate from earlier ones
         jobs = list(evidence.plan())
         for i, job in enumerate(jobs):
@@ -801,6 +806,36 @@ def test_every_run_of_the_evidence_can_start(tmp_path, monkeypatch):
     assert {s for s in evidence.SWEEPS["gla"]} <= {job["name"].rsplit("-", 1)[1] for job in jobs if job["family"] == "gla"}
     for job in jobs:
         assert evidence.options(job).lr == job["lr"] and evidence.options(job).steps == job["steps"]
+
+
+def test_evidence_runs_a_small_plan(evidence, corpus, tmp_path):
+    """Every kind of run of the evidence, with tiny models: pre-training, each arm from it, a sweep, the large one from scratch."""
+    evidence.RUNS = evidence.WORK = evidence.HERE = str(tmp_path)
+    evidence.COMMON |= dict(data=corpus, n_layer=4, block_size=64, batch_size=2, recall_tokens=64, pairs="2,4", compile=False)
+    evidence.PAIRS, evidence.LENGTHS, evidence.SHOTS, evidence.SEEDS = (2, 4, 8, 16), (64,), (1, 2, 4), (0,)
+    evidence.FAMILIES = {"gla": dict(block="gla", d_model=16, n_head=4, d_mlp=16), "mamba2": dict(block="mamba2", d_model=16, d_state=4, headdim=8, tie_embeddings=True)}
+    evidence.FACTOR, evidence.SWEEPS = {"gla": 4, "mamba2": 4}, {f: ("layers0", "steps2") for f in ("gla", "mamba2")}
+    for _ in range(4):
+        for job in list(evidence.plan()):
+            if evidence.read(job["name"]) is None and (evidence.start(job) is None or os.path.exists(evidence.start(job))):
+                evidence.run({**job, "steps": 1}, dict(n=2))
+    results = {job["name"]: evidence.read(job["name"]) for job in evidence.plan()}
+    assert len(results) == 24 and all(results.values())
+    states = {arm: results[f"gla-s0-{arm}"]["state_numbers"] for arm in ("pre", "lpt-lr0.001", "inherit-lr0.001", "ceiling")}
+    assert states == {"pre": 4 * 32, "lpt-lr0.001": 4 * 32, "inherit-lr0.001": 2 * 32 + 2 * 128, "ceiling": 2 * 32 + 2 * 128}
+    assert all(0 <= a <= 1 for r in results.values() for task in r["recall"].values() for a in task.values())
+    tables = [make(family) for family in evidence.FAMILIES for make in (evidence.table, evidence.sweep_table)]
+    assert not any("nan" in t for t in tables)
+
+
+def test_committed_evidence_makes_tables_and_figures(evidence, tmp_path):
+    pytest.importorskip("matplotlib", reason="test-only extra: pip install matplotlib")
+    evidence.HERE, families = str(tmp_path), ("gla", "mamba2")
+    for family in families:
+        lines = evidence.table(family) + evidence.paired_table(family) + evidence.sweep_table(family)
+        assert "| val loss |" in lines and "nan" not in lines
+    evidence.figures(families)
+    assert {f.name for f in tmp_path.iterdir()} == {"evidence.png", "sweeps.png"}
 
 
 def test_bad_options():

@@ -244,6 +244,19 @@ def table(family):
     return "\n".join(lines)
 
 
+def paired_table(family):
+    """What each StateX arm has more than LPT from the same pre-trained model: the seeds differ more than the arms do."""
+    arms, lpt = [a for a in ARMS[family][1:] if seeds_of(family, a)], {r["seed"]: r for r in seeds_of(family, "lpt")}
+    lines = [f"| {family}, more than LPT of the same seed | " + " | ".join(f"StateX, {a}" for a in arms) + " |", "|---" * (len(arms) + 1) + "|"]
+    scores = [("val loss", lambda r: r["val_loss"]), ("in-context score", lambda r: r["icl_score"])]
+    scores += [(f"{task}, {size} {unit}", lambda r, task=task, size=size: r["recall"][task][str(size)])
+               for task, unit, sizes in (("mqar", "pairs", PAIRS[-4:]), ("fewshot", "shots", SHOTS[-3:])) for size in sizes]
+    for label, get in scores:
+        cells = ["{:+.3f} ± {:.3f}".format(*mean([r for r in seeds_of(family, a) if r["seed"] in lpt], lambda r: get(r) - get(lpt[r["seed"]]))) for a in arms]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def sweep_table(family):
     larger, hard = winner(family), str(PAIRS[-1])
     rows = [("LPT", best(family, "lpt")[1]), (f"{larger}, as above", best(family, larger)[1])]
@@ -286,6 +299,8 @@ def figures(families):
                     x = list(results[0]["recall"][task])
                     y, e = np.array([mean(results, lambda r: r["recall"][task][s]) for s in x]).T
                     ax.errorbar(range(len(x)), y, e, color=COLORS[arm], marker="o", ms=4, capsize=3, label={"pre": "pre-trained", "lpt": "LPT"}.get(arm, f"StateX, {arm}"))
+                    for r in results:                              # thin: one seed
+                        ax.plot(range(len(x)), [r["recall"][task][s] for s in x], color=COLORS[arm], lw=0.6, alpha=0.6)
             ax.set_xticks(range(len(x)), x)
             ax.set(title=f"{family}: {task}", xlabel=unit, ylabel="accuracy", ylim=(-0.02, 1.02))
         row[0].legend(fontsize=8)
@@ -303,11 +318,12 @@ def figures(families):
             points = sorted((x, r["recall"]["mqar"][hard]) for x, r in points if r)
             ax.plot(*zip(*points), color=COLORS[larger], marker="o", ms=4)
             ax.set(xlabel=label)
+        row[1].set_xscale("log", base=2)
         for arm, middle in (("lpt", lpt), (larger, main)):
             points = [(middle["tokens"] / 1e6, middle)] + [(r["tokens"] / 1e6, r) for s in SWEEPS[family] if s.startswith("steps") and (r := one(s, arm))]
             points = sorted((x, r["recall"]["mqar"][hard]) for x, r in points)
             row[2].plot(*zip(*points), color=COLORS[arm], marker="o", ms=4, label="LPT" if arm == "lpt" else f"StateX, {arm}")
-        row[2].set(xlabel="post-training tokens, millions")
+        row[2].set(xlabel="post-training tokens, millions", xlim=(0, None))
         ceiling = read(f"{family}-s0-ceiling")
         for ax in row:
             if ceiling:
@@ -326,7 +342,7 @@ def main():
         families = [f for f in FAMILIES if seeds_of(f, "pre")]
         if not families:
             raise BadInput(f"no results in {RUNS}; add --run to make them")
-        parts = [table(f) for f in families] + [sweep_table(f) for f in families if winner(f)] + [cost_table()]
+        parts = [t(f) for f in families for t in (table, paired_table)] + [sweep_table(f) for f in families if winner(f)] + [cost_table()]
         with open(f"{HERE}/tables.md", "w") as f:
             f.write("\n\n".join(parts) + "\n")
         print("\n\n".join(parts))
