@@ -832,7 +832,7 @@ def test_committed_evidence_makes_tables_and_figures(evidence, tmp_path):
     pytest.importorskip("matplotlib", reason="test-only extra: pip install matplotlib")
     evidence.HERE, families = str(tmp_path), ("gla", "mamba2")
     for family in families:
-        lines = evidence.table(family) + evidence.paired_table(family) + evidence.sweep_table(family)
+        lines = evidence.table(family) + evidence.paired_table(family) + evidence.sweep_table(family) + evidence.recipe_table(family)
         assert "| val loss |" in lines and "nan" not in lines
     evidence.figures(families)
     assert {f.name for f in tmp_path.iterdir()} == {"evidence.png", "sweeps.png"}

@@ -80,7 +80,7 @@ PRESETS = {
     "paper-gla": POST | dict(block="gla"),
     "paper-mamba2": POST | dict(block="mamba2"),
     # the recipe. GLA: `inherit`, the paper's ablation, because 800 steps are few for a fresh mixer (README has `reinit` too)
-    "recipe-gla": dict(expand_init="inherit", factor=2, curriculum=0.4, lr_grid="5e-3,1e-2,2e-2"),
+    "recipe-gla": dict(expand_init="inherit", factor=2, curriculum=0.4),
     "recipe-mamba2": dict(block="mamba2", tie_embeddings=True, lr=2e-2, pretrain_steps=1800, steps=900, lr_grid="1e-2,3e-2"),
 }
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}            # FLOP/s in bfloat16, dense, of the SXM cards; for MFU

@@ -271,6 +271,22 @@ def sweep_table(family):
     return "\n".join(lines)
 
 
+def recipe_table(family):
+    """train.py's recipe on a CPU, over seeds: data/results/recipe-FAMILY-seedN.json is the results.json of --seed=N."""
+    runs = []
+    for seed in SEEDS:
+        with open(f"{os.path.dirname(RUNS)}/recipe-{family}-seed{seed}.json") as f:
+            runs.append(json.load(f))
+    lines = [f"| {family}, recipe, {len(runs)} seeds | pretrained | LPT | StateX | StateX - LPT, paired |", "|---|---|---|---|---|"]
+    scores = [("val loss", lambda r: r["val_loss"]), ("in-context score", lambda r: r["icl_score"])]
+    scores += [(f"{task}, {size} {unit}", lambda r, task=task, size=size: r["recall"][task][size])
+               for task, unit in (("mqar", "pairs"), ("fewshot", "shots")) for size in runs[0]["lpt"]["recall"][task]]
+    for label, get in scores:
+        cells = ["{:.3f} ± {:.3f}".format(*mean(runs, lambda r: get(r[arm]))) for arm in ("pretrained", "lpt", "statex")]
+        lines.append(f"| {label} | " + " | ".join(cells) + " | {:+.3f} ± {:.3f} |".format(*mean(runs, lambda r: get(r["statex"]) - get(r["lpt"]))))
+    return "\n".join(lines)
+
+
 def cost_table():
     lines = ["| model | state bytes a sequence | training, tokens/s | peak MiB | prefill of 8192, tokens/s | ms a token, batch 1 | batch 64 |", "|---|---|---|---|---|---|---|"]
     for family in FAMILIES:
@@ -342,7 +358,7 @@ def main():
         families = [f for f in FAMILIES if seeds_of(f, "pre")]
         if not families:
             raise BadInput(f"no results in {RUNS}; add --run to make them")
-        parts = [t(f) for f in families for t in (table, paired_table)] + [sweep_table(f) for f in families if winner(f)] + [cost_table()]
+        parts = [t(f) for f in families for t in (table, paired_table)] + [sweep_table(f) for f in families if winner(f)] + [cost_table()] + [recipe_table(f) for f in FAMILIES]
         with open(f"{HERE}/tables.md", "w") as f:
             f.write("\n\n".join(parts) + "\n")
         print("\n\n".join(parts))
