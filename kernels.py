@@ -920,6 +920,117 @@ def ssd_triton(x, dt, A, B, C, D, state):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Triton, the short convolution of Mamba2 (and of GLA, where it has one)
+#
+# pre_t = bias + sum over taps of w_i x_{t - taps + 1 + i},  y = silu(pre). Time and memory are those of one pass over x (and dy, in
+# the backward pass), which nothing composed of PyTorch operations comes near. The shifted copies of a tile come out of the cache.
+
+
+@triton.jit
+def conv_at(x, w, bias, t, T, row: tl.constexpr, col, width, TAPS: tl.constexpr, BIAS: tl.constexpr):
+    """pre at tokens t (BT,) and channels col (BD,); x points at one sequence, before which there are zeros."""
+    acc = tl.zeros((t.shape[0], col.shape[0]), tl.float32)
+    if BIAS:
+        acc += tl.load(bias + col, col < width, 0.0).to(tl.float32)[None, :]
+    for i in tl.static_range(TAPS):
+        s = t - (TAPS - 1) + i
+        xs = tl.load(x + s[:, None] * row + col[None, :], ((s >= 0) & (s < T))[:, None] & (col < width)[None, :], 0.0)
+        acc += xs.to(tl.float32) * tl.load(w + col * TAPS + i, col < width, 0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def conv_rows(x, w, bias, y, T, row: tl.constexpr, width: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+              BIAS: tl.constexpr):
+    """One program: BT tokens of BD channels of one sequence. x has `row` numbers from token to token, y is contiguous."""
+    t, col, b = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(2).to(tl.int64)
+    pre = conv_at(x + b * T * row, w, bias, t, T, row, col, width, TAPS, BIAS)
+    tl.store(y + b * T * width + t[:, None] * width + col[None, :], (pre * tl.sigmoid(pre)).to(y.dtype.element_ty),
+             (t < T)[:, None] & (col < width)[None, :])
+
+
+@triton.jit
+def conv_gradients(x, w, bias, dy, dx, dw, db, T, STEPS, row: tl.constexpr, dy_row: tl.constexpr, width: tl.constexpr,
+                   TAPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr):
+    """One program: STEPS tiles of BT tokens, one after the other, of BD channels of one sequence. dpre = dy silu'(pre), pre
+    computed again; dx_t = sum of w_i dpre_{t + taps - 1 - i}; the program's own sums for dw (parts,width,taps), db (parts,width)."""
+    col, b = tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(2).to(tl.int64)
+    part = b * tl.num_programs(0) + tl.program_id(0)
+    x, dy, dx, inside = x + b * T * row, dy + b * T * dy_row, dx + b * T * width, (col < width)[None, :]
+    taps = tl.arange(0, triton.next_power_of_2(TAPS))
+    dw_sum, db_sum = tl.zeros((BD, triton.next_power_of_2(TAPS)), tl.float32), tl.zeros((BD,), tl.float32)
+    for step in range(STEPS):
+        t = (tl.program_id(0) * STEPS + step) * BT + tl.arange(0, BT)
+        acc = tl.zeros((BT, BD), tl.float32)
+        for j in tl.static_range(TAPS):                                     # through the output j tokens later
+            pre = conv_at(x, w, bias, t + j, T, row, col, width, TAPS, BIAS)
+            gate = tl.sigmoid(pre)
+            dyt = tl.load(dy + (t + j)[:, None] * dy_row + col[None, :], (t + j < T)[:, None] & inside, 0.0).to(tl.float32)
+            dpre = dyt * gate * (1 + pre * (1 - gate))
+            acc += dpre * tl.load(w + col * TAPS + TAPS - 1 - j, col < width, 0.0).to(tl.float32)[None, :]
+            if j == 0:
+                db_sum += tl.sum(dpre, 0)
+                for i in tl.static_range(TAPS):
+                    s = t - (TAPS - 1) + i
+                    xs = tl.load(x + s[:, None] * row + col[None, :], ((s >= 0) & (s < T))[:, None] & inside, 0.0).to(tl.float32)
+                    dw_sum += tl.where((taps == i)[None, :], tl.sum(dpre * xs, 0)[:, None], 0.0)
+        tl.store(dx + t[:, None] * width + col[None, :], acc.to(dx.dtype.element_ty), (t < T)[:, None] & inside)
+    tl.store(dw + (part * width + col)[:, None] * TAPS + taps[None, :], dw_sum, (col < width)[:, None] & (taps < TAPS)[None, :])
+    if BIAS:
+        tl.store(db + part * width + col, db_sum, col < width)
+
+
+def conv_tile(x):
+    """Tokens and channels of a tile."""
+    return (64, 64) if x.is_cuda else (pow2(x.shape[1], 4, 32), pow2(x.shape[2], 4, 32))
+
+
+@torch.library.custom_op("statex::conv_forward", mutates_args=(), schema="(Tensor x, Tensor w, Tensor? bias) -> Tensor")
+def conv_forward(x, w, bias):
+    """x (B,T,D), its tokens any number of channels apart; w (D,taps); bias (D,) or None -> y (B,T,D)."""
+    (B, T, D), (BT, BD), y = x.shape, conv_tile(x), x.new_empty(x.shape)
+    conv_rows[(triton.cdiv(T, BT), triton.cdiv(D, BD), B)](x, w, bias, y, T, x.stride(1), D, w.shape[1], BT, BD, bias is not None, num_warps=4)
+    return y
+
+
+conv_forward.register_fake(lambda x, w, bias: x.new_empty(x.shape))
+
+
+@operator("(Tensor x, Tensor w, Tensor? bias, Tensor dy) -> (Tensor, Tensor, Tensor)",
+          lambda x, w, bias, dy: (x.new_empty(x.shape), torch.empty_like(w), w.new_empty(len(w) if bias is not None else 0)))
+def conv_backward(x, w, bias, dy, dx, dw, db):
+    (B, T, D), (BT, BD) = x.shape, conv_tile(x)
+    steps = 8 if T >= 8 * BT else 1
+    grid = (triton.cdiv(T, BT * steps), triton.cdiv(D, BD), B)
+    dw_parts, db_parts = x.new_empty(grid[0] * B, *w.shape, dtype=torch.float32), x.new_empty(grid[0] * B, D, dtype=torch.float32)
+    conv_gradients[grid](x, w, bias, dy, dx, dw_parts, db_parts, T, steps, x.stride(1), dy.stride(1), D, w.shape[1], BT, BD, bias is not None,
+                         num_warps=4)
+    torch.sum(dw_parts, 0, out=dw)
+    if bias is not None:
+        torch.sum(db_parts, 0, out=db)
+
+
+def conv_chain(ctx, dy):
+    x, w, bias = ctx.saved_tensors
+    dx, dw, db = conv_backward(x, w, bias, rows_apart(dy))
+    return dx, dw, None if bias is None else db
+
+
+conv_forward.register_autograd(conv_chain, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def rows_apart(x):
+    """x (B,T,D) with its sequences one after the other, tokens a fixed number of channels apart: itself, or a copy."""
+    return x if x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()
+
+
+def short_conv(x, weight, bias=None):
+    """Depthwise causal convolution over time, then silu. x (B,T,D), zeros before it; weight (D,1,taps); bias (D,) or None.
+    Returns y (B,T,D) in x's dtype; the sums are in float32. Differentiable in all three."""
+    return conv_forward(rows_apart(x), weight[:, 0].contiguous(), bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # run as a script: check every implementation against the definition, then time them
 
 CASES = {      # the public models' layers and their expansions: gla B T H K V, ssd B T H P N

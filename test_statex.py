@@ -50,6 +50,26 @@ def test_recurrent_is_the_definition_by_hand():
     assert y.flatten().tolist() == pytest.approx([2 * 0.5 * 5 * 11 + 22, 3 * s2 + 26]) and S.item() == pytest.approx(s2)
 
 
+@pytest.mark.parametrize("T", (1, 2, 3, 17, 64, 200))
+@pytest.mark.parametrize("taps,bias", ((4, True), (4, False), (2, True), (3, True)))
+def test_short_convolution(T, taps, bias):
+    """The kernel against conv1d in float64, values and gradients; x is a slice of a wider tensor, as in Mamba2."""
+    rng = torch.Generator().manual_seed(T)
+    wide = torch.randn(2, T, 70, generator=rng).to(DEVICE).requires_grad_()
+    inputs = [wide, torch.randn(37, 1, taps, generator=rng).to(DEVICE).requires_grad_()] + ([torch.randn(37, generator=rng).to(DEVICE).requires_grad_()] if bias else [])
+    dy = torch.randn(2, T, 37, generator=rng).to(DEVICE)
+
+    def kernel(x, w, b=None):
+        return kernels.short_conv(x[..., 5:42], w, b)
+
+    def definition(x, w, b=None):
+        padded = torch.nn.functional.pad(x[..., 5:42].mT, (taps - 1, 0))
+        return torch.nn.functional.silu(torch.nn.functional.conv1d(padded, w, b, groups=37)).mT
+    got, ref = ([y, *torch.autograd.grad(y, i, dy.to(y))] for i in (inputs, [t.detach().double().requires_grad_() for t in inputs])
+                for y in [(kernel if i is inputs else definition)(*i)])
+    assert max(gap(x, r) for x, r in zip(got, ref)) < 1e-5
+
+
 @pytest.mark.parametrize("T", (1, 2, 63, 64, 65, 200))
 @pytest.mark.parametrize("op,shape,G", (("gla", (3, 7, 5), 1), ("gla", (1, 33, 18), 1), ("ssd", (4, 5, 9), 2), ("ssd", (3, 9, 7), 1)))
 def test_chunked_equals_recurrent(op, shape, G, T):
