@@ -950,34 +950,41 @@ def conv_rows(x, w, bias, y, T, row: tl.constexpr, width: tl.constexpr, TAPS: tl
 
 
 @triton.jit
-def conv_gradients(x, w, bias, dy, dx, dw, db, T, STEPS, row: tl.constexpr, dy_row: tl.constexpr, width: tl.constexpr,
+def conv_gradients(x, w, bias, dy, dpre, dw, db, T, STEPS, row: tl.constexpr, dy_row: tl.constexpr, width: tl.constexpr,
                    TAPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr):
     """One program: STEPS tiles of BT tokens, one after the other, of BD channels of one sequence. dpre = dy silu'(pre), pre
-    computed again; dx_t = sum of w_i dpre_{t + taps - 1 - i}; the program's own sums for dw (parts,width,taps), db (parts,width)."""
+    computed again, and the program's own sums for dw (parts,width,taps) and db (parts,width)."""
     col, b = tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(2).to(tl.int64)
     part = b * tl.num_programs(0) + tl.program_id(0)
-    x, dy, dx, inside = x + b * T * row, dy + b * T * dy_row, dx + b * T * width, (col < width)[None, :]
+    x, dy, dpre, inside = x + b * T * row, dy + b * T * dy_row, dpre + b * T * width, (col < width)[None, :]
     taps = tl.arange(0, triton.next_power_of_2(TAPS))
     dw_sum, db_sum = tl.zeros((BD, triton.next_power_of_2(TAPS)), tl.float32), tl.zeros((BD,), tl.float32)
     for step in range(STEPS):
         t = (tl.program_id(0) * STEPS + step) * BT + tl.arange(0, BT)
-        acc = tl.zeros((BT, BD), tl.float32)
-        for j in tl.static_range(TAPS):                                     # through the output j tokens later
-            pre = conv_at(x, w, bias, t + j, T, row, col, width, TAPS, BIAS)
-            gate = tl.sigmoid(pre)
-            dyt = tl.load(dy + (t + j)[:, None] * dy_row + col[None, :], (t + j < T)[:, None] & inside, 0.0).to(tl.float32)
-            dpre = dyt * gate * (1 + pre * (1 - gate))
-            acc += dpre * tl.load(w + col * TAPS + TAPS - 1 - j, col < width, 0.0).to(tl.float32)[None, :]
-            if j == 0:
-                db_sum += tl.sum(dpre, 0)
-                for i in tl.static_range(TAPS):
-                    s = t - (TAPS - 1) + i
-                    xs = tl.load(x + s[:, None] * row + col[None, :], ((s >= 0) & (s < T))[:, None] & inside, 0.0).to(tl.float32)
-                    dw_sum += tl.where((taps == i)[None, :], tl.sum(dpre * xs, 0)[:, None], 0.0)
-        tl.store(dx + t[:, None] * width + col[None, :], acc.to(dx.dtype.element_ty), (t < T)[:, None] & inside)
+        here = (t < T)[:, None] & inside
+        pre = conv_at(x, w, bias, t, T, row, col, width, TAPS, BIAS)
+        gate = tl.sigmoid(pre)
+        d = tl.load(dy + t[:, None] * dy_row + col[None, :], here, 0.0).to(tl.float32) * gate * (1 + pre * (1 - gate))
+        tl.store(dpre + t[:, None] * width + col[None, :], d.to(dpre.dtype.element_ty), here)
+        db_sum += tl.sum(d, 0)
+        for i in tl.static_range(TAPS):
+            s = t - (TAPS - 1) + i
+            xs = tl.load(x + s[:, None] * row + col[None, :], ((s >= 0) & (s < T))[:, None] & inside, 0.0).to(tl.float32)
+            dw_sum += tl.where((taps == i)[None, :], tl.sum(d * xs, 0)[:, None], 0.0)
     tl.store(dw + (part * width + col)[:, None] * TAPS + taps[None, :], dw_sum, (col < width)[:, None] & (taps < TAPS)[None, :])
     if BIAS:
         tl.store(db + part * width + col, db_sum, col < width)
+
+
+@triton.jit
+def conv_dx(dpre, w, dx, T, width: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """One program: BT tokens of BD channels of one sequence. dx_t = sum over j of w_{taps - 1 - j} dpre_{t + j}."""
+    t, col, b = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(2).to(tl.int64)
+    acc = tl.zeros((BT, BD), tl.float32)
+    for j in tl.static_range(TAPS):
+        d = tl.load(dpre + b * T * width + (t + j)[:, None] * width + col[None, :], (t + j < T)[:, None] & (col < width)[None, :], 0.0)
+        acc += d.to(tl.float32) * tl.load(w + col * TAPS + TAPS - 1 - j, col < width, 0.0).to(tl.float32)[None, :]
+    tl.store(dx + b * T * width + t[:, None] * width + col[None, :], acc.to(dx.dtype.element_ty), (t < T)[:, None] & (col < width)[None, :])
 
 
 def conv_tile(x):
@@ -1003,8 +1010,10 @@ def conv_backward(x, w, bias, dy, dx, dw, db):
     steps = 8 if T >= 8 * BT else 1
     grid = (triton.cdiv(T, BT * steps), triton.cdiv(D, BD), B)
     dw_parts, db_parts = x.new_empty(grid[0] * B, *w.shape, dtype=torch.float32), x.new_empty(grid[0] * B, D, dtype=torch.float32)
-    conv_gradients[grid](x, w, bias, dy, dx, dw_parts, db_parts, T, steps, x.stride(1), dy.stride(1), D, w.shape[1], BT, BD, bias is not None,
+    dpre = x.new_empty(x.shape)
+    conv_gradients[grid](x, w, bias, dy, dpre, dw_parts, db_parts, T, steps, x.stride(1), dy.stride(1), D, w.shape[1], BT, BD, bias is not None,
                          num_warps=4)
+    conv_dx[triton.cdiv(T, BT), grid[1], B](dpre, w, dx, T, D, w.shape[1], BT, BD, num_warps=4)
     torch.sum(dw_parts, 0, out=dw)
     if bias is not None:
         torch.sum(db_parts, 0, out=db)

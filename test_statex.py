@@ -822,7 +822,7 @@ def test_every_run_of_the_evidence_is_planned_once(evidence, tmp_path):
         jobs = list(evidence.plan())
         for i, job in enumerate(jobs):
             evidence.write(job["name"], {"held_out_loss": i})
-    assert len({job["name"] for job in jobs}) == len(jobs) == 54
+    assert len({job["name"] for job in jobs}) == len(jobs) == 52
     assert {s for s in evidence.SWEEPS["gla"]} <= {job["name"].rsplit("-", 1)[1] for job in jobs if job["family"] == "gla"}
     for job in jobs:
         assert evidence.options(job).lr == job["lr"] and evidence.options(job).steps == job["steps"]
@@ -841,8 +841,8 @@ def test_evidence_runs_a_small_plan(evidence, corpus, tmp_path):
                 evidence.run({**job, "steps": 1}, dict(n=2))
     results = {job["name"]: evidence.read(job["name"]) for job in evidence.plan()}
     assert len(results) == 24 and all(results.values())
-    states = {arm: results[f"gla-s0-{arm}"]["state_numbers"] for arm in ("pre", "lpt-lr0.001", "inherit-lr0.001", "ceiling")}
-    assert states == {"pre": 4 * 32, "lpt-lr0.001": 4 * 32, "inherit-lr0.001": 2 * 32 + 2 * 128, "ceiling": 2 * 32 + 2 * 128}
+    states = {arm: results[f"gla-s0-{arm}"]["state_numbers"] for arm in ("pre", "lpt-lr0.002", "inherit-lr0.002", "ceiling")}
+    assert states == {"pre": 4 * 32, "lpt-lr0.002": 4 * 32, "inherit-lr0.002": 2 * 32 + 2 * 128, "ceiling": 2 * 32 + 2 * 128}
     assert all(0 <= a <= 1 for r in results.values() for task in r["recall"].values() for a in task.values())
     tables = [make(family) for family in evidence.FAMILIES for make in (evidence.table, evidence.sweep_table)]
     assert not any("nan" in t for t in tables)
