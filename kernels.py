@@ -922,8 +922,9 @@ def ssd_triton(x, dt, A, B, C, D, state):
 # ---------------------------------------------------------------------------------------------------------------------
 # Triton, the short convolution of Mamba2 (and of GLA, where it has one)
 #
-# pre_t = bias + sum over taps of w_i x_{t - taps + 1 + i},  y = silu(pre). Time and memory are those of one pass over x (and dy, in
-# the backward pass), which nothing composed of PyTorch operations comes near. The shifted copies of a tile come out of the cache.
+# pre_t = bias + sum over taps of w_i x_{t - taps + 1 + i},  y = silu(pre). Forward, x is read and y written once: the shifted copies of
+# a tile come out of the cache. Backward, one kernel writes dpre and sums dw and db, a second makes dx of dpre. Offsets within a
+# sequence are 32 bits wide, so that T times the distance of two tokens must stay below 2^31 (conv_fits).
 
 
 @triton.jit
@@ -1014,9 +1015,9 @@ def conv_backward(x, w, bias, dy, dx, dw, db):
     conv_gradients[grid](x, w, bias, dy, dpre, dw_parts, db_parts, T, steps, x.stride(1), dy.stride(1), D, w.shape[1], BT, BD, bias is not None,
                          num_warps=4)
     conv_dx[triton.cdiv(T, BT), grid[1], B](dpre, w, dx, T, D, w.shape[1], BT, BD, num_warps=4)
-    torch.sum(dw_parts, 0, out=dw)
+    dw.copy_(dw_parts.sum(0))
     if bias is not None:
-        torch.sum(db_parts, 0, out=db)
+        db.copy_(db_parts.sum(0))
 
 
 def conv_chain(ctx, dy):
@@ -1031,6 +1032,11 @@ conv_forward.register_autograd(conv_chain, setup_context=lambda ctx, inputs, out
 def rows_apart(x):
     """x (B,T,D) with its sequences one after the other, tokens a fixed number of channels apart: itself, or a copy."""
     return x if x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()
+
+
+def conv_fits(x):
+    """Whether short_conv is the way for x (B,T,D): on a GPU, not in float64, of fewer than 2^31 numbers a sequence."""
+    return triton_installed and x.is_cuda and x.dtype != torch.float64 and x.shape[1] * x.stride(1) < 2**31
 
 
 def short_conv(x, weight, bias=None):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data.prepare import BadInput, command_line, load_tokenizer, main_line
-from kernels import gla, short_conv, ssd
+from kernels import conv_fits, gla, short_conv, ssd
 
 
 @dataclass
@@ -88,11 +88,12 @@ def causal_conv(x, weight, bias, before):
     """Depthwise convolution over time, then silu. x (B,T,D), weight (D,1,taps), before (B,taps-1,D): the inputs
     before x, None for zeros. Returns y (B,T,D) and the inputs that the next call needs before its own.
 
-    On a GPU one kernel. On a CPU a sum of shifted copies, in the weights' precision: faster there than conv1d."""
+    On a GPU one kernel. Of one token, and on a CPU, a sum of shifted copies, in the weights' precision: faster there than conv1d."""
     taps, T = weight.shape[-1], x.shape[1]
-    if x.is_cuda and x.dtype != torch.float64 and (before is None or T > 1):
+    if T > 1 and conv_fits(x):
         x = x if before is None else torch.cat((before.to(x.dtype), x), dim=1)
-        return short_conv(x, weight, bias)[:, -T:], F.pad(x[:, -(taps - 1):], (0, 0, max(0, taps - 1 - x.shape[1]), 0))
+        last = x[:, max(0, x.shape[1] - taps + 1):]
+        return short_conv(x, weight, bias)[:, -T:], F.pad(last, (0, 0, taps - 1 - last.shape[1], 0))
     x = F.pad(x, (0, 0, taps - 1, 0)) if before is None else torch.cat((before.to(x.dtype), x), dim=1)
     y = sum(x[:, i:i + T] * weight[:, 0, i] for i in range(taps))
     return F.silu(y if bias is None else y + bias).to(x.dtype), x[:, T:]

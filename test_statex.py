@@ -70,6 +70,21 @@ def test_short_convolution(T, taps, bias):
     assert max(gap(x, r) for x, r in zip(got, ref)) < 1e-5
 
 
+@pytest.mark.parametrize("taps", (1, 2, 4))
+def test_convolution_goes_on_from_its_state(taps, monkeypatch):
+    """Slices of any length, one after the other, equal the whole: with the kernel and with the sum of shifted copies."""
+    x, w, b = (torch.randn(s, device=DEVICE) for s in ((2, 23, 5), (5, 1, taps), (5,)))
+    for kernel in (False, True):
+        monkeypatch.setattr(model_script, "conv_fits", lambda x: kernel)
+        whole, before, parts = model_script.causal_conv(x, w, b, None)[0], None, []
+        for part in x.split((2, 1, 3, 9, 8), dim=1):
+            y, before = model_script.causal_conv(part, w, b, before)
+            assert before.shape == (2, taps - 1, 5)
+            parts.append(y)
+        assert gap(torch.cat(parts, dim=1), whole) < 1e-6
+        assert gap(whole, torch.nn.functional.silu(torch.nn.functional.conv1d(torch.nn.functional.pad(x.mT, (taps - 1, 0)), w, b, groups=5)).mT) < 1e-6
+
+
 @pytest.mark.parametrize("T", (1, 2, 63, 64, 65, 200))
 @pytest.mark.parametrize("op,shape,G", (("gla", (3, 7, 5), 1), ("gla", (1, 33, 18), 1), ("ssd", (4, 5, 9), 2), ("ssd", (3, 9, 7), 1)))
 def test_chunked_equals_recurrent(op, shape, G, T):
