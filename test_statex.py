@@ -822,12 +822,27 @@ def refused(script, *args, says):
     assert "Traceback" not in err
 
 
-@pytest.fixture
-def evidence():
-    spec = importlib.util.spec_from_file_location("evidence", f"{HERE}/data/results/evidence.py")
+def results_script(name):
+    spec = importlib.util.spec_from_file_location(name, f"{HERE}/data/results/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def evidence():
+    return results_script("evidence")
+
+
+def test_throughput_shapes():
+    """What data/results/throughput.py times: the paper's expansions of the public sizes, with the vocabulary asked for."""
+    throughput = results_script("throughput")
+    for name, before, after in (("gla-1.3b", 12.58, 18.87), ("mamba2-1.3b", 25.17, 31.46)):
+        for c, millions in ((throughput.shape(name, 32000), before), (throughput.shape(f"{name}-expanded", 32000), after)):
+            assert c.vocab_size == 32000 and sum(c.state_numbers(i) for i in range(c.n_layer)) == pytest.approx(millions * 1e6, abs=5e3)
+    with pytest.raises(BadInput, match="no model 'gla-2b'"):
+        throughput.shape("gla-2b", 32000)
+    assert SIZES["gla-1.3b"].n_head == [4] * 24                                 # the table of sizes stays as it is
 
 
 def test_every_run_of_the_evidence_is_planned_once(evidence, tmp_path):

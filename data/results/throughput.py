@@ -8,7 +8,7 @@ Ours is train.py's: its optimizer, precision and compiled layers. The peers, whe
 GLAForCausalLM with its fused norm, SwiGLU and cross-entropy; mamba_ssm's Mamba2 blocks (with causal_conv1d where that is installed,
 else PyTorch's conv1d) between RMSNorms. They get the same autocast, clipping and optimizer, and are not compiled.
 """
-import copy, os, statistics, sys, time
+import copy, math, os, statistics, sys, time
 from types import SimpleNamespace
 
 import torch
@@ -104,6 +104,7 @@ def main():
     if not torch.cuda.is_available():
         raise BadInput("this measures a GPU and there is none here; train.py's log has tokens/s on any machine")
     o = SimpleNamespace(**train.DEFAULTS | vars(o) | dict(device="cuda"))
+    peak_flops = next((f for card, f in train.PEAK.items() if card in torch.cuda.get_device_name()), math.nan)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batch {o.batch_size}, T {o.T}, vocabulary {o.vocab_size}\n")
     print("| model | whose | tokens/s | MFU | peak GiB | ready after, s |\n|---|---|---|---|---|---|", flush=True)
     for name in o.models.split(","):
@@ -119,7 +120,7 @@ def main():
                     lm, loss = make(c, o)
                 seconds, ready, peak = step_time(lm, loss, o)
                 rate = o.batch_size * o.T / seconds
-                print(f"| {name} | {whose} | {rate:,.0f} | {work * rate / 989e12:.1%} | {peak:.1f} | {ready:.0f} |", flush=True)
+                print(f"| {name} | {whose} | {rate:,.0f} | {work * rate / peak_flops:.1%} | {peak:.1f} | {ready:.0f} |", flush=True)
             except ImportError:
                 print(f"| {name} | {whose} | not installed | | | |", flush=True)
             except torch.OutOfMemoryError:
