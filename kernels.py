@@ -11,7 +11,7 @@ Both model families are one recurrence. Per head, with a state S of K x V number
 "recurrent" is the definition: a loop over time. "chunked" does the same sums with matrix products and is the fast path
 on a CPU. Decays travel as logarithms g = log a <= 0, and recurrent and chunked never take the exponential of a positive
 number; the Triton kernel of gla does, up to a bound (see gla_prepare). Any decay is safe: none at all (g = 0) or a state that
-forgets everything at every step (g = -60).
+forgets everything at every step (g = -60). At the end: the short convolution before Mamba2's recurrence, for GPUs.
 """
 from __future__ import annotations               # so that tl.constexpr below needs no Triton until a kernel runs
 
