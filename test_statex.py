@@ -51,13 +51,14 @@ def test_recurrent_is_the_definition_by_hand():
 
 
 @pytest.mark.parametrize("T", (1, 2, 3, 17, 64, 200))
-@pytest.mark.parametrize("taps,bias", ((4, True), (4, False), (2, True), (3, True)))
-def test_short_convolution(T, taps, bias):
-    """The kernel against conv1d in float64, values and gradients; x is a slice of a wider tensor, as in Mamba2."""
+@pytest.mark.parametrize("taps,bias,dtypes", ((4, True, "32 32"), (4, False, "32 32"), (2, True, "32 32"), (3, True, "32 32"), (4, True, "16 32"), (4, False, "16 16")))
+def test_short_convolution(T, taps, bias, dtypes):
+    """The kernel against conv1d in float64, values and gradients; x is a slice of a wider tensor, as in Mamba2; bits of x, of the weights."""
     rng = torch.Generator().manual_seed(T)
-    wide = torch.randn(2, T, 70, generator=rng).to(DEVICE).requires_grad_()
-    inputs = [wide, torch.randn(37, 1, taps, generator=rng).to(DEVICE).requires_grad_()] + ([torch.randn(37, generator=rng).to(DEVICE).requires_grad_()] if bias else [])
-    dy = torch.randn(2, T, 37, generator=rng).to(DEVICE)
+    of_x, of_w = (torch.bfloat16 if bits == "16" else torch.float32 for bits in dtypes.split())
+    inputs = [torch.randn(shape, generator=rng).to(DEVICE, dtype).requires_grad_()
+              for shape, dtype in (((2, T, 70), of_x), ((37, 1, taps), of_w), ((37,), of_w))[:2 + bias]]
+    dy = torch.randn(2, T, 37, generator=rng).to(DEVICE, of_x)
 
     def kernel(x, w, b=None):
         return kernels.short_conv(x[..., 5:42], w, b)
@@ -67,7 +68,8 @@ def test_short_convolution(T, taps, bias):
         return torch.nn.functional.silu(torch.nn.functional.conv1d(padded, w, b, groups=37)).mT
     got, ref = ([y, *torch.autograd.grad(y, i, dy.to(y))] for i in (inputs, [t.detach().double().requires_grad_() for t in inputs])
                 for y in [(kernel if i is inputs else definition)(*i)])
-    assert max(gap(x, r) for x, r in zip(got, ref)) < 1e-5
+    assert [x.dtype for x in got] == [of_x, of_x, of_w, of_w][:3 + bias]
+    assert max(gap(x, r) for x, r in zip(got, ref)) < (1e-2 if of_x == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("taps", (1, 2, 4))
