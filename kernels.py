@@ -1007,8 +1007,9 @@ conv_forward.register_fake(lambda x, w, bias: x.new_empty(x.shape))
 @operator("(Tensor x, Tensor w, Tensor? bias, Tensor dy) -> (Tensor, Tensor, Tensor)",
           lambda x, w, bias, dy: (x.new_empty(x.shape), torch.empty_like(w), w.new_empty(len(w) if bias is not None else 0)))
 def conv_backward(x, w, bias, dy, dx, dw, db):
+    """x, dy, dx (B,T,D); w, dw (D,taps); bias, db (D,), db empty where there is no bias."""
     (B, T, D), (BT, BD) = x.shape, conv_tile(x)
-    steps = 8 if T >= 8 * BT else 1
+    steps = 8 if T >= 8 * BT else 1                                       # tiles a program: its sums are one part of dw and db
     grid = (triton.cdiv(T, BT * steps), triton.cdiv(D, BD), B)
     dw_parts, db_parts = x.new_empty(grid[0] * B, *w.shape, dtype=torch.float32), x.new_empty(grid[0] * B, D, dtype=torch.float32)
     dpre = x.new_empty(x.shape)

@@ -2,13 +2,13 @@
 
     python data/results/throughput.py                                         GLA-340M and Mamba2-370M, base and expanded
     python data/results/throughput.py --models=gla-340m --batch_size=32
-    python data/results/throughput.py --models=gla-1.3b-expanded --batch_size=1 --T=65536 --checkpoint_activations
+    python data/results/throughput.py --models=gla-1.3b-expanded --batch_size=1 --T=65536 --checkpoint_activations --peers=0
 
 Ours is train.py's: its optimizer, precision and compiled layers. The peers, where they can be imported: flash-linear-attention's
 GLAForCausalLM with its fused norm, SwiGLU and cross-entropy; mamba_ssm's Mamba2 blocks (with causal_conv1d where that is installed,
 else PyTorch's conv1d) between RMSNorms. They get the same autocast, clipping and optimizer, and are not compiled.
 """
-import copy, math, os, statistics, sys, time
+import copy, importlib.util, math, os, statistics, sys, time
 from types import SimpleNamespace
 
 import torch
@@ -35,6 +35,7 @@ def shape(name, vocab_size):
 
 
 def ours(c, o):
+    """-> the model of Config c and its loss, a function of idx and targets (B,T); the peers below likewise."""
     lm = LM(c)
     train.wrap(lm, o)
     return lm, lambda x, y: lm(x, y)[1]
@@ -53,16 +54,15 @@ def fla_gla(c, o):
 
 
 class MambaSSM(nn.Module):
+    """A language model of mamba_ssm's blocks. idx, targets (B,T) -> the mean cross-entropy."""
+
     def __init__(self, c):
         super().__init__()
         from mamba_ssm.modules.mamba2 import Mamba2
-        try:
-            import causal_conv1d
-        except ImportError:
-            causal_conv1d = None
+        fast_conv = importlib.util.find_spec("causal_conv1d") is not None
         self.embeddings, self.norm = nn.Embedding(c.vocab_size, c.d_model), nn.RMSNorm(c.d_model)
         self.norms = nn.ModuleList(nn.RMSNorm(c.d_model) for _ in range(c.n_layer))
-        self.mixers = nn.ModuleList(Mamba2(c.d_model, d_state=n, headdim=c.headdim, use_mem_eff_path=causal_conv1d is not None) for n in c.d_state)
+        self.mixers = nn.ModuleList(Mamba2(c.d_model, d_state=n, headdim=c.headdim, use_mem_eff_path=fast_conv) for n in c.d_state)
         nn.init.normal_(self.embeddings.weight, std=0.02)
 
     def forward(self, idx, targets):
@@ -78,7 +78,7 @@ def mamba_ssm(c, o):
 
 
 def step_time(lm, loss, o):
-    """-> (median seconds of o.steps steps, seconds until the third step, peak GiB)."""
+    """Full steps on one batch of random tokens. -> (median seconds of o.steps steps, seconds until the third step, peak GiB)."""
     optimizer, t0 = train.make_optimizer(lm, o), time.time()
     tokens = torch.randint(o.vocab_size, (o.batch_size, o.T + 1), device=o.device)
     idx, targets, times = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), []
@@ -121,8 +121,8 @@ def main():
                 seconds, ready, peak = step_time(lm, loss, o)
                 rate = o.batch_size * o.T / seconds
                 print(f"| {name} | {whose} | {rate:,.0f} | {work * rate / peak_flops:.1%} | {peak:.1f} | {ready:.0f} |", flush=True)
-            except ImportError:
-                print(f"| {name} | {whose} | not installed | | | |", flush=True)
+            except ImportError as e:
+                print(f"| {name} | {whose} | not importable: {e.name} | | | |", flush=True)
             except torch.OutOfMemoryError:
                 print(f"| {name} | {whose} | out of memory | | | |", flush=True)
             lm = loss = None
