@@ -186,9 +186,10 @@ def run_all(o, small):
     print(f"{'run':32s} {'at':>5s} {'seconds':>7s}  text   recall  mqar by pairs", flush=True)
     with futures.ProcessPoolExecutor(o.jobs, get_context("spawn"), one_thread) as pool:
         while True:
+            waiting = {start(job) for job in plan() if not read(job["name"])}
             for job in plan():
                 name, busy = job["name"], set(running.values())
-                done = read(name) and (job["arm"] != "pre" or os.path.exists(f"{WORK}/{name}.pt"))
+                done = read(name) and (job["arm"] != "pre" or os.path.exists(f"{WORK}/{name}.pt") or f"{WORK}/{name}.pt" not in waiting)
                 ready = start(job) is None or os.path.exists(start(job)) and f"{job['family']}-s{job['seed']}-pre" not in busy
                 if ready and not done and name not in tried and len(running) < o.jobs and time.time() - t0 < 60 * o.minutes:
                     running[pool.submit(run_logged, job, small)] = name
