@@ -1,7 +1,7 @@
 """StateX against LPT on one GPU: the runs, and the tables and figures made of them.
 
     python data/results/evidence.py --run           every run that has no JSON yet in data/results/runs/, several at a time
-    python data/results/evidence.py --run --only=gla-s0-lpt-lr0.001      one of them
+    python data/results/evidence.py --run --only=gla-s0-lpt-lr0.002      one of them
     python data/results/evidence.py                 tables.md and the figures from the JSONs, whatever is there
 
 Text: this machine's Python source with every installed package (`data/prepare.py --site-packages`); half of the tokens of a

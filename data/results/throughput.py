@@ -87,6 +87,8 @@ def step_time(lm, loss, o):
             ready = time.time() - t0
             torch.cuda.reset_peak_memory_stats()
         start = time.time()
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(o, step)
         optimizer.zero_grad(set_to_none=True)
         with train.precision(o):
             value = loss(idx, targets)
@@ -103,7 +105,10 @@ def main():
                      steps=12, compile=True, checkpoint_activations=False, peers=True)
     if not torch.cuda.is_available():
         raise BadInput("this measures a GPU and there is none here; train.py's log has tokens/s on any machine")
-    o = SimpleNamespace(**train.DEFAULTS | vars(o) | dict(device="cuda"))
+    # As the presets from scratch start. (At the recipe's rate models of this size fall apart within ten steps: GLA's decays become
+    # steep, and the kernels take their slower way.)
+    start = {k: train.PRESETS["gla-340m"][k] for k in ("lr", "warmup", "weight_decay")}
+    o = SimpleNamespace(**train.DEFAULTS | start | vars(o) | dict(device="cuda"))
     peak_flops = next((f for card, f in train.PEAK.items() if card in torch.cuda.get_device_name()), math.nan)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batch {o.batch_size}, T {o.T}, vocabulary {o.vocab_size}\n")
     print("| model | whose | tokens/s | MFU | peak GiB | ready after, s |\n|---|---|---|---|---|---|", flush=True)
