@@ -226,19 +226,6 @@ def gla_is_steep(whole, LIMIT, K: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def sums_in_blocks(g, next_g, h: tl.constexpr):
-    """For every row of g (C,BK): the sum from the start of its block of h rows to it, and the sum after it to the block's end,
-    which adds up next_g (the row after each in g). Nothing is subtracted, so small sums beside large ones stay exact."""
-    C: tl.constexpr = g.shape[0]
-    BK: tl.constexpr = g.shape[1]
-    if h == 1:
-        return g, tl.zeros((C, BK), tl.float32)
-    next_g = tl.where(((tl.arange(0, C) + 1) % h != 0)[:, None], next_g, 0.0)
-    upto = tl.reshape(tl.cumsum(tl.reshape(g, (C // h, h, BK)), 1), (C, BK))
-    return upto, tl.reshape(tl.cumsum(tl.reshape(next_g, (C // h, h, BK)), 1, reverse=True), (C, BK))
-
-
-@triton.jit
 def gla_prepare(q, k, g, qs, ks, decay, A, scale, LIMIT, n, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
                 BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr):
     """One program: one chunk of one head. Slices of BK channels; the scores add up over the slices.
@@ -246,10 +233,8 @@ def gla_prepare(q, k, g, qs, ks, decay, A, scale, LIMIT, n, H: tl.constexpr, K: 
     Score (i, j) of a channel is q_i k_j exp(c_i - c_j), c the running sum of g. Around the middle m of the chunk's decay it
     splits into q_i exp(c_i - m) and k_j exp(m - c_j), one matrix product for all pairs. One of the two exponents can be
     positive, by at most half of the chunk's decay. A chunk where that exceeds LIMIT (bits) is steep: a second launch (STEEP) does
-    it again; its programs return at once where the chunk is gentle. (A GLA model's g is above -1 almost always, so nearly all
-    are.) There i and j < i part at their highest unequal bit, 2^b: j is in the lower half and i in the upper half of a block of
-    2^(b+1) tokens, and exp(sum from the upper half's start to i) exp(sum after j to the lower half's end) has no positive
-    exponent. One matrix product for each of the log2 C bits, of which the pairs of that bit count."""
+    it again, one key at a time, from sums that never cancel; its programs return at once where the chunk is gentle. (A
+    GLA model's g is above -1 almost always, so nearly all are.)"""
     c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if STEEP:
         if not gla_is_steep(decay + (bh * n + c) * K, LIMIT, K, BK):
@@ -272,15 +257,18 @@ def gla_prepare(q, k, g, qs, ks, decay, A, scale, LIMIT, n, H: tl.constexpr, K: 
             qt, kt = qt * half, kt * half
             tl.store(decay + (bh * n + c) * K + col, whole)
         else:
-            gt = tl.load(g + start * K + at) * LOG2E
-            next_g = tl.load(g + start * K + at + H * K, (i < C - 1)[:, None], 0.0) * LOG2E
-            for b in tl.static_range(7):                                  # C is at most 128
-                if 1 << b < C:
-                    upto, after = sums_in_blocks(gt, next_g, 1 << b)
-                    qe, ke = (qt * tl.exp2(upto)).to(q.dtype.element_ty), (kt * tl.exp2(after)).to(q.dtype.element_ty)
-                    s = tl.dot(qe, tl.trans(ke), input_precision=DOT)
-                    scores += tl.where((i[:, None] ^ i[None, :]) >> b == 1, s, 0.0)
-            upto, after = sums_in_blocks(gt, next_g, C)
+            upto, after = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
+            last = tl.zeros((BK,), tl.float32)
+            for step in range(1, C):
+                j = C - 1 - step                                          # upto_i is g_{j+1} + ... + g_i here
+                next_g = tl.load(g + (start + (j + 1) * H) * K + col) * LOG2E
+                kj = tl.load(k + (start + j * H) * K + col).to(tl.float32)
+                last += next_g
+                upto += tl.where((i > j)[:, None], next_g[None, :], 0.0)
+                after = tl.where((i == j)[:, None], last[None, :], after)
+                sj = tl.sum(qt * kj[None, :] * tl.exp2(upto), axis=1)
+                scores += tl.where((i == j)[None, :], sj[:, None], 0.0)
+            upto += tl.load(g + start * K + col)[None, :] * LOG2E
             qt, kt = qt * tl.exp2(upto), kt * tl.exp2(after)
         tl.store(qs + start * K + at, qt.to(qs.dtype.element_ty))
         tl.store(ks + start * K + at, kt.to(ks.dtype.element_ty))
@@ -391,21 +379,22 @@ def gla_finish(q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, sca
         dqt, dkt = tl.dot(ds, ke, input_precision=DOT), tl.dot(tl.trans(ds), qe, input_precision=DOT)
         pairs = qe.to(tl.float32) * dqt - ke.to(tl.float32) * dkt         # from the rounded factors: they cancel exactly
         dqt, dkt, to_q, to_k = dqt * to_q, dkt * to_k, to_q * half, to_k * half
-    else:                                                                 # as in gla_prepare, bit by bit
-        gt *= LOG2E
-        next_g = tl.load(g + at + H * K, (i < C - 1)[:, None], 0.0) * LOG2E
-        all_ds = tl.load(scores + i[:, None] * (H * C) + i[None, :])
-        dqt, dkt, pairs = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
-        for b in tl.static_range(7):
-            if 1 << b < C:
-                upto, after = sums_in_blocks(gt, next_g, 1 << b)
-                to_q, to_k = tl.exp2(upto), tl.exp2(after)
-                ds = tl.where((i[:, None] ^ i[None, :]) >> b == 1, all_ds, 0.0).to(all_ds.dtype)
-                qe, ke = (qt * to_q).to(ds.dtype), (kt * to_k).to(ds.dtype)
-                dqe, dke = tl.dot(ds, ke, input_precision=DOT), tl.dot(tl.trans(ds), qe, input_precision=DOT)
-                pairs += qe.to(tl.float32) * dqe - ke.to(tl.float32) * dke
-                dqt, dkt = dqt + dqe * to_q, dkt + dke * to_k
-        upto, after = sums_in_blocks(gt, next_g, C)
+    else:                                                                 # as in gla_prepare, one key at a time
+        dqt, dkt = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
+        upto, after = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
+        last = tl.zeros((BK,), tl.float32)
+        for step in range(1, C):
+            j = C - 1 - step
+            next_g = tl.load(g + (start + (j + 1) * H) * K + col) * LOG2E
+            kj = tl.load(k + (start + j * H) * K + col).to(tl.float32)
+            last += next_g
+            upto += tl.where((i > j)[:, None], next_g[None, :], 0.0)
+            after = tl.where((i == j)[:, None], last[None, :], after)
+            ds = tl.load(scores + i * (H * C) + j).to(tl.float32)[:, None] * tl.exp2(upto)
+            dqt += ds * kj[None, :]
+            dkt = tl.where((i == j)[:, None], tl.sum(ds * qt, axis=0)[None, :], dkt)
+        upto += tl.load(g + start * K + col)[None, :] * LOG2E
+        pairs = qt * dqt - kt * dkt
         to_q, to_k = tl.exp2(upto), tl.exp2(after)
     own = tl.load(diagonal + (bh * n + c) * C + i)[:, None]
     from_state, to_state = to_q * from_state.to(tl.float32), to_k * to_state.to(tl.float32)

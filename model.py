@@ -190,15 +190,12 @@ class GLABlock(nn.Module):
                                   "up_proj": nn.Linear(c.d_model, c.d_mlp, bias=False),
                                   "down_proj": nn.Linear(c.d_mlp, c.d_model, bias=False)})
 
-    def forward(self, x, y=None, state=None):
-        """x (B,T,d_model) and what the layer before adds to it, None for nothing -> x and what this one adds, not added yet, so that
-        under torch.compile one kernel adds it and takes the next norm; and the state."""
-        x = x if y is None else x + y
+    def forward(self, x, state=None):
         y, state = self.attn(self.attn_norm(x), state)
         x = x + y
         y = self.mlp_norm(x)
         y = F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y)
-        return x, self.mlp["down_proj"](y), state
+        return x + self.mlp["down_proj"](y), state
 
 
 class Mamba2Block(nn.Module):
@@ -207,11 +204,9 @@ class Mamba2Block(nn.Module):
         self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
         self.mixer = Mamba2(c, layer)
 
-    def forward(self, x, y=None, state=None):
-        """As GLABlock's."""
-        x = x if y is None else x + y
+    def forward(self, x, state=None):
         y, state = self.mixer(self.norm(x), state)
-        return x, y, state
+        return x + y, state
 
 
 def slice_loss(logits, targets, n):
@@ -276,16 +271,12 @@ class LM(nn.Module):
 
     def features(self, idx, state=None):
         """idx (B,T) -> the last layer's output (B,T,d_model) after the final norm, and the state after token T."""
-        x, y, states = self.embeddings(idx), None, []
+        x, states = self.embeddings(idx), []
         for i, layer in enumerate(self.layers):
             s = None if state is None else state[i]
-            if self.checkpoint_activations and self.training:
-                x = x if y is None else x + y                            # one tensor to keep
-                x, y, s = checkpoint(layer, x, None, s, use_reentrant=False)
-            else:
-                x, y, s = layer(x, y, s)
+            x, s = checkpoint(layer, x, s, use_reentrant=False) if self.checkpoint_activations and self.training else layer(x, s)
             states.append(s)
-        return self.norm(x + y), states
+        return self.norm(x), states
 
     def forward(self, idx, targets=None, state=None):
         """idx, targets (B,T) int64; targets of -100 are not counted. state: what an earlier call returned, or None.

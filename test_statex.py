@@ -146,8 +146,8 @@ def test_torch_compile_sees_no_graph_break(block, monkeypatch):
     monkeypatch.setattr(model_script, "gla", lambda *a, **k: gla(*a, **k, impl="triton"))
     monkeypatch.setattr(model_script, "ssd", lambda *a, **k: ssd(*a, **k, impl="triton"))
     layer, x = small(block).layers[0].to(DEVICE), torch.randn(1, 20, 32, device=DEVICE, requires_grad=True)
-    plain = sum(layer(x)[:2])
-    compiled = sum(torch.compile(layer, backend="aot_eager", fullgraph=True)(x)[:2])
+    plain = layer(x)[0]
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)[0]
     assert gap(compiled, plain) < 1e-5
     assert gap(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (compiled, plain))) < 1e-5
 
