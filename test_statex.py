@@ -860,6 +860,20 @@ def test_every_run_of_the_evidence_is_planned_once(evidence, tmp_path):
         assert evidence.options(job).lr == job["lr"] and evidence.options(job).steps == job["steps"]
 
 
+def test_evidence_trains_again_only_what_a_missing_run_needs(evidence, tmp_path):
+    """Results of all runs but two are there, no checkpoint is: seed 1's pre-training is due; then, with its checkpoint, the two runs."""
+    evidence.RUNS = evidence.WORK = str(tmp_path)
+    for _ in range(3):
+        for i, job in enumerate(list(evidence.plan())):
+            evidence.write(job["name"], {"held_out_loss": i})
+    for arm in ("lpt", "inherit"):
+        os.remove(tmp_path / f"gla-s1-{arm}.json")
+    assert [job["name"] for job in evidence.due(set())] == ["gla-s1-pre"]
+    (tmp_path / "gla-s1-pre.pt").touch()
+    assert [job["name"] for job in evidence.due({"gla-s1-pre"})] == []
+    assert [job["name"] for job in evidence.due(set())] == ["gla-s1-lpt", "gla-s1-inherit"]
+
+
 def test_evidence_runs_a_small_plan(evidence, corpus, tmp_path):
     """Every kind of run of the evidence, with tiny models: pre-training, each arm from it, a sweep, the large one from scratch."""
     evidence.RUNS = evidence.WORK = evidence.HERE = str(tmp_path)

@@ -180,20 +180,28 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+def due(busy):
+    """Yields the runs that have no result and can start: the model that they go on from is there, and not being trained. Of pre-trained
+    models whose result is there but whose checkpoint is gone, those that such a run needs."""
+    jobs = list(plan())
+    needed = {start(job) for job in jobs if not read(job["name"])}
+    for job in jobs:
+        model, checkpoint = start(job), f"{WORK}/{job['name']}.pt"
+        done = read(job["name"]) and (checkpoint not in needed or os.path.exists(checkpoint))
+        if not done and (model is None or os.path.exists(model) and f"{job['family']}-s{job['seed']}-pre" not in busy):
+            yield job
+
+
 def run_all(o, small):
     """Every run that has no result, o.jobs processes at a time, starting none after o.minutes."""
     t0, running, tried = time.time(), {}, set()
     print(f"{'run':32s} {'at':>5s} {'seconds':>7s}  text   recall  mqar by pairs", flush=True)
     with futures.ProcessPoolExecutor(o.jobs, get_context("spawn"), one_thread) as pool:
         while True:
-            waiting = {start(job) for job in plan() if not read(job["name"])}
-            for job in plan():
-                name, busy = job["name"], set(running.values())
-                done = read(name) and (job["arm"] != "pre" or os.path.exists(f"{WORK}/{name}.pt") or f"{WORK}/{name}.pt" not in waiting)
-                ready = start(job) is None or os.path.exists(start(job)) and f"{job['family']}-s{job['seed']}-pre" not in busy
-                if ready and not done and name not in tried and len(running) < o.jobs and time.time() - t0 < 60 * o.minutes:
-                    running[pool.submit(run_logged, job, small)] = name
-                    tried.add(name)
+            for job in due(set(running.values())):
+                if job["name"] not in tried and len(running) < o.jobs and time.time() - t0 < 60 * o.minutes:
+                    running[pool.submit(run_logged, job, small)] = job["name"]
+                    tried.add(job["name"])
             if not running:
                 break
             for future in futures.wait(running, return_when="FIRST_COMPLETED").done:
