@@ -50,7 +50,7 @@ def test_recurrent_is_the_definition_by_hand():
     assert y.flatten().tolist() == pytest.approx([2 * 0.5 * 5 * 11 + 22, 3 * s2 + 26]) and S.item() == pytest.approx(s2)
 
 
-@pytest.mark.parametrize("T", (1, 2, 3, 17, 64, 200))
+@pytest.mark.parametrize("T", (1, 2, 3, 17, 64, 200, 600))
 @pytest.mark.parametrize("taps,bias,dtypes", ((4, True, "32 32"), (4, False, "32 32"), (2, True, "32 32"), (3, True, "32 32"), (4, True, "16 32"), (4, False, "16 16")))
 def test_short_convolution(T, taps, bias, dtypes):
     """The kernel against conv1d in float64, values and gradients; x is a slice of a wider tensor, as in Mamba2; bits of x, of the weights."""
