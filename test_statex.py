@@ -934,7 +934,7 @@ def test_bad_checkpoints(ckpt, corpus, tmp_path):
     assert not os.path.exists(tmp_path / "o")
 
 
-def test_bad_transplants(ckpt, tmp_path):
+def test_bad_transplants(ckpt, corpus, tmp_path):
     out = f"--out={tmp_path}/x.pt"
     refused(expand_script, f"--init_from={ckpt}", out, "--init=preserve", says="preserve is for Mamba2")
     refused(expand_script, f"--init_from={ckpt}", out, "--layers=0,7", says="out of range")
@@ -942,6 +942,13 @@ def test_bad_transplants(ckpt, tmp_path):
     refused(expand_script, f"--init_from={ckpt}", out, "--every=0", says="chooses no layers")
     refused(expand_script, f"--init_from={ckpt}", out, "--every=1", "--factor=3", says="a divisor of its 2 heads")
     refused(expand_script, "--init_from=gla-1.3b", out, says="add --dry-run or --speed")
+    recipe = [f"--data={corpus}", f"--out_dir={tmp_path}/o"]                  # the recipe says so before it pre-trains
+    refused(train_script, *recipe, "--layers=9", says="out of range")
+    refused(train_script, *recipe, "--factor=3", says="a divisor of its 4 heads")
+    refused(train_script, *recipe, "--expand_init=preserve", says="preserve is for Mamba2")
+    refused(train_script, *recipe, "--lr_grid=1e-2;2e-2", says="not a list of learning rates")
+    refused(train_script, *recipe, "--pretrain_steps=0", says="at least 1")
+    assert not os.path.exists(tmp_path / "o")
     refused(expand_script, out, says="name a checkpoint")
     assert not os.path.exists(tmp_path / "x.pt")
     assert cli(expand_script, f"--init_from={ckpt}", "--every=2", out) == (0, "") and os.path.exists(tmp_path / "x.pt")

@@ -191,6 +191,14 @@ def sizes(o):
     return [int(p) for p in o.pairs.split(",")]
 
 
+def rates(o):
+    """The recipe's learning rates. Raises BadInput."""
+    try:
+        return [float(x) for x in o.lr_grid.split(",")]
+    except ValueError:
+        raise BadInput(f"--lr_grid={o.lr_grid} is not a list of learning rates; expected numbers such as 1e-2,2e-2")
+
+
 def make_optimizer(lm, o):
     """AdamW without decay on vectors: norm gains, biases, A_log, D, dt_bias."""
     params = [p for p in lm.parameters() if p.requires_grad]
@@ -401,8 +409,9 @@ def make_folder(path):
 
 
 def check(o):
-    if o.steps < 1 or o.batch_size < 1 or o.block_size < 1 or o.accumulate < 1 or o.eval_interval < 1:
-        raise BadInput("steps, batch_size, block_size, accumulate and eval_interval must be at least 1")
+    if min(o.steps, o.pretrain_steps, o.batch_size, o.block_size, o.accumulate, o.eval_interval) < 1:
+        raise BadInput("steps, pretrain_steps, batch_size, block_size, accumulate and eval_interval must be at least 1")
+    rates(o)
     parts = o.accumulate * World.size
     if o.batch_size % parts:
         raise BadInput(f"accumulate {o.accumulate}" + (f" x {World.size} processes" if World.size > 1 else "") + f" does not divide batch_size {o.batch_size}")
@@ -443,22 +452,26 @@ def one_run(o):
 
 def recipe(o):
     corpus = prepared(o)
-    make_folder(o.out_dir)
     tokenizer = load_tokenizer(corpus[2]["tokenizer"])
 
     def run(lm, name, resume=None, until=None, **changes):
         return train(lm, SimpleNamespace(**{**vars(o), "name": name, **changes}), corpus, resume, until)
 
+    def enlarge():
+        return expand(small, choose_layers(o.n_layer, o.every, o.layers), o.factor or None, o.expand_init, o.seed)
+
     small = new_model(o, corpus[2])
+    enlarge()                                                      # what cannot be enlarged stops here, not after pre-training
+    make_folder(o.out_dir)
     results = {"pretrained": report(small, run(small, "pretrained", steps=o.pretrain_steps), o, corpus, tokenizer)}
-    larger, transplant = expand(small, choose_layers(o.n_layer, o.every, o.layers), o.factor or None, o.expand_init, o.seed)
+    larger, transplant = enlarge()
     print(describe(transplant))
     curves = {}
     for arm, start in (("lpt", small), ("statex", larger)):
         # The first quarter of the run at every learning rate of the grid; the one with the lower held-out loss goes on.
         # Another seed than pre-training's, so that the data is new.
         tried = {}
-        for lr in (float(x) for x in o.lr_grid.split(",")):
+        for lr in rates(o):
             lm = LM(start.config).to(o.device)
             lm.load_state_dict(start.state_dict())
             r = run(lm, f"{arm}-lr{lr:g}", lr=lr, seed=o.seed + 1, curriculum=0.0, until=max(1, o.steps // 4))
