@@ -911,6 +911,13 @@ def test_bad_options():
     refused(train_script, "scratch", says="options look like --name=value")
     refused(train_script, "--preset=paper", says="paper-gla")
     refused(train_script, "--block=gru", says="expected 'gla' or 'mamba2'")
+    refused(train_script, "--lr=-1", says="--lr=-1 is not a number from 0 up")
+    refused(model_script, "--temperature=nan", says="not a number from 0 up")
+    refused(train_script, "--beta2=1", says="must be below 1")
+    refused(train_script, "--name=a/b", says="the folder is --out_dir")
+    for script in (train_script, expand_script, model_script, recall):
+        refused(script, "--device=tpu", says="--device=tpu cannot be used here")
+        refused(script, "--device=cuda:99", says="GPUs that PyTorch can use")
     refused(expand_script, "--evry=6", says="--every")
     refused(model_script, "--n", says="--n needs a value")
 
@@ -957,6 +964,7 @@ def test_bad_transplants(ckpt, corpus, tmp_path):
 def test_bad_shapes(corpus, tmp_path):
     args = [f"--data={corpus}", "--init_from=scratch", *TINY, f"--out_dir={tmp_path}/o"]
     refused(train_script, *args, "--n_head=3", says="n_head 3 does not divide")
+    refused(train_script, *args, "--d_model=0", says="d_model and headdim must be at least 1")
     refused(train_script, *args, "--block=mamba2", "--headdim=7", says="headdim 7 does not divide")
     refused(train_script, *args, "--block_size=10000000", says="block_size")
     refused(train_script, *args, "--accumulate=3", says="does not divide batch_size")

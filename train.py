@@ -409,8 +409,14 @@ def make_folder(path):
 
 
 def check(o):
-    if min(o.steps, o.pretrain_steps, o.batch_size, o.block_size, o.accumulate, o.eval_interval) < 1:
+    if not min(o.steps, o.pretrain_steps, o.batch_size, o.block_size, o.accumulate, o.eval_interval):
         raise BadInput("steps, pretrain_steps, batch_size, block_size, accumulate and eval_interval must be at least 1")
+    if not min(o.n_layer, o.d_model, o.headdim):
+        raise BadInput("n_layer, d_model and headdim must be at least 1")
+    if max(o.beta1, o.beta2) >= 1 or not o.clip:
+        raise BadInput(f"beta1 {o.beta1} and beta2 {o.beta2} must be below 1, and clip {o.clip} above 0")
+    if not o.name or os.path.basename(o.name) != o.name:
+        raise BadInput(f"--name={o.name} is not a file's name; the folder is --out_dir")
     rates(o)
     parts = o.accumulate * World.size
     if o.batch_size % parts:

@@ -12,7 +12,7 @@ where there are fewer than 20 documents, the last 5 % of each.
 --tokenizer is "code4096" (data/code4096.tiktoken, a byte-level BPE of the standard library; `--train_bpe` made it), the
 name of a tiktoken encoding ("gpt2", "cl100k_base"), or "hf:NAME" for a Hugging Face tokenizer or folder.
 """
-import base64, difflib, hashlib, json, os, shutil, site, sys, sysconfig, types
+import base64, difflib, hashlib, json, math, os, shutil, site, sys, sysconfig, types
 
 import numpy as np
 
@@ -31,7 +31,7 @@ class BadInput(ValueError):
 
 def command_line(doc, **defaults):
     """Read sys.argv as --name=value (or --name value; dashes and underscores are the same). A value takes the type of
-    its default. Words without -- go to `words`, if that is among the defaults. Returns a namespace."""
+    its default; numbers are from 0 up. Words without -- go to `words`, if that is among the defaults. Returns a namespace."""
     o, args = dict(defaults), sys.argv[1:]
     if {"--help", "-h"} & set(args):
         print(doc.strip(), "\n\noptions and defaults:")
@@ -66,7 +66,24 @@ def command_line(doc, **defaults):
         except (ValueError, KeyError, OverflowError):
             raise BadInput(f"--{name}={value} is not {'true or false' if kind is bool else 'a number'}; "
                            f"the default is {defaults[name]}")
+        if kind in (int, float) and not 0 <= o[name] < math.inf:
+            raise BadInput(f"--{name}={value} is not a number from 0 up; the default is {defaults[name]}")
+    if "device" in o:
+        check_device(o["device"])
     return types.SimpleNamespace(**o)
+
+
+def check_device(name):
+    """Raises BadInput where tensors cannot be put on the device `name`, such as cpu, cuda or cuda:1."""
+    import torch
+    try:
+        device = torch.device(name)
+        if device.type != "cuda":
+            torch.empty(1, device=device)
+        elif (device.index or 0) >= torch.cuda.device_count():     # asked without making a context on the first GPU
+            raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs that PyTorch can use")
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise BadInput(f"--device={name} cannot be used here: {' '.join(str(e).split())[:200]}")
 
 
 def main_line(main):
