@@ -635,7 +635,9 @@ def test_killed_and_resumed_gives_the_same_numbers(block, corpus, tmp_path):
     run.wait()
     at = load_checkpoint(ckpt)[1]["step"]
     assert at in (10, 20, 30, 40)
-    assert cli(train_script, "--init_from=resume", "--device=cpu", f"--data={corpus}", f"--out_dir={tmp_path}/killed") == (0, "")
+    resume = ["--init_from=resume", "--device=cpu", f"--data={corpus}", f"--out_dir={tmp_path}/killed"]
+    refused(train_script, *resume, "--steps=50", says="has steps = 40 and goes on with that")
+    assert cli(train_script, *resume) == (0, "")
     whole, killed = load_checkpoint(f"{tmp_path}/whole/ckpt.pt"), load_checkpoint(ckpt)
     assert killed[1]["step"] == 40 and killed[1]["tokens"] == whole[1]["tokens"]
     if at < 40:

@@ -437,8 +437,14 @@ def one_run(o):
         lm, resume = load_checkpoint(f"{o.out_dir}/{o.name}.pt")
         if resume is None:
             raise BadInput(f"{o.out_dir}/{o.name}.pt holds no run to resume; start one with --init_from={o.out_dir}/{o.name}.pt")
-        new = {k: getattr(o, k) for k in typed() & {"accumulate", "compile", "checkpoint_activations", "shard", "tensorboard"}}
-        o = SimpleNamespace(**{**vars(o), **resume["options"], **new, "out_dir": o.out_dir, "device": o.device, "init_from": "resume"})
+        kept, path = resume["options"], f"{o.out_dir}/{o.name}.pt"
+        free = {"accumulate", "compile", "checkpoint_activations", "shard", "tensorboard", "eval_interval", "data"}
+        other = [k for k in typed() - free - {"init_from", "out_dir", "name", "device"} if getattr(o, k) != kept[k]]
+        if other:
+            raise BadInput(f"the run in {path} has {', '.join(f'{k} = {kept[k]}' for k in sorted(other))} and goes on with that; resume can change "
+                           f"{', '.join(sorted(free))}. For another run from its weights: --init_from={path}")
+        new = {k: getattr(o, k) for k in typed() & free}
+        o = SimpleNamespace(**{**vars(o), **kept, **new, "out_dir": o.out_dir, "device": o.device, "init_from": "resume"})
     elif o.init_from != "scratch":
         lm = LM.from_pretrained(o.init_from, o.block)
     corpus = prepared(o)
