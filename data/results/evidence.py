@@ -360,7 +360,12 @@ def figures(families):
 
 def main():
     o = command_line(__doc__, run=False, only="", jobs=8, minutes=1e9, small="")
-    small = {k: int(v) for k, v in (item.split("=") for item in o.small.split(",") if item)}
+    try:
+        small = {k: int(v) for k, v in (item.split("=") for item in o.small.split(",") if item)}
+    except ValueError:
+        raise BadInput(f"--small={o.small} is not a list of options with whole numbers, such as steps=2,n=4")
+    if not o.jobs:
+        raise BadInput("--jobs must be at least 1")
     os.makedirs(RUNS, exist_ok=True)
     os.makedirs(WORK, exist_ok=True)
     if not o.run:
