@@ -347,7 +347,8 @@ def train(lm, o, corpus, resume=None, until=None):
         if stopping and step < o.steps:
             bar.close()
             if first:
-                print(f"stopped by a signal: {path} holds step {step}; go on with --init_from=resume --out_dir={o.out_dir} --name={o.name}", flush=True)
+                print(f"stopped by a signal: {path} holds step {step}; " + (f"go on with --init_from=resume --out_dir={o.out_dir} --name={o.name}"
+                      if o.init_from else "the recipe starts from its beginning again"), flush=True)
             raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
     bar.close()
     log.close()
