@@ -440,7 +440,7 @@ def one_run(o):
             raise BadInput(f"{o.out_dir}/{o.name}.pt holds no run to resume; start one with --init_from={o.out_dir}/{o.name}.pt")
         kept, path = resume["options"], f"{o.out_dir}/{o.name}.pt"
         free = {"accumulate", "compile", "checkpoint_activations", "shard", "tensorboard", "eval_interval", "data"}
-        other = [k for k in typed() - free - {"init_from", "out_dir", "name", "device"} if getattr(o, k) != kept[k]]
+        other = [k for k in typed() - free - {"init_from", "out_dir", "name", "device"} if getattr(o, k) != kept.get(k, getattr(o, k))]
         if other:
             raise BadInput(f"the run in {path} has {', '.join(f'{k} = {kept[k]}' for k in sorted(other))} and goes on with that; resume can change "
                            f"{', '.join(sorted(free))}. For another run from its weights: --init_from={path}")

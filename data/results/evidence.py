@@ -181,8 +181,8 @@ def one_thread():
 
 
 def due(busy):
-    """Yields the runs that have no result and can start: the model that they go on from is there, and not being trained. Of pre-trained
-    models whose result is there but whose checkpoint is gone, those that such a run needs."""
+    """Yields the runs to start now: without a result, and the model that they go on from is there and not among `busy`, the names of
+    the runs under way. Also the pre-training of a model whose checkpoint is gone, where a run without a result needs it."""
     jobs = list(plan())
     needed = {start(job) for job in jobs if not read(job["name"])}
     for job in jobs:
@@ -198,7 +198,7 @@ def run_all(o, small):
     print(f"{'run':32s} {'at':>5s} {'seconds':>7s}  text   recall  mqar by pairs", flush=True)
     with futures.ProcessPoolExecutor(o.jobs, get_context("spawn"), one_thread) as pool:
         while True:
-            for job in due(set(running.values())):
+            for job in due(running.values()):                  # a view: it sees what this loop starts
                 if job["name"] not in tried and len(running) < o.jobs and time.time() - t0 < 60 * o.minutes:
                     running[pool.submit(run_logged, job, small)] = job["name"]
                     tried.add(job["name"])
