@@ -208,11 +208,12 @@ LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None      # th
 
 
 @triton.jit
-def sum_before(x):
-    """For every row of x (C,BK) the sum of the rows above it: a product with a triangle of ones, in place of a scan.
+def sum_rows(which, x, DOT: tl.constexpr):
+    """For every row of which (C,C) the sum of the rows of x (C,BK) that it names: a matrix product in place of a scan. Without DOT
     x goes in as the sum of two bfloat16, which keeps 16 of its bits."""
-    i, hi = tl.arange(0, x.shape[0]), x.to(tl.bfloat16)
-    ones = (i[:, None] > i[None, :]).to(tl.bfloat16)
+    if DOT is not None:
+        return tl.dot(which.to(tl.float32), x, input_precision=DOT)
+    ones, hi = which.to(tl.bfloat16), x.to(tl.bfloat16)
     return tl.dot(ones, hi, tl.dot(ones, (x - hi.to(tl.float32)).to(tl.bfloat16)))
 
 
@@ -226,54 +227,69 @@ def gla_is_steep(whole, LIMIT, K: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def gla_prepare(q, k, g, qs, ks, decay, A, scale, LIMIT, n, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-                BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr):
+def halves(g, b, DOT: tl.constexpr):
+    """g (C,BK) in blocks of 2^b rows -> for every row the sum from its block's start to it, and the sum after it to the block's end."""
+    row, t = tl.arange(0, g.shape[0])[:, None], tl.arange(0, g.shape[0])[None, :]
+    same = (row ^ t) >> b == 0
+    return sum_rows(same & (t <= row), g, DOT), sum_rows(same & (t > row), g, DOT)
+
+
+@triton.jit
+def gla_prepare(q, k, g, qs, ks, decay, A, scale, n, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+                DOT: tl.constexpr):
     """One program: one chunk of one head. Slices of BK channels; the scores add up over the slices.
 
     Score (i, j) of a channel is q_i k_j exp(c_i - c_j), c the running sum of g. Around the middle m of the chunk's decay it
     splits into q_i exp(c_i - m) and k_j exp(m - c_j), one matrix product for all pairs. One of the two exponents can be
-    positive, by at most half of the chunk's decay. A chunk where that exceeds LIMIT (bits) is steep: a second launch (STEEP) does
-    it again, one key at a time, from sums that never cancel; its programs return at once where the chunk is gentle. (A
-    GLA model's g is above -1 almost always, so nearly all are.)"""
+    positive, by at most half of the chunk's decay; where that is too much, gla_prepare_steep does the chunk again."""
     c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if STEEP:
-        if not gla_is_steep(decay + (bh * n + c) * K, LIMIT, K, BK):
-            return
     i, start = tl.arange(0, C), ((bh // H) * n + c) * C * H + bh % H      # token i of the chunk is row start + i H
     scores, diagonal = tl.zeros((C, C), tl.float32), tl.zeros((C,), tl.float32)
     for k0 in range(0, K, BK):
         col = k0 + tl.arange(0, BK)
-        at = i[:, None] * (H * K) + col[None, :]
-        qt = tl.load(q + start * K + at).to(tl.float32) * scale
-        kt = tl.load(k + start * K + at).to(tl.float32)
+        at = start * K + i[:, None] * (H * K) + col[None, :]
+        qt, kt, gt = tl.load(q + at).to(tl.float32) * scale, tl.load(k + at).to(tl.float32), tl.load(g + at) * LOG2E
         diagonal += tl.sum(qt * kt, axis=1)
-        if not STEEP:
-            gt = tl.load(g + start * K + at) * LOG2E
-            whole = tl.sum(gt, 0)
-            e = tl.cumsum(gt, 0) - 0.5 * whole[None, :]
-            half = tl.exp2(0.5 * whole)[None, :]
-            qt, kt = qt * tl.exp2(e), kt * tl.exp2(-e)
-            scores = tl.dot(qt.to(q.dtype.element_ty), tl.trans(kt.to(q.dtype.element_ty)), scores, input_precision=DOT)
-            qt, kt = qt * half, kt * half
-            tl.store(decay + (bh * n + c) * K + col, whole)
-        else:
-            upto, after = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
-            last = tl.zeros((BK,), tl.float32)
-            for step in range(1, C):
-                j = C - 1 - step                                          # upto_i is g_{j+1} + ... + g_i here
-                next_g = tl.load(g + (start + (j + 1) * H) * K + col) * LOG2E
-                kj = tl.load(k + (start + j * H) * K + col).to(tl.float32)
-                last += next_g
-                upto += tl.where((i > j)[:, None], next_g[None, :], 0.0)
-                after = tl.where((i == j)[:, None], last[None, :], after)
-                sj = tl.sum(qt * kj[None, :] * tl.exp2(upto), axis=1)
-                scores += tl.where((i == j)[None, :], sj[:, None], 0.0)
-            upto += tl.load(g + start * K + col)[None, :] * LOG2E
-            qt, kt = qt * tl.exp2(upto), kt * tl.exp2(after)
-        tl.store(qs + start * K + at, qt.to(qs.dtype.element_ty))
-        tl.store(ks + start * K + at, kt.to(ks.dtype.element_ty))
+        whole = tl.sum(gt, 0)
+        e = tl.cumsum(gt, 0) - 0.5 * whole[None, :]
+        half = tl.exp2(0.5 * whole)[None, :]
+        qt, kt = qt * tl.exp2(e), kt * tl.exp2(-e)
+        scores = tl.dot(qt.to(q.dtype.element_ty), tl.trans(kt.to(q.dtype.element_ty)), scores, input_precision=DOT)
+        tl.store(decay + (bh * n + c) * K + col, whole)
+        tl.store(qs + at, (qt * half).to(qs.dtype.element_ty))
+        tl.store(ks + at, (kt * half).to(ks.dtype.element_ty))
     scores = tl.where(i[:, None] > i[None, :], scores, tl.where(i[:, None] == i[None, :], diagonal[:, None], 0.0))
     tl.store(A + start * C + i[:, None] * (H * C) + i[None, :], scores.to(A.dtype.element_ty))
+
+
+@triton.jit
+def gla_prepare_steep(q, k, g, qs, ks, decay, A, scale, LIMIT, n, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+                      DOT: tl.constexpr):
+    """One program: a chunk that decays by more than 2 LIMIT bits in some channel; where none does (a GLA model's g is above -1
+    almost always) it returns at once.
+
+    i and j < i part at their highest unequal bit, 2^b: in a block of 2^(b+1) tokens j is in the lower half, i in the upper one, and
+    exp(sum from the upper half's start to i) exp(sum after j to the lower half's end) has no positive exponent. So one matrix
+    product for each bit, of which that bit's pairs are written over what gla_prepare left."""
+    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if not gla_is_steep(decay + (bh * n + c) * K, LIMIT, K, BK):
+        return
+    i, start = tl.arange(0, C), ((bh // H) * n + c) * C * H + bh % H
+    row, t = i[:, None], i[None, :]
+    for b in range(8):                                                    # C is at most 128; the last one is for qs and ks
+        scores = tl.zeros((C, C), tl.float32)
+        for k0 in range(0, K, BK):
+            at = start * K + row * (H * K) + k0 + tl.arange(0, BK)[None, :]
+            gt = tl.load(g + at) * LOG2E
+            upto, after = halves(gt, b, DOT)
+            qt = tl.load(q + at).to(tl.float32) * scale * tl.exp2(upto)
+            kt = tl.load(k + at).to(tl.float32) * tl.exp2(after)
+            if b < 7:
+                scores = tl.dot(qt.to(q.dtype.element_ty), tl.trans(kt.to(q.dtype.element_ty)), scores, input_precision=DOT)
+            else:
+                tl.store(qs + at, qt.to(qs.dtype.element_ty))
+                tl.store(ks + at, kt.to(ks.dtype.element_ty))
+        tl.store(A + start * C + row * (H * C) + t, scores.to(A.dtype.element_ty), (row > t) & ((row ^ t) >> b == 1))
 
 
 @triton.jit
@@ -372,29 +388,25 @@ def gla_finish(q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, sca
     if not STEEP:
         gt *= LOG2E
         whole = tl.sum(gt, 0)
-        e = (tl.cumsum(gt, 0) if DOT is not None else gt + sum_before(gt)) - 0.5 * whole[None, :]
+        e = (tl.cumsum(gt, 0) if DOT is not None else sum_rows(i[:, None] >= i[None, :], gt, DOT)) - 0.5 * whole[None, :]
         half, to_q, to_k = tl.exp2(0.5 * whole)[None, :], tl.exp2(e), tl.exp2(-e)
         ds = tl.load(scores + i[:, None] * (H * C) + i[None, :])
         qe, ke = (qt * to_q).to(ds.dtype), (kt * to_k).to(ds.dtype)
         dqt, dkt = tl.dot(ds, ke, input_precision=DOT), tl.dot(tl.trans(ds), qe, input_precision=DOT)
         pairs = qe.to(tl.float32) * dqt - ke.to(tl.float32) * dkt         # from the rounded factors: they cancel exactly
         dqt, dkt, to_q, to_k = dqt * to_q, dkt * to_k, to_q * half, to_k * half
-    else:                                                                 # as in gla_prepare, one key at a time
-        dqt, dkt = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
-        upto, after = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
-        last = tl.zeros((BK,), tl.float32)
-        for step in range(1, C):
-            j = C - 1 - step
-            next_g = tl.load(g + (start + (j + 1) * H) * K + col) * LOG2E
-            kj = tl.load(k + (start + j * H) * K + col).to(tl.float32)
-            last += next_g
-            upto += tl.where((i > j)[:, None], next_g[None, :], 0.0)
-            after = tl.where((i == j)[:, None], last[None, :], after)
-            ds = tl.load(scores + i * (H * C) + j).to(tl.float32)[:, None] * tl.exp2(upto)
-            dqt += ds * kj[None, :]
-            dkt = tl.where((i == j)[:, None], tl.sum(ds * qt, axis=0)[None, :], dkt)
-        upto += tl.load(g + start * K + col)[None, :] * LOG2E
-        pairs = qt * dqt - kt * dkt
+    else:                                                                 # as in gla_prepare, bit by bit
+        gt *= LOG2E
+        dqt, dkt, pairs = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
+        for b in range(7):
+            upto, after = halves(gt, b, DOT)
+            to_q, to_k = tl.exp2(upto), tl.exp2(after)
+            ds = tl.load(scores + i[:, None] * (H * C) + i[None, :], (i[:, None] ^ i[None, :]) >> b == 1, 0.0)
+            qe, ke = (qt * to_q).to(ds.dtype), (kt * to_k).to(ds.dtype)
+            dqe, dke = tl.dot(ds, ke, input_precision=DOT), tl.dot(tl.trans(ds), qe, input_precision=DOT)
+            pairs += qe.to(tl.float32) * dqe - ke.to(tl.float32) * dke
+            dqt, dkt = dqt + dqe * to_q, dkt + dke * to_k
+        upto, after = halves(gt, 7, DOT)
         to_q, to_k = tl.exp2(upto), tl.exp2(after)
     own = tl.load(diagonal + (bh * n + c) * C + i)[:, None]
     from_state, to_state = to_q * from_state.to(tl.float32), to_k * to_state.to(tl.float32)
@@ -407,7 +419,7 @@ def gla_finish(q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, sca
         before = tl.load(ks + at - H * K, begun, 0.0).to(tl.float32) * tl.load(dks + at - H * K, begun, 0.0).to(tl.float32)
         total = tl.cumsum(pairs, 0, reverse=True) + tl.cumsum(before, 0)
     else:                                                                 # one sum for both: all pairs less those before t
-        total = tl.sum(pairs, 0)[None, :] + sum_before(kt * to_state - pairs)
+        total = tl.sum(pairs, 0)[None, :] + sum_rows(i[:, None] > i[None, :], kt * to_state - pairs, DOT)
     tl.store(dg + at, total + always[None, :])
 
 
@@ -472,9 +484,9 @@ def gla_forward(q, k, v, g, state, scale, C, o, last, qs, ks, A, decay, S):
     """T a multiple of C = 16, 32 or 128; K and V multiples of 128, or powers of two from 16."""
     (B, T, H, K), V, n = q.shape, v.shape[-1], q.shape[1] // C
     dot, limit = ("tf32x3", 30.0) if q.dtype == torch.float32 else (None, 90.0)
-    for steep in (False, True):
-        gla_prepare[(n, B * H)](q, k, g, qs, ks, decay, A, scale, limit, n, H, K, C, pow2(K, 16, 64), steep, dot,
-                                num_warps=8, num_stages=1)
+    BK = pow2(K, 16, 64)
+    gla_prepare[(n, B * H)](q, k, g, qs, ks, decay, A, scale, n, H, K, C, BK, dot, num_warps=8, num_stages=1)
+    gla_prepare_steep[(n, B * H)](q, k, g, qs, ks, decay, A, scale, limit, n, H, K, C, BK, dot, num_warps=8, num_stages=1)
     BK, BV, warps, stages = scan_tile(K, V, B * H, 64)
     gla_scan[(K // BK, V // BV, B * H)](ks, v, decay, state, S, last, n, H, K, V, C, BK, BV, False, state is not None, True, dot,
                                         num_warps=warps, num_stages=stages)
@@ -958,23 +970,32 @@ def conv_gradients(x, w, bias, dy, dpre, dw, db, T, STEPS, row: tl.constexpr, dy
     col, b = tl.program_id(1) * BD + tl.arange(0, BD), tl.program_id(2).to(tl.int64)
     part = b * tl.num_programs(0) + tl.program_id(0)
     x, dy, dpre, inside = x + b * T * row, dy + b * T * dy_row, dpre + b * T * width, (col < width)[None, :]
-    taps = tl.arange(0, triton.next_power_of_2(TAPS))
-    dw_sum, db_sum = tl.zeros((BD, triton.next_power_of_2(TAPS)), tl.float32), tl.zeros((BD,), tl.float32)
+    zero, ws = tl.zeros((BT, BD), tl.float32), ()
+    for i in tl.static_range(TAPS):
+        ws += (tl.load(w + col * TAPS + i, col < width, 0.0).to(tl.float32)[None, :],)
+    shift = zero
+    if BIAS:
+        shift += tl.load(bias + col, col < width, 0.0).to(tl.float32)[None, :]
+    db_sum, dw_sums = zero, (zero,) * TAPS                                # over a tile's tokens they are summed once, at the end
     for step in range(STEPS):
         t = (tl.program_id(0) * STEPS + step) * BT + tl.arange(0, BT)
         here = (t < T)[:, None] & inside
-        pre = conv_at(x, w, bias, t, T, row, col, width, TAPS, BIAS)
+        pre, xs, sums = shift, (), ()
+        for i in tl.static_range(TAPS):
+            s = t - (TAPS - 1) + i
+            xs += (tl.load(x + s[:, None] * row + col[None, :], ((s >= 0) & (s < T))[:, None] & inside, 0.0).to(tl.float32),)
+            pre += xs[i] * ws[i]
         gate = tl.sigmoid(pre)
         d = tl.load(dy + t[:, None] * dy_row + col[None, :], here, 0.0).to(tl.float32) * gate * (1 + pre * (1 - gate))
         tl.store(dpre + t[:, None] * width + col[None, :], d.to(dpre.dtype.element_ty), here)
-        db_sum += tl.sum(d, 0)
+        db_sum += d
         for i in tl.static_range(TAPS):
-            s = t - (TAPS - 1) + i
-            xs = tl.load(x + s[:, None] * row + col[None, :], ((s >= 0) & (s < T))[:, None] & inside, 0.0).to(tl.float32)
-            dw_sum += tl.where((taps == i)[None, :], tl.sum(d * xs, 0)[:, None], 0.0)
-    tl.store(dw + (part * width + col)[:, None] * TAPS + taps[None, :], dw_sum, (col < width)[:, None] & (taps < TAPS)[None, :])
+            sums += (dw_sums[i] + d * xs[i],)
+        dw_sums = sums
+    for i in tl.static_range(TAPS):
+        tl.store(dw + (part * width + col) * TAPS + i, tl.sum(dw_sums[i], 0), col < width)
     if BIAS:
-        tl.store(db + part * width + col, db_sum, col < width)
+        tl.store(db + part * width + col, tl.sum(db_sum, 0), col < width)
 
 
 @triton.jit
@@ -1009,11 +1030,12 @@ conv_forward.register_fake(lambda x, w, bias: x.new_empty(x.shape))
 def conv_backward(x, w, bias, dy, dx, dw, db):
     """x, dy, dx (B,T,D); w, dw (D,taps); bias, db (D,), db empty where there is no bias."""
     (B, T, D), (BT, BD) = x.shape, conv_tile(x)
-    steps = 8 if T >= 8 * BT else 1                                       # tiles a program: its sums are one part of dw and db
-    grid = (triton.cdiv(T, BT * steps), triton.cdiv(D, BD), B)
+    BG = min(BT, 16)                                                      # tokens of a tile of conv_gradients, which keeps many tiles in registers
+    steps = 32 if T >= 32 * BG else 1                                     # tiles a program: its sums are one part of dw and db
+    grid = (triton.cdiv(T, BG * steps), triton.cdiv(D, BD), B)
     dw_parts, db_parts = x.new_empty(grid[0] * B, *w.shape, dtype=torch.float32), x.new_empty(grid[0] * B, D, dtype=torch.float32)
     dpre = x.new_empty(x.shape)
-    conv_gradients[grid](x, w, bias, dy, dpre, dw_parts, db_parts, T, steps, x.stride(1), dy.stride(1), D, w.shape[1], BT, BD, bias is not None,
+    conv_gradients[grid](x, w, bias, dy, dpre, dw_parts, db_parts, T, steps, x.stride(1), dy.stride(1), D, w.shape[1], BG, BD, bias is not None,
                          num_warps=4)
     conv_dx[triton.cdiv(T, BT), grid[1], B](dpre, w, dx, T, D, w.shape[1], BT, BD, num_warps=4)
     dw.copy_(dw_parts.sum(0))

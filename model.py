@@ -84,19 +84,21 @@ SIZES = {
 }
 
 
-def causal_conv(x, weight, bias, before):
+def causal_conv(x, weight, bias, before, sizes):
     """Depthwise convolution over time, then silu. x (B,T,D), weight (D,1,taps), before (B,taps-1,D): the inputs
-    before x, None for zeros. Returns y (B,T,D) and the inputs that the next call needs before its own.
+    before x, None for zeros. Returns y (B,T,D) cut into channels of `sizes`, and the inputs that the next call needs before its own.
 
-    On a GPU one kernel. Of one token, and on a CPU, a sum of shifted copies, in the weights' precision: faster there than conv1d."""
+    On a GPU one kernel a cut, so that nothing is copied. Of one token, and on a CPU, a sum of shifted copies, in the weights'
+    precision: faster there than conv1d."""
     taps, T = weight.shape[-1], x.shape[1]
     if T > 1 and conv_fits(x):
         x = x if before is None else torch.cat((before.to(x.dtype), x), dim=1)
         last = x[:, max(0, x.shape[1] - taps + 1):]
-        return short_conv(x, weight, bias)[:, -T:], F.pad(last, (0, 0, taps - 1 - last.shape[1], 0))
+        cuts = zip(x.split(sizes, dim=-1), weight.split(sizes), [None] * len(sizes) if bias is None else bias.split(sizes))
+        return [short_conv(*cut)[:, -T:] for cut in cuts], F.pad(last, (0, 0, taps - 1 - last.shape[1], 0))
     x = F.pad(x, (0, 0, taps - 1, 0)) if before is None else torch.cat((before.to(x.dtype), x), dim=1)
     y = sum(x[:, i:i + T] * weight[:, 0, i] for i in range(taps))
-    return F.silu(y if bias is None else y + bias).to(x.dtype), x[:, T:]
+    return F.silu(y if bias is None else y + bias).to(x.dtype).split(sizes, dim=-1), x[:, T:]
 
 
 class GLA(nn.Module):
@@ -131,8 +133,7 @@ class GLA(nn.Module):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv_size:
             weight = torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight))
-            qkv, before = causal_conv(torch.cat((q, k, v), dim=-1), weight, None, before)
-            q, k, v = qkv.split((q.shape[-1], k.shape[-1], v.shape[-1]), dim=-1)
+            (q, k, v), before = causal_conv(torch.cat((q, k, v), dim=-1), weight, None, before, (q.shape[-1], k.shape[-1], v.shape[-1]))
         g = F.logsigmoid(self.gk_proj(x).float()) / 16                                  # log decay, one per key channel
         q, k, v, g = (t.unflatten(-1, (self.n_head, -1)) for t in (q, k, v, g))         # (B,T,H,K or V)
         o, S = gla(q, k, v, g, state=S)
@@ -169,8 +170,7 @@ class Mamba2(nn.Module):
         S, before = state or (None, None)
         N = self.n_groups * self.d_state
         z, xBC, dt = self.in_proj(x).split((self.d_inner, self.d_inner + 2 * N, len(self.D)), dim=-1)
-        xBC, before = causal_conv(xBC, self.conv1d.weight, self.conv1d.bias, before)
-        x, B, C = xBC.split((self.d_inner, N, N), dim=-1)
+        (x, B, C), before = causal_conv(xBC, self.conv1d.weight, self.conv1d.bias, before, (self.d_inner, N, N))
         x = x.unflatten(-1, (-1, self.headdim))                                         # (B,T,H,P)
         B, C = (t.unflatten(-1, (self.n_groups, -1)) for t in (B, C))                   # (B,T,G,N)
         dt = F.softplus(dt.float() + self.dt_bias)
@@ -190,12 +190,15 @@ class GLABlock(nn.Module):
                                   "up_proj": nn.Linear(c.d_model, c.d_mlp, bias=False),
                                   "down_proj": nn.Linear(c.d_mlp, c.d_model, bias=False)})
 
-    def forward(self, x, state=None):
+    def forward(self, x, y=None, state=None):
+        """x (B,T,d_model) and what the layer before adds to it, None for nothing -> x and what this one adds, not added yet, so that
+        under torch.compile one kernel adds it and takes the next norm; and the state."""
+        x = x if y is None else x + y
         y, state = self.attn(self.attn_norm(x), state)
         x = x + y
         y = self.mlp_norm(x)
         y = F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y)
-        return x + self.mlp["down_proj"](y), state
+        return x, self.mlp["down_proj"](y), state
 
 
 class Mamba2Block(nn.Module):
@@ -204,9 +207,11 @@ class Mamba2Block(nn.Module):
         self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
         self.mixer = Mamba2(c, layer)
 
-    def forward(self, x, state=None):
+    def forward(self, x, y=None, state=None):
+        """As GLABlock's."""
+        x = x if y is None else x + y
         y, state = self.mixer(self.norm(x), state)
-        return x + y, state
+        return x, y, state
 
 
 def slice_loss(logits, targets, n):
@@ -271,12 +276,16 @@ class LM(nn.Module):
 
     def features(self, idx, state=None):
         """idx (B,T) -> the last layer's output (B,T,d_model) after the final norm, and the state after token T."""
-        x, states = self.embeddings(idx), []
+        x, y, states = self.embeddings(idx), None, []
         for i, layer in enumerate(self.layers):
             s = None if state is None else state[i]
-            x, s = checkpoint(layer, x, s, use_reentrant=False) if self.checkpoint_activations and self.training else layer(x, s)
+            if self.checkpoint_activations and self.training:
+                x = x if y is None else x + y                            # one tensor to keep
+                x, y, s = checkpoint(layer, x, None, s, use_reentrant=False)
+            else:
+                x, y, s = layer(x, y, s)
             states.append(s)
-        return self.norm(x), states
+        return self.norm(x + y), states
 
     def forward(self, idx, targets=None, state=None):
         """idx, targets (B,T) int64; targets of -100 are not counted. state: what an earlier call returned, or None.
