@@ -309,24 +309,25 @@ class LM(nn.Module):
         """Continue idx (B,T) by n tokens, returned as (B,T+n). Memory does not grow with n: each step carries the
         state and one token. temperature 0 takes the likeliest token; top_k keeps only the k likeliest."""
         out, step = [idx], None
-        for i in range(n):
-            if i == 0:
-                x, state = self.features(idx)
-            elif step:
-                x = step(out[-1])
-            else:
-                x, state = self.features(out[-1], state)
-                if x.is_cuda and n - i > 16:                              # worth a recording
-                    step = self.recorded_step(out[-1], state)
-            logits = self.lm_head(x[:, -1])[:, :self.config.vocab_size].float()
-            if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -torch.inf)
-                token = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)
-            out.append(token)
+        with torch.compiler.set_stance("force_eager"):                       # nothing can compile while a CUDA graph is recorded
+            for i in range(n):
+                if i == 0:
+                    x, state = self.features(idx)
+                elif step:
+                    x = step(out[-1])
+                else:
+                    x, state = self.features(out[-1], state)
+                    if x.is_cuda and n - i > 16:                              # worth a recording
+                        step = self.recorded_step(out[-1], state)
+                logits = self.lm_head(x[:, -1])[:, :self.config.vocab_size].float()
+                if temperature == 0:
+                    token = logits.argmax(-1, keepdim=True)
+                else:
+                    if top_k is not None:
+                        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                        logits = logits.masked_fill(logits < kth, -torch.inf)
+                    token = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)
+                out.append(token)
         return torch.cat(out, dim=1)
 
     def recorded_step(self, token, state):
@@ -606,7 +607,7 @@ def speed(lm, prompt=8192, n=64):
         return sorted(times)[1]
 
     idx = torch.randint(c.vocab_size, (64, prompt), device=device)
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         read = seconds(lambda: lm.features(idx[:1]))
     write = {b: seconds(lambda: lm.generate(idx[:b, :1], n)) / n * 1e3 for b in (1, 64)}
     return {"state_bytes": 4 * sum(c.state_numbers(i) for i in range(c.n_layer)), "prefill_tokens_per_s": round(prompt / read),

@@ -28,6 +28,27 @@ DECAYS = (0, -1e-4, -1, -60, "mixed", None)                  # the log decay of 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")     # the interpreter's numpy on masked-out overflows
 
 
+@pytest.fixture
+def mended_interpreter(monkeypatch):
+    """Triton's interpreter keeps a bfloat16 as its bits in a uint16. It takes those for a number in matrix products and writes whole
+    numbers into them (seen in 3.6 to 3.9), and it cuts float32 short where a GPU rounds to the nearest."""
+    if CUDA:
+        return
+    from triton.language import bfloat16, float32
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def rounded(builder, x, dtype):
+        if dtype.scalar != bfloat16 or x.dtype.scalar == bfloat16:
+            return cast(builder, x, dtype)
+        return TensorHandle(torch.from_numpy(np.asarray(x.data, np.float32)).bfloat16().view(torch.int16).numpy().view(np.uint16), bfloat16)
+
+    def widened(builder, a, b, *rest):
+        return dot(builder, *(cast(builder, x, float32) if x.dtype.scalar == bfloat16 else x for x in (a, b)), *rest)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounded)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)
+
+
 def gap(x, ref):
     """||x - ref|| / ||ref||; NaN anywhere makes it NaN, which no comparison passes."""
     return ((x.double() - ref.double()).norm() / ref.double().norm().clamp_min(1e-300)).item()
@@ -98,7 +119,7 @@ def test_chunked_equals_recurrent(op, shape, G, T):
 
 @pytest.mark.parametrize("op,shape,G", (("gla", (3, 20, 36), 1), ("ssd", (6, 20, 36), 2)))
 @pytest.mark.parametrize("T", (1, 17, 64, 200) + ((1000, 8192, 65536) if CUDA else ()))
-def test_triton_equals_recurrent(op, shape, G, T):
+def test_triton_equals_recurrent(op, shape, G, T, mended_interpreter):
     """Buffers start as NaN, so that an element left unwritten or read too early shows. The same bits twice."""
     if T > 1000:                                             # the definition is slow there: against chunked in float64
         reference = "chunked"
@@ -107,7 +128,7 @@ def test_triton_equals_recurrent(op, shape, G, T):
     torch.use_deterministic_algorithms(True, warn_only=True)         # fills new memory with NaN
     try:
         for seed, decay in enumerate(DECAYS):
-            for dtype, limit in ((torch.float32, 1e-3 if CUDA else 1e-5),) + (((torch.bfloat16, 1e-2),) if CUDA else ()):
+            for dtype, limit in ((torch.float32, 1e-3 if CUDA else 1e-5), (torch.bfloat16, 1e-2)):
                 args = example(op, 1 if T > 64 else 2, T, *shape, G=G, dtype=dtype, device=DEVICE, decay=decay, seed=seed)
                 e = errors(op, args, "triton", reference)
                 assert all(x <= limit for x in e.values()), (decay, dtype, e)
@@ -117,13 +138,14 @@ def test_triton_equals_recurrent(op, shape, G, T):
         torch.use_deterministic_algorithms(False)
 
 
-def test_steep_and_gentle_chunks_side_by_side():
+@pytest.mark.parametrize("dtype,limit", ((torch.float32, 1e-3 if CUDA else 1e-5), (torch.bfloat16, 1e-2)))
+def test_steep_and_gentle_chunks_side_by_side(dtype, limit, mended_interpreter):
     """GLA's kernel takes chunks of little decay and chunks of much decay apart: one sequence with both, and the border."""
     for step in (-0.2, -0.33, -0.8, -3.0):                   # around the limit of a chunk of 128 tokens
-        args = example("gla", 1, 300, 2, 16, 16, device=DEVICE)
+        args = example("gla", 1, 300, 2, 16, 16, dtype=dtype, device=DEVICE)
         args[3][:, 128:256] = step
         e = errors("gla", args, "triton")
-        assert all(x <= (1e-3 if CUDA else 1e-5) for x in e.values()), (step, e)
+        assert all(x <= limit for x in e.values()), (step, e)
 
 
 @pytest.mark.parametrize("op,shape,G", (("gla", (3, 20, 36), 1), ("ssd", (6, 20, 36), 2)))
@@ -856,7 +878,7 @@ def test_every_run_of_the_evidence_is_planned_once(evidence, tmp_path):
         jobs = list(evidence.plan())
         for i, job in enumerate(jobs):
             evidence.write(job["name"], {"held_out_loss": i})
-    assert len({job["name"] for job in jobs}) == len(jobs) == 52
+    assert len({job["name"] for job in jobs}) == len(jobs) == 60
     assert {s for s in evidence.SWEEPS["gla"]} <= {job["name"].rsplit("-", 1)[1] for job in jobs if job["family"] == "gla"}
     for job in jobs:
         assert evidence.options(job).lr == job["lr"] and evidence.options(job).steps == job["steps"]
@@ -892,6 +914,12 @@ def test_evidence_runs_a_small_plan(evidence, corpus, tmp_path):
     states = {arm: results[f"gla-s0-{arm}"]["state_numbers"] for arm in ("pre", "lpt-lr0.002", "inherit-lr0.002", "ceiling")}
     assert states == {"pre": 4 * 32, "lpt-lr0.002": 4 * 32, "inherit-lr0.002": 2 * 32 + 2 * 128, "ceiling": 2 * 32 + 2 * 128}
     assert all(0 <= a <= 1 for r in results.values() for task in r["recall"].values() for a in task.values())
+    assert {(r["arm"] in ("pre", "ceiling"), r["start"]) for r in results.values()} == {(True, None), (False, "gla-s0-pre"), (False, "mamba2-s0-pre")}
+    pre, lpt = (next(job for job in evidence.plan() if job["name"] == name) for name in ("gla-s0-pre", "gla-s0-lpt-steps2"))
+    evidence.run({**pre, "steps": 2}, dict(n=2))             # comes out differently: another model, and runs from it say so
+    evidence.run(lpt, dict(n=2))
+    assert evidence.read("gla-s0-pre") == results["gla-s0-pre"] != evidence.read("gla-s0-pre-2")
+    assert evidence.read(lpt["name"])["start"] == "gla-s0-pre-2"
     tables = [make(family) for family in evidence.FAMILIES for make in (evidence.table, evidence.sweep_table)]
     assert not any("nan" in t for t in tables)
 

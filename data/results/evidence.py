@@ -8,11 +8,14 @@ Text: this machine's Python source with every installed package (`data/prepare.p
 step are text, half multi-query recall of 2 to 128 pairs, which join in one after the other in the first half of pre-training.
 For each family and seed a small model is pre-trained; each arm goes on from it with the same tokens in the same order and
 schedule. Learning rates: seed 0 tries the whole grid for each arm, the lower held-out loss (text + recall) is kept for the
-other seeds and the sweeps. A killed run is done again from its start.
+other seeds and the sweeps. A killed run is done again from its start. Pre-trained models are not kept in the repository: one that is
+needed again is pre-trained again, and where that comes out differently (other kernels or another GPU round differently) its result is
+...-pre-2. Each run says which one it went on from, and the paired tables compare none that did not go on from the same.
 
     lpt         the same model goes on
     reinit, inherit, preserve                     with a larger state in layers 0 and 3, see expand.py
-    ...-layersX  ...-factorX  ...-stepsX           sweeps of one setting, seed 0; at stepsX `lpt` too
+    ...-steps800                                  lpt, reinit and the best arm with twice the tokens, every seed
+    ...-layersX  ...-factorX  ...-stepsX          sweeps of one setting of the best arm, seed 0; at stepsX `lpt` too
     ceiling     the large state from scratch, for all the tokens
     cost        reading, writing and training speed, alone on the GPU
 """
@@ -39,6 +42,7 @@ ARMS = {"gla": ("lpt", "reinit", "inherit"), "mamba2": ("lpt", "reinit", "inheri
 FACTOR = {"gla": 16, "mamba2": 4}
 SWEEPS = {"gla": ("layers0", "layers0,2,4", "layers0,1,2,3,4,5", "steps100", "steps800", "factor4"),
           "mamba2": ("layers0", "layers0,2,4", "layers0,1,2,3,4,5", "steps100", "steps800", "factor2")}
+LONG = "steps800"                                                   # the sweep that is done for every seed
 
 
 def read(name):
@@ -76,9 +80,11 @@ def plan():
     for family in FAMILIES:
         larger = winner(family)
         for sweep in SWEEPS[family] if larger else ():
-            for arm in ("lpt", larger) if sweep.startswith("steps") else (larger,):
-                changes = dict(steps=int(sweep[5:])) if sweep.startswith("steps") else {"layers": sweep[6:]} if sweep.startswith("layers") else {"factor": int(sweep[6:])}
-                yield dict(name=f"{family}-s0-{arm}-{sweep}", family=family, seed=0, arm=arm, lr=chosen[family, arm][0], **POST | changes)
+            changes = dict(steps=int(sweep[5:])) if sweep.startswith("steps") else {"layers": sweep[6:]} if sweep.startswith("layers") else {"factor": int(sweep[6:])}
+            arms = dict.fromkeys(("lpt", "reinit", larger)) if sweep == LONG else ("lpt", larger) if sweep.startswith("steps") else (larger,)
+            for seed in SEEDS if sweep == LONG else SEEDS[:1]:
+                for arm in arms:
+                    yield dict(name=f"{family}-s{seed}-{arm}-{sweep}", family=family, seed=seed, arm=arm, lr=chosen[family, arm][0], **POST | changes)
 
 
 def winner(family):
@@ -91,6 +97,12 @@ def winner(family):
 def start(job):
     """The checkpoint that a run starts from, None for scratch."""
     return None if job["arm"] in ("pre", "ceiling") else f"{WORK}/{job['family']}-s{job['seed']}-pre.pt"
+
+
+def pretrained(job, held_out_loss):
+    """The name of the result of the pre-trained model of a job's family and seed that has this loss, or a name that is free for it."""
+    first = f"{job['family']}-s{job['seed']}-pre"
+    return next(name for name in (first, *(f"{first}-{i}" for i in range(2, 100))) if (r := read(name)) is None or r["held_out_loss"] == held_out_loss)
 
 
 def enlarge(lm, job):
@@ -115,7 +127,7 @@ def run(job, small):
     o = options(job)
     vars(o).update(small)
     corpus = load_corpus(o.data)
-    lm = load_checkpoint(start(job))[0] if start(job) else train.new_model(o, corpus[2])
+    lm, trained = load_checkpoint(start(job)) if start(job) else (train.new_model(o, corpus[2]), None)
     if job["arm"] not in ("pre", "lpt"):
         lm = enlarge(lm, job)
     t0 = time.time()
@@ -124,14 +136,17 @@ def run(job, small):
     with train.scoring(lm, o):
         scores = recall.score(lm, corpus[1], load_tokenizer(corpus[2]["tokenizer"]), pairs=PAIRS, lengths=LENGTHS, shots=SHOTS,
                               T=o.block_size, n=small.get("n", 128))
+    held_out_loss = r["val_loss"] + r["recall_loss"]
+    name = pretrained(job, held_out_loss) if job["arm"] == "pre" else job["name"]
     if job["arm"] != "pre":
         os.remove(f"{WORK}/{job['name']}.pt")
     c = lm.config
     numbers = sum(c.state_numbers(i) for i in range(c.n_layer))
-    write(job["name"], {**job, "params": sum(p.numel() for p in lm.parameters()), "state_numbers": numbers, "state_bytes": 4 * numbers,
-                        "tokens": r["tokens"], "held_out_loss": r["val_loss"] + r["recall_loss"], "recall_loss": r["recall_loss"], **scores,
-                        "curve": [[n, round(a, 4), round(b, 4)] for n, a, b in r["curve"][::3]], "seconds": round(t1 - t0), "scoring_seconds": round(time.time() - t1),
-                        "corpus": corpus[2]["sha256"], "versions": {"torch": torch.__version__, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}})
+    write(name, {**job, "start": pretrained(job, trained["best"]) if trained else None, "params": sum(p.numel() for p in lm.parameters()),
+                 "state_numbers": numbers, "state_bytes": 4 * numbers, "tokens": r["tokens"], "held_out_loss": held_out_loss, "recall_loss": r["recall_loss"],
+                 **scores, "curve": [[n, round(a, 4), round(b, 4)] for n, a, b in r["curve"][::3]], "seconds": round(t1 - t0),
+                 "scoring_seconds": round(time.time() - t1), "corpus": corpus[2]["sha256"],
+                 "versions": {"torch": torch.__version__, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}})
 
 
 def cost(family):
@@ -218,13 +233,13 @@ def run_all(o, small):
 # tables and figures
 
 
-def seeds_of(family, arm):
-    """The results of an arm, one a seed, at its chosen learning rate."""
+def seeds_of(family, arm, sweep=""):
+    """The results of an arm, one a seed, at its chosen learning rate; of "pre" the models that LPT went on from."""
     if arm == "pre":
-        found = [read(f"{family}-s{s}-pre") for s in SEEDS]
-    else:
-        first = best(family, arm)
-        found = [first and first[1], *(read(f"{family}-s{s}-{arm}") for s in SEEDS[1:])]
+        return [read(r["start"]) for r in seeds_of(family, "lpt", sweep)]
+    found = [read(f"{family}-s{s}-{arm}{sweep and '-' + sweep}") for s in SEEDS]
+    if not sweep and best(family, arm):
+        found[0] = best(family, arm)[1]
     return [r for r in found if r]
 
 
@@ -234,34 +249,38 @@ def mean(results, get):
     return x.mean(), x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else math.nan
 
 
-def table(family):
-    arms = [a for a in ("pre", *ARMS[family]) if seeds_of(family, a)]
-    lines = [f"| {family} | " + " | ".join({"pre": "pre-trained", "lpt": "LPT"}.get(a, f"StateX, {a}") for a in arms) + " |", "|---" * (len(arms) + 1) + "|"]
+def table(family, sweep=""):
+    found = {a: seeds_of(family, a, sweep) for a in ("pre", *ARMS[family])}
+    arms = [a for a in found if found[a]]
+    lines = [f"| {family}{sweep and ', ' + sweep[5:] + ' steps'} | " + " | ".join({"pre": "pre-trained", "lpt": "LPT"}.get(a, f"StateX, {a}") for a in arms) + " |", "|---" * (len(arms) + 1) + "|"]
 
     def row(label, get, form="{:.3f} ± {:.3f}"):
-        cells = [form.format(*mean(seeds_of(family, a), get)).replace(" ± nan", "") for a in arms]        # one seed has no error
+        cells = [form.format(*mean(found[a], get)).replace(" ± nan", "") for a in arms]        # one seed has no error
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     row("parameters, millions", lambda r: r["params"] / 1e6, "{:.2f}")
     row("state numbers", lambda r: r["state_numbers"], "{:,.0f}")
     row("learning rate", lambda r: r["lr"], "{:g}")
-    lines.append("| seeds | " + " | ".join(str(len(seeds_of(family, a))) for a in arms) + " |")
+    lines.append("| seeds | " + " | ".join(str(len(found[a])) for a in arms) + " |")
     row("val loss", lambda r: r["val_loss"], "{:.4f} ± {:.4f}")
     row("in-context score", lambda r: r["icl_score"])
     for task, unit in (("mqar", "pairs"), ("fewshot", "shots"), ("passkey", "tokens")):
-        for size in seeds_of(family, arms[0])[0]["recall"][task]:
+        for size in found[arms[0]][0]["recall"][task]:
             row(f"{task}, {size} {unit}", lambda r: r["recall"][task][size])
     return "\n".join(lines)
 
 
-def paired_table(family):
+def paired_table(family, sweep=""):
     """What each StateX arm has more than LPT from the same pre-trained model: the seeds differ more than the arms do."""
-    arms, lpt = [a for a in ARMS[family][1:] if seeds_of(family, a)], {r["seed"]: r for r in seeds_of(family, "lpt")}
-    lines = [f"| {family}, more than LPT of the same seed | " + " | ".join(f"StateX, {a}" for a in arms) + " |", "|---" * (len(arms) + 1) + "|"]
+    lpt = {r["start"]: r for r in seeds_of(family, "lpt", sweep)}
+    pairs = {a: [(r, lpt[r["start"]]) for r in seeds_of(family, a, sweep) if r["start"] in lpt] for a in ARMS[family][1:]}
+    arms = [a for a in pairs if pairs[a]]
+    lines = [f"| {family}{sweep and ', ' + sweep[5:] + ' steps'}, more than LPT from the same model | " + " | ".join(f"StateX, {a}" for a in arms) + " |", "|---" * (len(arms) + 1) + "|"]
     scores = [("val loss", lambda r: r["val_loss"]), ("in-context score", lambda r: r["icl_score"])]
     scores += [(f"{task}, {size} {unit}", lambda r, task=task, size=size: r["recall"][task][str(size)])
                for task, unit, sizes in (("mqar", "pairs", PAIRS[-4:]), ("fewshot", "shots", SHOTS[-3:])) for size in sizes]
+    lines.append("| pairs | " + " | ".join(str(len(pairs[a])) for a in arms) + " |")
     for label, get in scores:
-        cells = ["{:+.3f} ± {:.3f}".format(*mean([r for r in seeds_of(family, a) if r["seed"] in lpt], lambda r: get(r) - get(lpt[r["seed"]]))) for a in arms]
+        cells = ["{:+.3f} ± {:.3f}".format(*mean(pairs[a], lambda p: get(p[0]) - get(p[1]))).replace(" ± nan", "") for a in arms]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -315,19 +334,26 @@ def figures(families):
         raise BadInput("the figures need matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(len(families), 3, figsize=(12, 3.4 * len(families)), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(len(families), 4, figsize=(15, 3.4 * len(families)), layout="constrained", squeeze=False)
+    name = lambda arm: {"pre": "pre-trained", "lpt": "LPT"}.get(arm, f"StateX, {arm}")
     for row, family in zip(axes, families):
-        for ax, task, unit in zip(row, ("mqar", "fewshot", "passkey"), ("key-value pairs", "shots", "tokens of text")):
+        for ax, task, sweep in zip(row, ("mqar", "mqar", "fewshot"), ("", LONG, LONG)):
             for arm in ("pre", *ARMS[family]):
-                results = seeds_of(family, arm)
+                results = seeds_of(family, arm, sweep)
                 if results:
                     x = list(results[0]["recall"][task])
                     y, e = np.array([mean(results, lambda r: r["recall"][task][s]) for s in x]).T
-                    ax.errorbar(range(len(x)), y, e, color=COLORS[arm], marker="o", ms=4, capsize=3, label={"pre": "pre-trained", "lpt": "LPT"}.get(arm, f"StateX, {arm}"))
+                    ax.errorbar(range(len(x)), y, e, color=COLORS[arm], marker="o", ms=4, capsize=3, label=name(arm))
                     for r in results:                              # thin: one seed
                         ax.plot(range(len(x)), [r["recall"][task][s] for s in x], color=COLORS[arm], lw=0.6, alpha=0.6)
             ax.set_xticks(range(len(x)), x)
-            ax.set(title=f"{family}: {task}", xlabel=unit, ylabel="accuracy", ylim=(-0.02, 1.02))
+            ax.set(title=f"{family}: {task}, {sweep[5:] or POST['steps']} steps", xlabel="key-value pairs" if task == "mqar" else "shots",
+                   ylabel="accuracy", ylim=(-0.02, 1.02))
+        for arm in ("pre", *ARMS[family]):
+            points = [(r[0]["steps"] if arm != "pre" else 0, *mean(r, lambda r: r["val_loss"])) for sweep in ("", LONG) if (r := seeds_of(family, arm, sweep))]
+            if points:
+                row[3].errorbar(*zip(*points), color=COLORS[arm], marker="o", ms=4, capsize=3, ls=":", label=name(arm))
+        row[3].set(title=f"{family}: held-out text", xlabel="post-training steps", ylabel="nats a token")
         row[0].legend(fontsize=8)
     fig.savefig(f"{HERE}/evidence.png", dpi=130)
     fig, axes = plt.subplots(len(families), 3, figsize=(12, 3.4 * len(families)), layout="constrained", squeeze=False)
@@ -372,7 +398,7 @@ def main():
         families = [f for f in FAMILIES if seeds_of(f, "pre")]
         if not families:
             raise BadInput(f"no results in {RUNS}; add --run to make them")
-        parts = [t(f) for f in families for t in (table, paired_table)] + [sweep_table(f) for f in families if winner(f)]
+        parts = [t(f, sweep) for f in families for sweep in ("", LONG) if seeds_of(f, "lpt", sweep) for t in (table, paired_table)] + [sweep_table(f) for f in families if winner(f)]
         parts += [cost_table()] * any(read(f"{f}-cost") for f in FAMILIES) + [recipe_table(f) for f in FAMILIES]
         with open(f"{HERE}/tables.md", "w") as f:
             f.write("\n\n".join(parts) + "\n")
