@@ -8,6 +8,7 @@ expand.py changes): `n_head` sets it for GLA (d_k d_v / n_head numbers a layer),
     python model.py --ckpt=out/run/ckpt.pt --export=FOLDER                    write it in the public format
 """
 import json, math, os, pickle, re, time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -309,7 +310,7 @@ class LM(nn.Module):
         """Continue idx (B,T) by n tokens, returned as (B,T+n). Memory does not grow with n: each step carries the
         state and one token. temperature 0 takes the likeliest token; top_k keeps only the k likeliest."""
         out, step = [idx], None
-        with torch.compiler.set_stance("force_eager"):                       # nothing can compile while a CUDA graph is recorded
+        with torch.compiler.set_stance("force_eager") if idx.is_cuda else nullcontext():          # nothing can compile while a graph is recorded
             for i in range(n):
                 if i == 0:
                     x, state = self.features(idx)
@@ -445,8 +446,9 @@ def load_public(name):
             public = json.load(f)
     except (OSError, ValueError) as e:
         raise BadInput(f"{folder} has no readable config.json ({type(e).__name__}); expected a checkpoint folder")
+    ours = public.pop("statex_tokenizer", None)                # `export` writes it, other formats ship their tokenizer beside the weights
     config = read_config(public, folder)
-    config.tokenizer = "hf:EleutherAI/gpt-neox-20b" if "ssm_cfg" in public else f"hf:{name}"    # state-spaces ships none
+    config.tokenizer = ours or ("hf:EleutherAI/gpt-neox-20b" if "ssm_cfg" in public else f"hf:{name}")      # state-spaces ships none
     with torch.device("meta"):
         lm = LM(config)
     want, have, wrong = lm.state_dict(), {}, []
@@ -577,7 +579,7 @@ def export(lm, folder):
                   "n_groups": c.n_groups, "conv_kernel": c.conv_size, "layer_norm_epsilon": c.norm_eps, "hidden_act": "silu",
                   "use_bias": False, "use_conv_bias": True}
         rename = lambda k: k if k.startswith("lm_head") else f"backbone.{re.sub('^norm', 'norm_f', k)}"
-    public |= {"vocab_size": rows, "tie_word_embeddings": c.tie_embeddings, "torch_dtype": "float32"}
+    public |= {"vocab_size": rows, "tie_word_embeddings": c.tie_embeddings, "torch_dtype": "float32", "statex_tokenizer": c.tokenizer or None}
     weights = {rename(k): v.contiguous() for k, v in lm.state_dict().items() if not (c.tie_embeddings and k == "lm_head.weight")}
     os.makedirs(folder, exist_ok=True)
     save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})

@@ -128,7 +128,10 @@ def test_triton_equals_recurrent(op, shape, G, T, mended_interpreter):
     torch.use_deterministic_algorithms(True, warn_only=True)         # fills new memory with NaN
     try:
         for seed, decay in enumerate(DECAYS):
-            for dtype, limit in ((torch.float32, 1e-3 if CUDA else 1e-5), (torch.bfloat16, 1e-2)):
+            limits = {torch.float32: 1e-3 if CUDA else 1e-5}
+            if CUDA or decay in ("mixed", None):             # the interpreter is slow
+                limits[torch.bfloat16] = 1e-2
+            for dtype, limit in limits.items():
                 args = example(op, 1 if T > 64 else 2, T, *shape, G=G, dtype=dtype, device=DEVICE, decay=decay, seed=seed)
                 e = errors(op, args, "triton", reference)
                 assert all(x <= limit for x in e.values()), (decay, dtype, e)
@@ -354,6 +357,7 @@ def test_public_folders_load_tensor_for_tensor(kind, shards, tmp_path):
         assert torch.equal(ours["layers.1.mixer.A_log"], weights["backbone.layers.1.mixer.A_log"])
     assert lm(torch.ones(1, 5, dtype=torch.long))[0].shape[-1] == lm.config.vocab_size
     assert cli(expand_script, f"--init_from={tmp_path}/x", "--every=1", f"--out={tmp_path}/x.pt") == (0, "")
+    assert lm.config.tokenizer == ("hf:EleutherAI/gpt-neox-20b" if kind == "mamba2" else f"hf:{tmp_path}/x")
     lm(torch.ones(1, 5, dtype=torch.long), torch.ones(1, 5, dtype=torch.long))[1].backward()
 
 
@@ -386,6 +390,15 @@ def test_bad_public_folders(tmp_path):
     installed = importlib.util.find_spec("safetensors") is not None
     refused(expand_script, f"--init_from={tmp_path}/st", says="cannot read the weights" if installed else "pip install safetensors")
     assert not os.path.exists(tmp_path / "x.pt")
+
+
+def test_an_exported_model_generates_text(ckpt, tmp_path):
+    """A model of ours, written in the public format, says what its token ids mean."""
+    pytest.importorskip("safetensors", reason="test-only extra: pip install safetensors")
+    assert cli(model_script, f"--ckpt={ckpt}", f"--export={tmp_path}/public") == (0, "")
+    assert cli(model_script, f"--ckpt={tmp_path}/public", "--prompt=def", "--n=3") == (0, "")
+    a, b = LM.from_pretrained(ckpt), LM.from_pretrained(f"{tmp_path}/public")
+    assert b.config.tokenizer == "code4096" and all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
 
 
 @pytest.mark.parametrize("groups,tied", ((1, True), (8, False)))

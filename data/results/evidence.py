@@ -37,7 +37,8 @@ PAIRS, LENGTHS, SHOTS = (4, 8, 16, 32, 64, 128), (512, 1024, 2048, 4096), (1, 2,
 COMMON = dict(data=CORPUS, n_layer=6, conv_size=4, block_size=512, batch_size=16, recall_tokens=8192, pairs="2,8,32,128", warmup=50,
               eval_interval=10**9, compile=True)
 PRE, POST = dict(steps=1200, lr=4e-3, curriculum=0.5), dict(steps=400)
-FAMILIES = {"gla": dict(block="gla", d_model=512, n_head=16, d_mlp=0), "mamba2": dict(block="mamba2", d_model=768, d_state=16, headdim=64, tie_embeddings=True)}
+FAMILIES = {"gla": dict(block="gla", d_model=512, n_head=16, d_mlp=0),
+            "mamba2": dict(block="mamba2", d_model=768, d_state=16, headdim=64, tie_embeddings=True)}
 ARMS = {"gla": ("lpt", "reinit", "inherit"), "mamba2": ("lpt", "reinit", "inherit", "preserve")}
 FACTOR = {"gla": 16, "mamba2": 4}
 SWEEPS = {"gla": ("layers0", "layers0,2,4", "layers0,1,2,3,4,5", "steps100", "steps800", "factor4"),
@@ -80,11 +81,18 @@ def plan():
     for family in FAMILIES:
         larger = winner(family)
         for sweep in SWEEPS[family] if larger else ():
-            changes = dict(steps=int(sweep[5:])) if sweep.startswith("steps") else {"layers": sweep[6:]} if sweep.startswith("layers") else {"factor": int(sweep[6:])}
-            arms = dict.fromkeys(("lpt", "reinit", larger)) if sweep == LONG else ("lpt", larger) if sweep.startswith("steps") else (larger,)
+            arms = dict.fromkeys(("lpt", "reinit", larger)) if sweep == LONG else ("lpt", larger) if "steps" in sweep else (larger,)
             for seed in SEEDS if sweep == LONG else SEEDS[:1]:
                 for arm in arms:
-                    yield dict(name=f"{family}-s{seed}-{arm}-{sweep}", family=family, seed=seed, arm=arm, lr=chosen[family, arm][0], **POST | changes)
+                    yield dict(name=f"{family}-s{seed}-{arm}-{sweep}", family=family, seed=seed, arm=arm, lr=chosen[family, arm][0],
+                               **POST | varied(sweep))
+
+
+def varied(sweep):
+    """The option that a sweep changes: "steps800" -> {"steps": 800}, "factor4" -> {"factor": 4}, "layers0,2" -> {"layers": "0,2"}."""
+    name = sweep.rstrip("0123456789,")
+    value = sweep[len(name):]
+    return {name: value if name == "layers" else int(value)}
 
 
 def winner(family):
@@ -102,7 +110,9 @@ def start(job):
 def pretrained(job, held_out_loss):
     """The name of the result of the pre-trained model of a job's family and seed that has this loss, or a name that is free for it."""
     first = f"{job['family']}-s{job['seed']}-pre"
-    return next(name for name in (first, *(f"{first}-{i}" for i in range(2, 100))) if (r := read(name)) is None or r["held_out_loss"] == held_out_loss)
+    for name in (first, *(f"{first}-{i}" for i in range(2, 100))):
+        if read(name) is None or read(name)["held_out_loss"] == held_out_loss:
+            return name
 
 
 def enlarge(lm, job):
@@ -222,8 +232,10 @@ def run_all(o, small):
             for future in futures.wait(running, return_when="FIRST_COMPLETED").done:
                 name = running.pop(future)
                 r = read(name) if future.result() else None
-                print(f"{name:32s} {time.time() - t0:5.0f} " + (f"{r['seconds']:7d}  {r['val_loss']:.3f}  {r['recall_loss']:.3f}   " + " ".join(f"{a:.3f}" for a in r["recall"]["mqar"].values())
-                      if r else f"failed, see out/evidence/{name}.txt"), flush=True)
+                line = f"failed, see out/evidence/{name}.txt"
+                if r:
+                    line = f"{r['seconds']:7d}  {r['val_loss']:.3f}  {r['recall_loss']:.3f}   " + " ".join(f"{a:.3f}" for a in r["recall"]["mqar"].values())
+                print(f"{name:32s} {time.time() - t0:5.0f} {line}", flush=True)
     for family in FAMILIES:
         if read(f"{family}-cost") is None and time.time() - t0 < 60 * o.minutes and not small:
             cost(family)
@@ -243,30 +255,51 @@ def seeds_of(family, arm, sweep=""):
     return [r for r in found if r]
 
 
+def arm_name(arm):
+    return {"pre": "pre-trained", "lpt": "LPT"}.get(arm, f"StateX, {arm}")
+
+
 def mean(results, get):
     """-> mean and standard error over seeds."""
     x = np.array([get(r) for r in results], float)
     return x.mean(), x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else math.nan
 
 
+def cell(results, get, form="{:.3f} ± {:.3f}"):
+    """Mean and standard error as text; one seed has no error."""
+    return form.format(*mean(results, get)).replace(" ± nan", "")
+
+
+def markdown(head, rows):
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def scores(sizes):
+    """Yields label, score of a result, for all but the passkey; sizes: those of mqar and fewshot."""
+    yield "val loss", lambda r: r["val_loss"]
+    yield "in-context score", lambda r: r["icl_score"]
+    for task, unit in (("mqar", "pairs"), ("fewshot", "shots")):
+        for size in sizes[task]:
+            yield f"{task}, {size} {unit}", lambda r, task=task, size=size: r["recall"][task][str(size)]
+
+
 def table(family, sweep=""):
     found = {a: seeds_of(family, a, sweep) for a in ("pre", *ARMS[family])}
     arms = [a for a in found if found[a]]
-    lines = [f"| {family}{sweep and ', ' + sweep[5:] + ' steps'} | " + " | ".join({"pre": "pre-trained", "lpt": "LPT"}.get(a, f"StateX, {a}") for a in arms) + " |", "|---" * (len(arms) + 1) + "|"]
+    rows = []
 
-    def row(label, get, form="{:.3f} ± {:.3f}"):
-        cells = [form.format(*mean(found[a], get)).replace(" ± nan", "") for a in arms]        # one seed has no error
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    def row(label, *how):
+        rows.append([label, *(cell(found[a], *how) for a in arms)])
     row("parameters, millions", lambda r: r["params"] / 1e6, "{:.2f}")
     row("state numbers", lambda r: r["state_numbers"], "{:,.0f}")
     row("learning rate", lambda r: r["lr"], "{:g}")
-    lines.append("| seeds | " + " | ".join(str(len(found[a])) for a in arms) + " |")
-    row("val loss", lambda r: r["val_loss"], "{:.4f} ± {:.4f}")
-    row("in-context score", lambda r: r["icl_score"])
-    for task, unit in (("mqar", "pairs"), ("fewshot", "shots"), ("passkey", "tokens")):
-        for size in found[arms[0]][0]["recall"][task]:
-            row(f"{task}, {size} {unit}", lambda r: r["recall"][task][size])
-    return "\n".join(lines)
+    rows.append(["seeds", *(str(len(found[a])) for a in arms)])
+    for label, get in scores({"mqar": PAIRS, "fewshot": SHOTS}):
+        row(label, get, *["{:.4f} ± {:.4f}"] * (label == "val loss"))
+    for size in LENGTHS:
+        row(f"passkey, {size} tokens", lambda r: r["recall"]["passkey"][str(size)])
+    return markdown([family + (f", {sweep[5:]} steps" if sweep else ""), *map(arm_name, arms)], rows)
 
 
 def paired_table(family, sweep=""):
@@ -274,54 +307,49 @@ def paired_table(family, sweep=""):
     lpt = {r["start"]: r for r in seeds_of(family, "lpt", sweep)}
     pairs = {a: [(r, lpt[r["start"]]) for r in seeds_of(family, a, sweep) if r["start"] in lpt] for a in ARMS[family][1:]}
     arms = [a for a in pairs if pairs[a]]
-    lines = [f"| {family}{sweep and ', ' + sweep[5:] + ' steps'}, more than LPT from the same model | " + " | ".join(f"StateX, {a}" for a in arms) + " |", "|---" * (len(arms) + 1) + "|"]
-    scores = [("val loss", lambda r: r["val_loss"]), ("in-context score", lambda r: r["icl_score"])]
-    scores += [(f"{task}, {size} {unit}", lambda r, task=task, size=size: r["recall"][task][str(size)])
-               for task, unit, sizes in (("mqar", "pairs", PAIRS[-4:]), ("fewshot", "shots", SHOTS[-3:])) for size in sizes]
-    lines.append("| pairs | " + " | ".join(str(len(pairs[a])) for a in arms) + " |")
-    for label, get in scores:
-        cells = ["{:+.3f} ± {:.3f}".format(*mean(pairs[a], lambda p: get(p[0]) - get(p[1]))).replace(" ± nan", "") for a in arms]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [["pairs", *(str(len(pairs[a])) for a in arms)]]
+    for label, get in scores({"mqar": PAIRS[-4:], "fewshot": SHOTS[-3:]}):
+        rows.append([label, *(cell(pairs[a], lambda p: get(p[0]) - get(p[1]), "{:+.3f} ± {:.3f}") for a in arms)])
+    return markdown([family + (f", {sweep[5:]} steps" if sweep else "") + ", more than LPT from the same model", *map(arm_name, arms)], rows)
 
 
 def sweep_table(family):
-    larger, hard = winner(family), str(PAIRS[-1])
-    rows = [("LPT", best(family, "lpt")[1]), (f"{larger}, as above", best(family, larger)[1])]
-    rows += [(f"{arm}, {sweep.replace('layers', 'layers ').replace('factor', 'factor ').replace('steps', 'post-training steps ')}", read(f"{family}-s0-{arm}-{sweep}"))
-             for sweep in SWEEPS[family] for arm in ("lpt", larger)]
-    rows.append(("large from scratch, all the tokens", read(f"{family}-s0-ceiling")))
-    lines = [f"| {family}, seed 0 | state numbers | tokens after pre-training, millions | mqar, {PAIRS[-2]} pairs | {hard} pairs | val loss |", "|---|---|---|---|---|---|"]
-    for label, r in rows:
+    larger, (pairs, hard) = winner(family), map(str, PAIRS[-2:])
+    found = [("LPT", best(family, "lpt")[1]), (f"{larger}, as above", best(family, larger)[1])]
+    for sweep in SWEEPS[family]:
+        (what, value), = varied(sweep).items()
+        for arm in ("lpt", larger):
+            found.append((f"{arm}, {'post-training ' if what == 'steps' else ''}{what} {value}", read(f"{family}-s0-{arm}-{sweep}")))
+    found.append(("large from scratch, all the tokens", read(f"{family}-s0-ceiling")))
+    rows = []
+    for label, r in found:
         if r:
+            label += "" if r["start"] in (None, found[0][1]["start"]) else f", from {r['start']}"
             spent = r["tokens"] / 1e6 if r["arm"] != "ceiling" else 0
-            lines.append(f"| {label} | {r['state_numbers']:,} | {spent:.1f} | {r['recall']['mqar'][str(PAIRS[-2])]:.3f} | {r['recall']['mqar'][hard]:.3f} | {r['val_loss']:.4f} |")
-    return "\n".join(lines)
+            rows.append([label, f"{r['state_numbers']:,}", f"{spent:.1f}", *(f"{r['recall']['mqar'][p]:.3f}" for p in (pairs, hard)), f"{r['val_loss']:.4f}"])
+    return markdown([f"{family}, seed 0", "state numbers", "tokens after pre-training, millions", f"mqar, {pairs} pairs", f"{hard} pairs", "val loss"], rows)
 
 
-def recipe_table(family):
-    """train.py's recipe on a CPU, over seeds: data/results/recipe-FAMILY-seedN.json is the results.json of --seed=N."""
+def recipe_table(name):
+    """train.py's recipe on a CPU, over seeds: data/results/recipe-NAME-seedN.json is the results.json of --seed=N."""
     runs = []
     for seed in SEEDS:
-        with open(f"{os.path.dirname(RUNS)}/recipe-{family}-seed{seed}.json") as f:
+        with open(f"{os.path.dirname(RUNS)}/recipe-{name}-seed{seed}.json") as f:
             runs.append(json.load(f))
-    lines = [f"| {family}, recipe, {len(runs)} seeds | pretrained | LPT | StateX | StateX - LPT, paired |", "|---|---|---|---|---|"]
-    scores = [("val loss", lambda r: r["val_loss"]), ("in-context score", lambda r: r["icl_score"])]
-    scores += [(f"{task}, {size} {unit}", lambda r, task=task, size=size: r["recall"][task][size])
-               for task, unit in (("mqar", "pairs"), ("fewshot", "shots")) for size in runs[0]["lpt"]["recall"][task]]
-    for label, get in scores:
-        cells = ["{:.3f} ± {:.3f}".format(*mean(runs, lambda r: get(r[arm]))) for arm in ("pretrained", "lpt", "statex")]
-        lines.append(f"| {label} | " + " | ".join(cells) + " | {:+.3f} ± {:.3f} |".format(*mean(runs, lambda r: get(r["statex"]) - get(r["lpt"]))))
-    return "\n".join(lines)
+    rows = []
+    for label, get in scores(runs[0]["lpt"]["recall"]):
+        more = cell(runs, lambda r: get(r["statex"]) - get(r["lpt"]), "{:+.3f} ± {:.3f}")
+        rows.append([label, *(cell(runs, lambda r: get(r[arm])) for arm in ("pretrained", "lpt", "statex")), more])
+    return markdown([f"{name}, recipe, {len(runs)} seeds", "pretrained", "LPT", "StateX", "StateX - LPT, paired"], rows)
 
 
 def cost_table():
-    lines = ["| model | state bytes a sequence | training, tokens/s | peak MiB | prefill of 8192, tokens/s | ms a token, batch 1 | batch 64 |", "|---|---|---|---|---|---|---|"]
+    rows = []
     for family in FAMILIES:
         for arm, r in (read(f"{family}-cost") or {}).items():
-            lines.append(f"| {family}, {'LPT' if arm == 'lpt' else 'StateX'} | {r['state_bytes']:,} | {r['train_tokens_per_s']:,} | {r['peak_mem_mib']:,} | "
-                         f"{r['prefill_tokens_per_s']:,} | {r['ms_per_token']['1']:.2f} | {r['ms_per_token']['64']:.2f} |")
-    return "\n".join(lines)
+            whole = (r[k] for k in ("state_bytes", "train_tokens_per_s", "peak_mem_mib", "prefill_tokens_per_s"))
+            rows.append([f"{family}, {'LPT' if arm == 'lpt' else 'StateX'}", *(f"{n:,}" for n in whole), *(f"{r['ms_per_token'][b]:.2f}" for b in ("1", "64"))])
+    return markdown(["model", "state bytes a sequence", "training, tokens/s", "peak MiB", "prefill of 8192, tokens/s", "ms a token, batch 1", "batch 64"], rows)
 
 
 COLORS = {"pre": "0.6", "lpt": "tab:blue", "reinit": "tab:red", "inherit": "tab:orange", "preserve": "tab:green"}
@@ -335,7 +363,6 @@ def figures(families):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(len(families), 4, figsize=(15, 3.4 * len(families)), layout="constrained", squeeze=False)
-    name = lambda arm: {"pre": "pre-trained", "lpt": "LPT"}.get(arm, f"StateX, {arm}")
     for row, family in zip(axes, families):
         for ax, task, sweep in zip(row, ("mqar", "mqar", "fewshot"), ("", LONG, LONG)):
             for arm in ("pre", *ARMS[family]):
@@ -343,16 +370,17 @@ def figures(families):
                 if results:
                     x = list(results[0]["recall"][task])
                     y, e = np.array([mean(results, lambda r: r["recall"][task][s]) for s in x]).T
-                    ax.errorbar(range(len(x)), y, e, color=COLORS[arm], marker="o", ms=4, capsize=3, label=name(arm))
+                    ax.errorbar(range(len(x)), y, e, color=COLORS[arm], marker="o", ms=4, capsize=3, label=arm_name(arm))
                     for r in results:                              # thin: one seed
                         ax.plot(range(len(x)), [r["recall"][task][s] for s in x], color=COLORS[arm], lw=0.6, alpha=0.6)
             ax.set_xticks(range(len(x)), x)
             ax.set(title=f"{family}: {task}, {sweep[5:] or POST['steps']} steps", xlabel="key-value pairs" if task == "mqar" else "shots",
                    ylabel="accuracy", ylim=(-0.02, 1.02))
         for arm in ("pre", *ARMS[family]):
-            points = [(r[0]["steps"] if arm != "pre" else 0, *mean(r, lambda r: r["val_loss"])) for sweep in ("", LONG) if (r := seeds_of(family, arm, sweep))]
+            found = [r for sweep in ("", LONG) if (r := seeds_of(family, arm, sweep))]
+            points = [(r[0]["steps"] if arm != "pre" else 0, *mean(r, lambda r: r["val_loss"])) for r in found]
             if points:
-                row[3].errorbar(*zip(*points), color=COLORS[arm], marker="o", ms=4, capsize=3, ls=":", label=name(arm))
+                row[3].errorbar(*zip(*points), color=COLORS[arm], marker="o", ms=4, capsize=3, ls=":", label=arm_name(arm))
         row[3].set(title=f"{family}: held-out text", xlabel="post-training steps", ylabel="nats a token")
         row[0].legend(fontsize=8)
     fig.savefig(f"{HERE}/evidence.png", dpi=130)
@@ -362,18 +390,20 @@ def figures(families):
         if larger is None:
             continue
         lpt, main = best(family, "lpt")[1], best(family, larger)[1]
-        one = lambda sweep, arm=larger: read(f"{family}-s0-{arm}-{sweep}")
-        sweeps = (("layers expanded", [(0, lpt), (2, main)] + [(len(s[6:].split(",")), one(s)) for s in SWEEPS[family] if s.startswith("layers")]),
-                  ("factor of the state, in two layers", [(1, lpt), (FACTOR[family], main)] + [(int(s[6:]), one(s)) for s in SWEEPS[family] if s.startswith("factor")]))
-        for ax, (label, points) in zip(row, sweeps):
-            points = sorted((x, r["recall"]["mqar"][hard]) for x, r in points if r)
+        def swept(what, arm=larger):
+            """The values that a sweep gives the option, with the results."""
+            found = [(varied(sweep)[what], read(f"{family}-s0-{arm}-{sweep}")) for sweep in SWEEPS[family] if what in sweep]
+            return [(value, r) for value, r in found if r]
+        layers = [(0, lpt), (2, main)] + [(len(value.split(",")), r) for value, r in swept("layers")]
+        factors = [(1, lpt), (FACTOR[family], main)] + swept("factor")
+        for ax, label, points in zip(row, ("layers expanded", "factor of the state, in two layers"), (layers, factors)):
+            points = sorted((x, r["recall"]["mqar"][hard]) for x, r in points)
             ax.plot(*zip(*points), color=COLORS[larger], marker="o", ms=4)
             ax.set(xlabel=label)
         row[1].set_xscale("log", base=2)
         for arm, middle in (("lpt", lpt), (larger, main)):
-            points = [(middle["tokens"] / 1e6, middle)] + [(r["tokens"] / 1e6, r) for s in SWEEPS[family] if s.startswith("steps") and (r := one(s, arm))]
-            points = sorted((x, r["recall"]["mqar"][hard]) for x, r in points)
-            row[2].plot(*zip(*points), color=COLORS[arm], marker="o", ms=4, label="LPT" if arm == "lpt" else f"StateX, {arm}")
+            points = sorted((r["tokens"] / 1e6, r["recall"]["mqar"][hard]) for r in (middle, *(r for _, r in swept("steps", arm))))
+            row[2].plot(*zip(*points), color=COLORS[arm], marker="o", ms=4, label=arm_name(arm))
         row[2].set(xlabel="post-training tokens, millions", xlim=(0, None))
         ceiling = read(f"{family}-s0-ceiling")
         for ax in row:
@@ -398,8 +428,9 @@ def main():
         families = [f for f in FAMILIES if seeds_of(f, "pre")]
         if not families:
             raise BadInput(f"no results in {RUNS}; add --run to make them")
-        parts = [t(f, sweep) for f in families for sweep in ("", LONG) if seeds_of(f, "lpt", sweep) for t in (table, paired_table)] + [sweep_table(f) for f in families if winner(f)]
-        parts += [cost_table()] * any(read(f"{f}-cost") for f in FAMILIES) + [recipe_table(f) for f in FAMILIES]
+        parts = [make(f, sweep) for f in families for sweep in ("", LONG) if seeds_of(f, "lpt", sweep) for make in (table, paired_table)]
+        parts += [sweep_table(f) for f in families if winner(f)]
+        parts += [cost_table()] * any(read(f"{f}-cost") for f in FAMILIES) + [recipe_table(name) for name in FAMILIES]
         with open(f"{HERE}/tables.md", "w") as f:
             f.write("\n\n".join(parts) + "\n")
         print("\n\n".join(parts))
