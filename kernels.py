@@ -449,10 +449,26 @@ def pad(x, multiples):
     return F.pad(x, ends) if any(ends) else x
 
 
-def scan_tile(K, V, heads, rows):
-    """A scan's tile of the state: rows x 128 where that makes a program for each of a large GPU's processors, else 64 x 64;
+def launch(kernel, grid, *args, num_stages, **options):
+    """kernel[grid](*args) with that many stages of the software pipeline, or as many as the GPU's shared memory holds. (An H100's 227 KiB
+    hold all that are asked for here.)"""
+    for stages in range(num_stages, 0, -1):
+        try:
+            return kernel[grid](*args, num_stages=stages, **options)
+        except triton.OutOfResources:
+            if stages == 1:
+                raise
+
+
+def widest(dtype):
+    """Channels of a tile at most: float32's take twice the shared memory."""
+    return 128 if dtype == torch.bfloat16 else 64
+
+
+def scan_tile(K, V, heads, rows, dtype):
+    """A scan's tile of the state: rows x 128 in bfloat16 where that makes a program for each of a large GPU's processors, else 64 x 64;
     with it, the warps and the stages of the software pipeline. (Forward 64 rows is fastest, in reverse 128.)"""
-    if triton.cdiv(K, rows) * triton.cdiv(V, 128) * heads >= 128:
+    if widest(dtype) == 128 and triton.cdiv(K, rows) * triton.cdiv(V, 128) * heads >= 128:
         return pow2(K, 16, rows), pow2(V, 16, 128), 8, 2
     return pow2(K, 16, 64), pow2(V, 16, 64), 4, 3
 
@@ -487,11 +503,11 @@ def gla_forward(q, k, v, g, state, scale, C, o, last, qs, ks, A, decay, S):
     BK = pow2(K, 16, 64)
     gla_prepare[(n, B * H)](q, k, g, qs, ks, decay, A, scale, n, H, K, C, BK, dot, num_warps=8, num_stages=1)
     gla_prepare_steep[(n, B * H)](q, k, g, qs, ks, decay, A, scale, limit, n, H, K, C, BK, dot, num_warps=8, num_stages=1)
-    BK, BV, warps, stages = scan_tile(K, V, B * H, 64)
-    gla_scan[(K // BK, V // BV, B * H)](ks, v, decay, state, S, last, n, H, K, V, C, BK, BV, False, state is not None, True, dot,
-                                        num_warps=warps, num_stages=stages)
-    BK, BV = pow2(K, 16, 64), pow2(V, 16, 128)
-    gla_rows[(V // BV, n, B * H)](qs, S, A, v, o, n, H, K, V, C, BK, BV, False, dot, num_warps=4, num_stages=3)
+    BK, BV, warps, stages = scan_tile(K, V, B * H, 64, q.dtype)
+    launch(gla_scan, (K // BK, V // BV, B * H), ks, v, decay, state, S, last, n, H, K, V, C, BK, BV, False, state is not None, True, dot,
+           num_warps=warps, num_stages=stages)
+    BK, BV = pow2(K, 16, 64), pow2(V, 16, widest(q.dtype))
+    launch(gla_rows, (V // BV, n, B * H), qs, S, A, v, o, n, H, K, V, C, BK, BV, False, dot, num_warps=4, num_stages=3)
 
 
 def gla_gradients(q, k, v, g, qs, ks, A, decay, S, do, dlast, scale, C, has_state):
@@ -507,14 +523,14 @@ def gla_backward(q, k, v, g, qs, ks, A, decay, S, do, dlast, scale, C, has_state
     dot, limit = ("tf32x3", 30.0) if q.dtype == torch.float32 else (None, 90.0)
     dS, dA, diagonal = torch.empty_like(S), torch.empty_like(A), g.new_empty(B, H, T)
     dqs, dks, both = torch.empty_like(q), torch.empty_like(k), torch.empty_like(decay)
-    BK, BV, warps, stages = scan_tile(K, V, B * H, 128)
-    gla_scan[(K // BK, V // BV, B * H)](qs, do, decay, dlast, dS, first, n, H, K, V, C, BK, BV, True, dlast is not None, has_state, dot,
-                                        num_warps=warps, num_stages=stages)
-    BK, BV = pow2(K, 16, 64), pow2(V, 16, 128)
-    gla_rows[(V // BV, n, B * H)](ks, dS, A, do, dv, n, H, K, V, C, BK, BV, True, dot, num_warps=4, num_stages=3)
-    gla_scores[(n, B * H)](do, v, dA, diagonal, n, H, V, C, BV, dot, num_warps=4, num_stages=3)
-    BK, BV = pow2(K, 16, 128), pow2(V, 16, 64)
-    gla_through[(K // BK, n, B * H)](do, v, S, dS, dqs, dks, both, n, H, K, V, C, BK, BV, dot, num_warps=8, num_stages=3)
+    BK, BV, warps, stages = scan_tile(K, V, B * H, 128, q.dtype)
+    launch(gla_scan, (K // BK, V // BV, B * H), qs, do, decay, dlast, dS, first, n, H, K, V, C, BK, BV, True, dlast is not None, has_state, dot,
+           num_warps=warps, num_stages=stages)
+    BK, BV = pow2(K, 16, 64), pow2(V, 16, widest(q.dtype))
+    launch(gla_rows, (V // BV, n, B * H), ks, dS, A, do, dv, n, H, K, V, C, BK, BV, True, dot, num_warps=4, num_stages=3)
+    launch(gla_scores, (n, B * H), do, v, dA, diagonal, n, H, V, C, BV, dot, num_warps=4, num_stages=3)
+    BK, BV = pow2(K, 16, widest(q.dtype)), pow2(V, 16, 64)
+    launch(gla_through, (K // BK, n, B * H), do, v, S, dS, dqs, dks, both, n, H, K, V, C, BK, BV, dot, num_warps=8, num_stages=3)
     BK = pow2(K, 16, 32)
     for steep in (False, True):
         gla_finish[(K // BK, n, B * H)](q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, scale, limit,
@@ -839,11 +855,11 @@ def ssd_forward(x, dt, A, B, C, D, state, L, y, last, CB, hi, lo, S):
     (b, T, H, P), (G, N), n, R = x.shape, B.shape[2:], x.shape[1] // L, min(L, 64)
     dot, BN = "tf32x3" if x.dtype == torch.float32 else None, pow2(N, 16, 128)
     ssd_prepare[(T // R, b * G)](B, C, dt, A, CB, hi, lo, n, G, N, H, L, R, min(BN, 64), 16, dot, num_warps=4)
-    ssd_scan[(N // BN, H, b)](x, B, dt, hi, lo, state, S, last, n, H, G, P, N, L, R, BN, False, state is not None, True, dot,
-                              num_warps=4, num_stages=3)
+    launch(ssd_scan, (N // BN, H, b), x, B, dt, hi, lo, state, S, last, n, H, G, P, N, L, R, BN, False, state is not None, True, dot,
+           num_warps=4, num_stages=3)
     BN = BN if N <= 128 else 64
-    ssd_rows[(H, T // R, b)](C, S, CB, x, None, dt, hi, lo, D, y, None, None, None, n, H, G, P, N, L, R, BN, False, D is not None,
-                             dot, num_warps=4, num_stages=3, maxnreg=None if dot else 168)        # three programs a processor, not two
+    launch(ssd_rows, (H, T // R, b), C, S, CB, x, None, dt, hi, lo, D, y, None, None, None, n, H, G, P, N, L, R, BN, False, D is not None,
+           dot, num_warps=4, num_stages=3, maxnreg=None if dot else 168)        # three programs a processor, not two
 
 
 def ssd_gradients(x, dt, A, B, C, D, CB, hi, lo, S, dy, dlast, L, has_state):
@@ -862,13 +878,13 @@ def ssd_backward(x, dt, A, B, C, D, CB, hi, lo, S, dy, dlast, L, has_state, dx, 
     dS, dCB, ddt_x, keys, queries = torch.empty_like(S), torch.empty_like(CB), *(hi.new_empty(m * b, H, T) for m in (1, 1, blocks))
     ends, begins = (torch.empty(L // R, b, H, T, dtype=wide, device=x.device) for _ in range(2))
     both, dA_parts, dD_parts = (hi.new_empty(b, H, m) for m in (blocks * n, n, T // R))
-    ssd_scan[(N // BS, H, b)](dy, C, dt, hi, lo, dlast, dS, first, n, H, G, P, N, L, R, BS, True, dlast is not None, has_state, dot,
-                              num_warps=4, num_stages=3)
-    ssd_rows[(H, T // R, b)](B, dS, CB, x, dy, dt, hi, lo, D, dx, ddt_x, keys, dD_parts, n, H, G, P, N, L, R, BS, True, D is not None,
-                             dot, num_warps=4, num_stages=2, maxnreg=None if dot else 168)
-    ssd_scores[(L // R, T // R, b * G)](x, dy, dt, hi, lo, CB, dCB, ends, begins, n, H, G, P, L, R, dot, num_warps=4, num_stages=3)
-    ssd_through[(blocks, T // R, b * G)](x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H, G, P, N, L, R, BN, dot,
-                                         num_warps=4, num_stages=3)
+    launch(ssd_scan, (N // BS, H, b), dy, C, dt, hi, lo, dlast, dS, first, n, H, G, P, N, L, R, BS, True, dlast is not None, has_state, dot,
+           num_warps=4, num_stages=3)
+    launch(ssd_rows, (H, T // R, b), B, dS, CB, x, dy, dt, hi, lo, D, dx, ddt_x, keys, dD_parts, n, H, G, P, N, L, R, BS, True, D is not None,
+           dot, num_warps=4, num_stages=2, maxnreg=None if dot else 168)
+    launch(ssd_scores, (L // R, T // R, b * G), x, dy, dt, hi, lo, CB, dCB, ends, begins, n, H, G, P, L, R, dot, num_warps=4, num_stages=3)
+    launch(ssd_through, (blocks, T // R, b * G), x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H, G, P, N, L, R, BN, dot,
+           num_warps=4, num_stages=3)
     ssd_finish[(n, b * H)](queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA_parts, n, H, blocks, L, R, num_warps=4)
     torch.sum(dA_parts, (0, 2), out=dA)
     if D is not None:

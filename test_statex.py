@@ -151,6 +151,52 @@ def test_steep_and_gentle_chunks_side_by_side(dtype, limit, mended_interpreter):
         assert all(x <= limit for x in e.values()), (step, e)
 
 
+@pytest.mark.skipif(not CUDA, reason="needs a GPU: layers of the public sizes")
+@pytest.mark.parametrize("dtype,limit", ((torch.float32, 1e-3), (torch.bfloat16, 1e-2)))
+@pytest.mark.parametrize("case", kernels.CASES)
+def test_layers_of_the_public_sizes(case, dtype, limit):
+    op, _, _, H, K, V = kernels.CASES[case]
+    e = errors(op, example(op, 1, 300, H, K, V, dtype=dtype, device=DEVICE), "triton", "chunked")
+    assert all(x <= limit for x in e.values()), e
+
+
+COMPILE = """
+import sys, types, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+capability, shared, dtype, *cases = sys.argv[1:]
+
+class Driver:                                                # of a GPU that is not there: kernels are compiled for it and not launched
+    utils = types.SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": int(shared)}, load_binary=lambda *args: (1, 1, 0, 0, 1024))
+    get_current_target = lambda self: GPUTarget("cuda", int(capability), 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+    launcher_cls = lambda self, source, metadata: print(metadata.name, metadata.num_stages, metadata.shared) or (lambda *args: None)
+
+triton.runtime.driver.set_active(Driver())
+CUDABackend.make_cubin = lambda *args: b""                   # the assembler would take half of the time
+from kernels import CASES, example, run
+for case in cases:
+    op, _, _, *shape = CASES[case]
+    args = [torch.empty_like(a).requires_grad_() for a in example(op, 1, 256, *shape, dtype=getattr(torch, dtype))]
+    o, S = run(op, args, "triton")
+    torch.autograd.grad([o, S], args, [o, S])
+"""
+
+
+@pytest.mark.skipif(CUDA or not kernels.triton_installed, reason="compiles for a GPU where there is none")
+@pytest.mark.parametrize("capability,kilobytes,dtype,cases", ((90, 227, "float32", ("gla-1.3b expanded", "mamba2-1.3b expanded")),
+                                                              (89, 99, "bfloat16", ("gla-1.3b expanded",))))
+def test_tiles_fit_into_shared_memory(capability, kilobytes, dtype, cases, tmp_path):
+    """The largest layers compile for an H100 in float32 as they are asked for; on a smaller GPU with fewer stages."""
+    made = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE, str(capability), str(1024 * kilobytes), dtype, *cases], cwd=HERE,
+                          env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    tried = [line.split() for line in made.stdout.splitlines()]
+    too_large = {name for name, stages, shared in tried if int(shared) > 1024 * kilobytes}
+    assert len(tried) >= 10 * len(cases) - 2 and too_large == ({"gla_scores", "gla_through"} if kilobytes == 99 else set())
+
+
 @pytest.mark.parametrize("op,shape,G", (("gla", (3, 20, 36), 1), ("ssd", (6, 20, 36), 2)))
 def test_one_token_steps(op, shape, G):
     """The kernel for one token, state in and out, repeated, equals the definition over the whole sequence."""
