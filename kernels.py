@@ -851,7 +851,7 @@ def ssd_results(x, dt, A, B, C, D, state, L):
 @operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, int L) -> "
           "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", ssd_results)
 def ssd_forward(x, dt, A, B, C, D, state, L, y, last, CB, hi, lo, S):
-    """T a multiple of L = 16, 32 or 128; P a power of two from 16; N a multiple of 128, or a power of two from 16."""
+    """T a multiple of L = 16, 32 or 128; P 16, 32 or 64; N a multiple of 128, or a power of two from 16."""
     (b, T, H, P), (G, N), n, R = x.shape, B.shape[2:], x.shape[1] // L, min(L, 64)
     dot, BN = "tf32x3" if x.dtype == torch.float32 else None, pow2(N, 16, 128)
     ssd_prepare[(T // R, b * G)](B, C, dt, A, CB, hi, lo, n, G, N, H, L, R, min(BN, 64), 16, dot, num_warps=4)
@@ -939,12 +939,16 @@ def ssd_triton(x, dt, A, B, C, D, state):
         return y, new
     dtype = torch.bfloat16 if x.dtype == B.dtype == C.dtype == torch.bfloat16 else torch.float32
     (_, T, _, P), N = x.shape, B.shape[-1]
-    L, BP, BN = chunk(T), max(pow2(P, 16), whole_tile(P, x)), whole_tile(N, x)
-    x, dt = pad(x.to(dtype), {1: L, 3: BP}).contiguous(), pad(dt.float(), {1: L}).contiguous()
+    parts = -(-P // 64)                              # a tile has all channels of a head, 64 at most: a wider head is several of one decay
+    L, BP, BN = chunk(T), whole_tile(min(P, 64), x), whole_tile(N, x)
+    x = pad(x.to(dtype), {1: L, 3: parts * BP}).unflatten(3, (parts, BP)).flatten(2, 3).contiguous()
+    dt, A, D = (t if t is None or parts == 1 else t.repeat_interleave(parts, -1) for t in (pad(dt.float(), {1: L}), A, D))
     B, C = (pad(t.to(dtype), {1: L, 3: BN}).contiguous() for t in (B, C))
-    A, D, state = (None if t is None else t.float().contiguous() for t in (A, D, state))
-    y, last, *_ = ssd_forward(x, dt, A, B, C, D, state if state is None else pad(state, {2: BP, 3: BN}), L)
-    return y[:, :T, :, :P], last[:, :, :P, :N]
+    if state is not None:
+        state = pad(state.float(), {2: parts * BP, 3: BN}).unflatten(2, (parts, BP)).flatten(1, 2).contiguous()
+    A, D = (None if t is None else t.float().contiguous() for t in (A, D))
+    y, last, *_ = ssd_forward(x, dt.contiguous(), A, B, C, D, state, L)
+    return (y.unflatten(2, (-1, parts)).flatten(3)[:, :T, :, :P], last.unflatten(1, (-1, parts)).flatten(2, 3)[:, :, :P, :N])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -151,6 +151,13 @@ def test_steep_and_gentle_chunks_side_by_side(dtype, limit, mended_interpreter):
         assert all(x <= limit for x in e.values()), (step, e)
 
 
+@pytest.mark.parametrize("op,shape", (("gla", (2, 5, 150)), ("gla", (1, 140, 20)), ("ssd", (2, 70, 20)), ("ssd", (3, 150, 5))))
+def test_wide_heads(op, shape):
+    """Several tiles of channels, the last one partly filled."""
+    e = errors(op, example(op, 1, 40, *shape, device=DEVICE, decay="mixed"), "triton")
+    assert all(x <= (1e-3 if CUDA else 1e-5) for x in e.values()), e
+
+
 @pytest.mark.skipif(not CUDA, reason="needs a GPU: layers of the public sizes")
 @pytest.mark.parametrize("dtype,limit", ((torch.float32, 1e-3), (torch.bfloat16, 1e-2)))
 @pytest.mark.parametrize("case", kernels.CASES)
