@@ -150,7 +150,7 @@ def mamba2_rows(old, fresh, c, new_config, layer, init, part, count):
 
 def describe(r):
     """The report as text."""
-    million = lambda n: f"{n / 1e6:,.2f}M"
+    million = lambda n: f"{n / 1e6:,.2f}M" if n >= 1e6 else f"{n:,d}"
     more, before, after = r["params_after"] - r["params_before"], r["state_numbers_before"], r["state_numbers_after"]
     lines = [f"{r['block']}, init {r['init']}, seed {r['seed']}: {len(r['layers'])} of {len(r['state_numbers_by_layer'])} layers expanded",
              "", f"{'':7s}{'numbers':>14s}  tensors"]
