@@ -44,6 +44,7 @@ FACTOR = {"gla": 16, "mamba2": 4}
 SWEEPS = {"gla": ("layers0", "layers0,2,4", "layers0,1,2,3,4,5", "steps100", "steps800", "factor4"),
           "mamba2": ("layers0", "layers0,2,4", "layers0,1,2,3,4,5", "steps100", "steps800", "factor2")}
 LONG = "steps800"                                                   # the sweep that is done for every seed
+RECIPES = ("gla", "mamba2", "mamba2-inherit", "mamba2-preserve")    # of train.py, on a CPU
 
 
 def read(name):
@@ -430,7 +431,7 @@ def main():
             raise BadInput(f"no results in {RUNS}; add --run to make them")
         parts = [make(f, sweep) for f in families for sweep in ("", LONG) if seeds_of(f, "lpt", sweep) for make in (table, paired_table)]
         parts += [sweep_table(f) for f in families if winner(f)]
-        parts += [cost_table()] * any(read(f"{f}-cost") for f in FAMILIES) + [recipe_table(name) for name in FAMILIES]
+        parts += [cost_table()] * any(read(f"{f}-cost") for f in FAMILIES) + [recipe_table(name) for name in RECIPES]
         with open(f"{HERE}/tables.md", "w") as f:
             f.write("\n\n".join(parts) + "\n")
         print("\n\n".join(parts))
