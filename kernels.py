@@ -948,7 +948,7 @@ def ssd_triton(x, dt, A, B, C, D, state):
         state = pad(state.float(), {2: parts * BP, 3: BN}).unflatten(2, (parts, BP)).flatten(1, 2).contiguous()
     A, D = (None if t is None else t.float().contiguous() for t in (A, D))
     y, last, *_ = ssd_forward(x, dt.contiguous(), A, B, C, D, state, L)
-    return (y.unflatten(2, (-1, parts)).flatten(3)[:, :T, :, :P], last.unflatten(1, (-1, parts)).flatten(2, 3)[:, :, :P, :N])
+    return y.unflatten(2, (-1, parts)).flatten(3)[:, :T, :, :P], last.unflatten(1, (-1, parts)).flatten(2, 3)[:, :, :P, :N]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

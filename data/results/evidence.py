@@ -276,7 +276,7 @@ def markdown(head, rows):
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
-def scores(sizes):
+def measures(sizes):
     """Yields label, score of a result, for all but the passkey; sizes: those of mqar and fewshot."""
     yield "val loss", lambda r: r["val_loss"]
     yield "in-context score", lambda r: r["icl_score"]
@@ -296,7 +296,7 @@ def table(family, sweep=""):
     row("state numbers", lambda r: r["state_numbers"], "{:,.0f}")
     row("learning rate", lambda r: r["lr"], "{:g}")
     rows.append(["seeds", *(str(len(found[a])) for a in arms)])
-    for label, get in scores({"mqar": PAIRS, "fewshot": SHOTS}):
+    for label, get in measures({"mqar": PAIRS, "fewshot": SHOTS}):
         row(label, get, *["{:.4f} ± {:.4f}"] * (label == "val loss"))
     for size in LENGTHS:
         row(f"passkey, {size} tokens", lambda r: r["recall"]["passkey"][str(size)])
@@ -309,7 +309,7 @@ def paired_table(family, sweep=""):
     pairs = {a: [(r, lpt[r["start"]]) for r in seeds_of(family, a, sweep) if r["start"] in lpt] for a in ARMS[family][1:]}
     arms = [a for a in pairs if pairs[a]]
     rows = [["pairs", *(str(len(pairs[a])) for a in arms)]]
-    for label, get in scores({"mqar": PAIRS[-4:], "fewshot": SHOTS[-3:]}):
+    for label, get in measures({"mqar": PAIRS[-4:], "fewshot": SHOTS[-3:]}):
         rows.append([label, *(cell(pairs[a], lambda p: get(p[0]) - get(p[1]), "{:+.3f} ± {:.3f}") for a in arms)])
     return markdown([family + (f", {sweep[5:]} steps" if sweep else "") + ", more than LPT from the same model", *map(arm_name, arms)], rows)
 
@@ -338,7 +338,7 @@ def recipe_table(name):
         with open(f"{os.path.dirname(RUNS)}/recipe-{name}-seed{seed}.json") as f:
             runs.append(json.load(f))
     rows = []
-    for label, get in scores(runs[0]["lpt"]["recall"]):
+    for label, get in measures(runs[0]["lpt"]["recall"]):
         more = cell(runs, lambda r: get(r["statex"]) - get(r["lpt"]), "{:+.3f} ± {:.3f}")
         rows.append([label, *(cell(runs, lambda r: get(r[arm])) for arm in ("pretrained", "lpt", "statex")), more])
     return markdown([f"{name}, recipe, {len(runs)} seeds", "pretrained", "LPT", "StateX", "StateX - LPT, paired"], rows)
