@@ -605,10 +605,13 @@ def gla_triton(q, k, v, g, scale, state):
 #   ssd_rows      dv = to_end (B dS_c^T) + (CB W)^T dy; from it dx, D's and dt's parts
 #   ssd_scores    dCB = sum over heads of W (dy v^T), and for each head its sums along rows and columns
 #   ssd_through   dC = sum over heads of exp(cum) dy S_c + dCB B,  dB = the same of to_end v dS_c + dCB^T C
+#                 with queries = sum_n C (dC through the state), which is sum_p dy y_S too, y_S = exp(cum) C S_c^T
 #   ssd_finish    dg from the sums over all pairs that span a token, as in gla_finish; then d(dt) and dA
 #
 # Chunk length L. A stored state costs N P / L numbers a token and head, the tables of decays about L / 2 exponentials:
-# L = 128 for every N (256 was no faster at N = 512). Tables are worked on in blocks of R x R, those above the diagonal
+# L = 128 for every N (256 was no faster at N = 512). From N = 256 on y_S is kept from the forward pass, P numbers a token and head
+# beside the N P / L of the state: ssd_through then needs no dy S of its own but adds it up in the matrix unit, and has registers for
+# tiles of 128 x 128, which read S and dS half as often. Tables are worked on in blocks of R x R, those above the diagonal
 # left out. A block below the diagonal needs no table: its decays split at the seam s between the two blocks into
 # exp(cum_i - cum_s) exp(cum_s - cum_j), a factor for each row and one for each column, neither above 1.
 # cum is a float64 sum kept as two float32: a difference of two large sums then keeps the digits of the small decays
@@ -694,11 +697,12 @@ def ssd_scan(x, y, dt, hi, lo, first, S, last, n, H: tl.constexpr, G: tl.constex
 
 
 @triton.jit
-def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, out, ddt, keys, dD, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, y_S, out, ddt, keys, queries, dD, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
              N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BACKWARD: tl.constexpr,
-             SKIP: tl.constexpr, DOT: tl.constexpr):
+             SKIP: tl.constexpr, KEPT: tl.constexpr, DOT: tl.constexpr):
     """One program: R tokens of one chunk of one head; R is L or L / 2. Forward z is C and out is y; backward z is B, S is dS and
     out is dx, with ddt = sum_p x dv (B,H,T), keys = sum_p v (dv through the state) (B,H,T), dD = sum_tp dy x (B,H,blocks).
+    Where y_S (B,T,H,P) is kept, it is written forward, and read backward for queries = sum_p dy y_S (B,H,T).
 
     The other block of the chunk is read in any case and weighs nothing where it is not an earlier one (forward) or a later one
     (backward): without a branch its loads are under way early."""
@@ -713,6 +717,9 @@ def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, out, ddt, keys, dD, n, H: tl.conste
         below = tl.load(cbs + R * G * L)
     his, los, dts = hi + (b * H + h) * T, lo + (b * H + h) * T, dt + b * T * H + h
     at = h * P + i[:, None] * (H * P) + p[None, :]
+    if BACKWARD and KEPT:                                               # before all else: later, it costs registers
+        read = tl.load(y_S + token * H * P + at).to(tl.float32) * tl.load(dy + token * H * P + at).to(tl.float32)
+        tl.store(queries + (b * H + h) * T + t, tl.sum(read, axis=1))
     xt, dt_t = tl.load(x + token * H * P + at), tl.load(dts + t * H)
     acc = tl.zeros((R, P), tl.float32)
     for n0 in range(0, N, BN):                                          # through the state
@@ -737,6 +744,8 @@ def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, out, ddt, keys, dD, n, H: tl.conste
             acc += tl.load(D + h) * dyt.to(tl.float32)
             tl.store(dD + (b * H + h) * tl.num_programs(1) + block, tl.sum(xt.to(tl.float32) * dyt.to(tl.float32)))
     else:                                                               # the seam: the last token before this block
+        if KEPT:
+            tl.store(y_S + token * H * P + at, (acc * tl.exp2(tl.load(his + t))[:, None]).to(y_S.dtype.element_ty))
         seam = c * L + R - 1
         upto = tl.where(there, ssd_between(his, los, t, seam, DOT is not None), tl.load(his + t))
         if L > R:
@@ -786,31 +795,40 @@ def ssd_scores(x, dy, dt, hi, lo, CB, dCB, ends, begins, n, H: tl.constexpr, G: 
 
 @triton.jit
 def ssd_through(x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-                N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr):
-    """One program: BN columns of R tokens of one chunk of one group, its heads in turn. For every head also the part of
-    queries = sum_n C (dC through the state) (blocks of N, B,H,T) and both = sum S dS (blocks of N, B,H,n)."""
+                N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, KEPT: tl.constexpr, DOT: tl.constexpr):
+    """One program: BN columns of BR tokens of one chunk of one group, its heads in turn. For every head also the part of
+    both = sum S dS (blocks of N, B,H,n) and, unless it was KEPT, of queries = sum_n C (dC through the state) (blocks of N, B,H,T)."""
     nb, block, b, group = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
-    c, r, T, heads = block // (L // R), block % (L // R), n * L, tl.num_programs(2) // G * H
-    i, p, col = tl.arange(0, R), tl.arange(0, P), nb * BN + tl.arange(0, BN)
-    t, end, token = block * R + i, c * L + L - 1, b * T + block * R
+    c, r, T, heads = block // (L // BR), block % (L // BR), n * L, tl.num_programs(2) // G * H
+    i, j, p, col = tl.arange(0, BR), tl.arange(0, R), tl.arange(0, P), nb * BN + tl.arange(0, BN)
+    t, end, token, start = block * BR + i, c * L + L - 1, b * T + block * BR, b * T + c * L
     wide = (token * G + group) * N + i[:, None] * (G * N) + col[None, :]
-    table = (token * G + group) * L + i[:, None] * (G * L) + r * R + i[None, :]
-    dc, db = tl.zeros((R, BN), tl.float32), tl.zeros((R, BN), tl.float32)
-    for k in range(0, r + 1):                                               # keys of this block and earlier ones
-        dc = tl.dot(tl.load(dCB + table - k * R), tl.load(B + wide - k * R * G * N), dc, input_precision=DOT)
-    for k in range(0, L // R - r):                                          # queries of this block and later ones
-        db = tl.dot(tl.trans(tl.load(dCB + table + k * R * G * L)), tl.load(C + wide + k * R * G * N), db, input_precision=DOT)
-    ct = tl.load(C + wide).to(tl.float32)
+    dc, db = tl.zeros((BR, BN), tl.float32), tl.zeros((BR, BN), tl.float32)
+    for k in range(L // R):                                                 # the chunk's keys, those after a query left out
+        row, key = r * BR + i[:, None], k * R + j[None, :]
+        pairs = tl.load(dCB + (start * G + group) * L + row * (G * L) + key, row >= key, 0.0)
+        bt = tl.load(B + ((start + k * R) * G + group) * N + j[:, None] * (G * N) + col[None, :])
+        dc = tl.dot(pairs, bt, dc, input_precision=DOT)
+    for k in range(L // R):                                                 # and its queries
+        row, key = k * R + j[:, None], r * BR + i[None, :]
+        pairs = tl.load(dCB + (start * G + group) * L + row * (G * L) + key, row >= key, 0.0)
+        ct = tl.load(C + ((start + k * R) * G + group) * N + j[:, None] * (G * N) + col[None, :])
+        db = tl.dot(tl.trans(pairs), ct, db, input_precision=DOT)
+    if not KEPT:
+        c_own = tl.load(C + wide).to(tl.float32)
     for m in range(H // G):
         h = group * (H // G) + m
         his, los = hi + (b * H + h) * T, lo + (b * H + h) * T
         at = (token * H + h) * P + i[:, None] * (H * P) + p[None, :]
         tile = ((b * H + h) * n + c) * P * N + p[:, None] * N + col[None, :]
-        s, ds = tl.load(S + tile), tl.load(dS + tile)
+        s, ds, dyt = tl.load(S + tile), tl.load(dS + tile), tl.load(dy + at)
         upto, to_end = tl.exp2(tl.load(his + t)), tl.exp2(ssd_between(his, los, end, t, DOT is not None))
-        read = tl.dot(tl.load(dy + at), s, input_precision=DOT)
-        dc += read * upto[:, None]
-        tl.store(queries + (nb * heads + b * H + h) * T + t, upto * tl.sum(read * ct, axis=1))
+        if KEPT:
+            dc = tl.dot((dyt.to(tl.float32) * upto[:, None]).to(s.dtype), s, dc, input_precision=DOT)
+        else:
+            read = tl.dot(dyt, s, input_precision=DOT)
+            dc += read * upto[:, None]
+            tl.store(queries + (nb * heads + b * H + h) * T + t, upto * tl.sum(read * c_own, axis=1))
         v = tl.load(x + at).to(tl.float32) * (to_end * tl.load(dt + b * T * H + t * H + h))[:, None]
         db = tl.dot(v.to(ds.dtype), ds, db, input_precision=DOT)
         if r == 0:
@@ -820,8 +838,8 @@ def ssd_through(x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H
 
 
 @triton.jit
-def ssd_finish(queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, n, H: tl.constexpr, BLOCKS: tl.constexpr,
-               L: tl.constexpr, R: tl.constexpr):
+def ssd_finish(queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, n, H: tl.constexpr, READS: tl.constexpr,
+               BLOCKS: tl.constexpr, L: tl.constexpr, R: tl.constexpr):
     """One program: one chunk of one head: dg, and from g = dt A the gradients of dt (B,T,H) and A (B,H,n)."""
     c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i, T, heads = tl.arange(0, L), n * L, tl.num_programs(1)
@@ -830,8 +848,9 @@ def ssd_finish(queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, n, 
     for k in range(L // R):                                                 # blocks that do not exist hold nothing
         ended += tl.load(ends + k * heads * T + here, k <= i // R, 0.0)
         ended -= tl.load(begins + k * heads * T + here, k >= i // R, 0.0)
-    for nb in range(BLOCKS):
+    for nb in range(READS):                                                 # the parts of queries, and those of both
         ended += tl.load(queries + nb * heads * T + here)
+    for nb in range(BLOCKS):
         always += tl.load(both + (nb * heads + bh) * n + c)
     always = always * tl.exp2(tl.load(hi + bh * T + c * L + L - 1))
     dg = tl.cumsum(ended, 0, reverse=True) + tl.cumsum(tl.load(keys + here - 1, i > 0, 0.0), 0) + always
@@ -840,52 +859,62 @@ def ssd_finish(queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, n, 
     tl.store(dA + bh * n + c, tl.sum(dg * tl.load(dt + at), axis=0))
 
 
-def ssd_results(x, dt, A, B, C, D, state, L):
-    """y (B,T,H,P), the last state (B,H,P,N), CB (B,T,G,L), hi and lo (B,H,T), lo empty in bfloat16, S (B,H,T/L,P,N)."""
+def ssd_results(x, dt, A, B, C, D, state, L, keep):
+    """y (B,T,H,P), the last state (B,H,P,N), CB (B,T,G,L), hi and lo (B,H,T), lo empty in bfloat16, S (B,H,T/L,P,N),
+    y_S (B,T,H,P), empty where it is not to be kept."""
     (b, T, H, P), (G, N) = x.shape, B.shape[2:]
     lo = dt.new_empty(b, H, T) if x.dtype == torch.float32 else dt.new_empty(0)
     return (torch.empty_like(x), dt.new_empty(b, H, P, N), x.new_empty(b, T, G, L), dt.new_empty(b, H, T), lo,
-            x.new_empty(b, H, T // L, P, N))
+            x.new_empty(b, H, T // L, P, N), x.new_empty(b if keep else 0, T, H, P))
 
 
-@operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, int L) -> "
-          "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", ssd_results)
-def ssd_forward(x, dt, A, B, C, D, state, L, y, last, CB, hi, lo, S):
+@operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, int L, bool keep) -> "
+          "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", ssd_results)
+def ssd_forward(x, dt, A, B, C, D, state, L, keep, y, last, CB, hi, lo, S, y_S):
     """T a multiple of L = 16, 32 or 128; P 16, 32 or 64; N a multiple of 128, or a power of two from 16."""
     (b, T, H, P), (G, N), n, R = x.shape, B.shape[2:], x.shape[1] // L, min(L, 64)
     dot, BN = "tf32x3" if x.dtype == torch.float32 else None, pow2(N, 16, 128)
     ssd_prepare[(T // R, b * G)](B, C, dt, A, CB, hi, lo, n, G, N, H, L, R, min(BN, 64), 16, dot, num_warps=4)
     launch(ssd_scan, (N // BN, H, b), x, B, dt, hi, lo, state, S, last, n, H, G, P, N, L, R, BN, False, state is not None, True, dot,
-           num_warps=4, num_stages=3)
-    BN = BN if N <= 128 else 64
-    launch(ssd_rows, (H, T // R, b), C, S, CB, x, None, dt, hi, lo, D, y, None, None, None, n, H, G, P, N, L, R, BN, False, D is not None,
-           dot, num_warps=4, num_stages=3, maxnreg=None if dot else 168)        # three programs a processor, not two
+           num_warps=4, num_stages=3 if dot else 4)
+    BN, stages, registers = row_tiles(N, dot, 3, 128)
+    launch(ssd_rows, (H, T // R, b), C, S, CB, x, None, dt, hi, lo, D, y_S, y, None, None, None, None, n, H, G, P, N, L, R, BN, False,
+           D is not None, keep, dot, num_warps=4, num_stages=stages, maxnreg=registers)
 
 
-def ssd_gradients(x, dt, A, B, C, D, CB, hi, lo, S, dy, dlast, L, has_state):
+def row_tiles(N, dot, stages, registers):
+    """Columns, stages and registers of ssd_rows: all columns of a small state at once, of a large one few and more of them under way.
+    168 registers let three programs run on a processor, 128 four."""
+    BN = pow2(N, 16, 64) if dot or N > 128 else pow2(N, 16, 128)
+    return (BN, stages, None) if dot else (BN, 2, 168) if N <= 128 else (BN, stages, registers)
+
+
+def ssd_gradients(x, dt, A, B, C, D, CB, hi, lo, S, y_S, dy, dlast, L, has_state):
     """Of x, dt, A, B, C, D, and of the incoming state (B,H,P,N); the last two empty where they were not given."""
     (b, T, H, P), N = x.shape, B.shape[-1]
     return (*(torch.empty_like(t) for t in (x, dt, A, B, C)), torch.empty_like(A) if D is not None else A.new_empty(0),
             dt.new_empty(b, H, P, N) if has_state else dt.new_empty(0))
 
 
-@operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor CB, Tensor hi, Tensor lo, Tensor S, Tensor dy, "
+@operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor CB, Tensor hi, Tensor lo, Tensor S, Tensor y_S, Tensor dy, "
           "Tensor? dlast, int L, bool has_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", ssd_gradients)
-def ssd_backward(x, dt, A, B, C, D, CB, hi, lo, S, dy, dlast, L, has_state, dx, ddt, dA, dB, dC, dD, first):
+def ssd_backward(x, dt, A, B, C, D, CB, hi, lo, S, y_S, dy, dlast, L, has_state, dx, ddt, dA, dB, dC, dD, first):
     (b, T, H, P), (G, N), n, R = x.shape, B.shape[2:], x.shape[1] // L, min(L, 64)
-    dot, BN, BS = "tf32x3" if x.dtype == torch.float32 else None, pow2(N, 16, 64), pow2(N, 16, 128)
-    blocks, wide = N // BN, torch.float64 if dot else torch.float32
-    dS, dCB, ddt_x, keys, queries = torch.empty_like(S), torch.empty_like(CB), *(hi.new_empty(m * b, H, T) for m in (1, 1, blocks))
+    dot, kept, BS = "tf32x3" if x.dtype == torch.float32 else None, len(y_S) > 0, pow2(N, 16, 128)
+    BR, BN, warps = (L, BS, 8) if kept and not dot and L == 128 else (R, pow2(N, 16, 64), 4)          # tokens and columns of ssd_through
+    blocks, reads, wide = N // BN, 1 if kept else N // BN, torch.float64 if dot else torch.float32
+    dS, dCB, ddt_x, keys, queries = torch.empty_like(S), torch.empty_like(CB), *(hi.new_empty(m * b, H, T) for m in (1, 1, reads))
     ends, begins = (torch.empty(L // R, b, H, T, dtype=wide, device=x.device) for _ in range(2))
     both, dA_parts, dD_parts = (hi.new_empty(b, H, m) for m in (blocks * n, n, T // R))
     launch(ssd_scan, (N // BS, H, b), dy, C, dt, hi, lo, dlast, dS, first, n, H, G, P, N, L, R, BS, True, dlast is not None, has_state, dot,
            num_warps=4, num_stages=3)
-    launch(ssd_rows, (H, T // R, b), B, dS, CB, x, dy, dt, hi, lo, D, dx, ddt_x, keys, dD_parts, n, H, G, P, N, L, R, BS, True, D is not None,
-           dot, num_warps=4, num_stages=2, maxnreg=None if dot else 168)
+    columns, stages, registers = row_tiles(N, dot, 2 if dot else 4, 168)
+    launch(ssd_rows, (H, T // R, b), B, dS, CB, x, dy, dt, hi, lo, D, y_S, dx, ddt_x, keys, queries, dD_parts, n, H, G, P, N, L, R, columns,
+           True, D is not None, kept, dot, num_warps=4, num_stages=stages, maxnreg=registers)
     launch(ssd_scores, (L // R, T // R, b * G), x, dy, dt, hi, lo, CB, dCB, ends, begins, n, H, G, P, L, R, dot, num_warps=4, num_stages=3)
-    launch(ssd_through, (blocks, T // R, b * G), x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H, G, P, N, L, R, BN, dot,
-           num_warps=4, num_stages=3)
-    ssd_finish[(n, b * H)](queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA_parts, n, H, blocks, L, R, num_warps=4)
+    launch(ssd_through, (blocks, T // BR, b * G), x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H, G, P, N, L, R, BR, BN,
+           kept, dot, num_warps=warps, num_stages=3)
+    ssd_finish[(n, b * H)](queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA_parts, n, H, reads, blocks, L, R, num_warps=4)
     torch.sum(dA_parts, (0, 2), out=dA)
     if D is not None:
         torch.sum(dD_parts, (0, 2), out=dD)
@@ -901,7 +930,7 @@ def ssd_chain(ctx, dy, dlast, *_):
     x, D = ctx.saved_tensors[0], ctx.saved_tensors[5]
     dy, dlast = torch.zeros_like(x) if dy is None else dy.contiguous(), None if dlast is None else dlast.contiguous()
     *grads, dD, first = ssd_backward(*ctx.saved_tensors, dy, dlast, ctx.L, ctx.has_state)
-    return *grads, None if D is None else dD, first if ctx.has_state else None, None
+    return *grads, None if D is None else dD, first if ctx.has_state else None, None, None
 
 
 ssd_forward.register_autograd(ssd_chain, setup_context=ssd_save)
@@ -947,7 +976,8 @@ def ssd_triton(x, dt, A, B, C, D, state):
     if state is not None:
         state = pad(state.float(), {2: parts * BP, 3: BN}).unflatten(2, (parts, BP)).flatten(1, 2).contiguous()
     A, D = (None if t is None else t.float().contiguous() for t in (A, D))
-    y, last, *_ = ssd_forward(x, dt.contiguous(), A, B, C, D, state, L)
+    keep = N > 128 and needs_grad(x, dt, A, B, C, D, state)
+    y, last, *_ = ssd_forward(x, dt.contiguous(), A, B, C, D, state, L, keep)
     return y.unflatten(2, (-1, parts)).flatten(3)[:, :T, :, :P], last.unflatten(1, (-1, parts)).flatten(2, 3)[:, :, :P, :N]
 
 

@@ -117,7 +117,7 @@ def test_chunked_equals_recurrent(op, shape, G, T):
         assert max(e.values()) < 1e-9, (decay, e)
 
 
-@pytest.mark.parametrize("op,shape,G", (("gla", (3, 20, 36), 1), ("ssd", (6, 20, 36), 2)))
+@pytest.mark.parametrize("op,shape,G", (("gla", (3, 20, 36), 1), ("ssd", (6, 20, 36), 2)) + ((("ssd", (3, 20, 130), 1),) if CUDA else ()))
 @pytest.mark.parametrize("T", (1, 17, 64, 200) + ((1000, 8192, 65536) if CUDA else ()))
 def test_triton_equals_recurrent(op, shape, G, T, mended_interpreter):
     """Buffers start as NaN, so that an element left unwritten or read too early shows. The same bits twice."""
@@ -149,6 +149,13 @@ def test_steep_and_gentle_chunks_side_by_side(dtype, limit, mended_interpreter):
         args[3][:, 128:256] = step
         e = errors("gla", args, "triton")
         assert all(x <= limit for x in e.values()), (step, e)
+
+
+@pytest.mark.parametrize("dtype,limit", ((torch.float32, 1e-3 if CUDA else 1e-5), (torch.bfloat16, 1e-2)))
+def test_large_states(dtype, limit, mended_interpreter):
+    """From N = 256 on (130 is padded to it) the backward pass reads what the forward pass kept."""
+    e = errors("ssd", example("ssd", 1, 140, 2, 20, 130, dtype=dtype, device=DEVICE, decay="mixed"), "triton")
+    assert all(x <= limit for x in e.values()), e
 
 
 @pytest.mark.parametrize("op,shape", (("gla", (2, 5, 150)), ("gla", (1, 140, 20)), ("ssd", (2, 70, 20)), ("ssd", (3, 150, 5))))

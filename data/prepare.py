@@ -241,8 +241,7 @@ def write_corpus(docs, out, tokenizer, max_tokens=float("inf")):
         raise BadInput(f"{out} is a file; --out names a folder")
     if os.path.isdir(out) and set(os.listdir(out)) - {"train.bin", "val.bin", "meta.json"}:
         raise BadInput(f"{out} holds other files; --out names a folder of its own")
-    tmp = out.rstrip("/") + ".tmp"
-    shutil.rmtree(tmp, ignore_errors=True)
+    tmp = f"{out.rstrip('/')}.{os.getpid()}.tmp"                 # its own, where two runs that start together both prepare it
     os.makedirs(tmp)
     dtype = np.uint16 if tok.n_vocab <= 1 << 16 else np.uint32
     count, digest = {"train": 0, "val": 0}, hashlib.sha256()
