@@ -218,6 +218,14 @@ def sum_rows(which, x, DOT: tl.constexpr):
 
 
 @triton.jit
+def finished(x):
+    """x, a running sum of matrix products, as a number that has been read. Triton 3.6 lets a product run on while the next tiles are
+    fetched, and where its tile is also read into registers it keeps too few buffers for that (seen in its output for an H100): the
+    fetch would write over the tile that the product still reads. So such a loop asks for its sums at every turn."""
+    return x + 0.0
+
+
+@triton.jit
 def gla_is_steep(whole, LIMIT, K: tl.constexpr, BK: tl.constexpr):
     """Whether some channel of a chunk has a decay whose base-2 logarithm, in whole (K,), is below -2 LIMIT."""
     lowest = tl.zeros((BK,), tl.float32)
@@ -362,6 +370,7 @@ def gla_through(do, v, S, dS, dqs, dks, both, n, H: tl.constexpr, K: tl.constexp
         dq = tl.dot(tl.load(do + at), tl.trans(s), dq, input_precision=DOT)
         dk = tl.dot(tl.load(v + at), tl.trans(ds), dk, input_precision=DOT)
         sd += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
+        dq, dk = finished(dq), finished(dk)
     at = start * K + i[:, None] * (H * K) + col[None, :]
     tl.store(dqs + at, dq.to(dqs.dtype.element_ty))
     tl.store(dks + at, dk.to(dks.dtype.element_ty))
@@ -831,6 +840,7 @@ def ssd_through(x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H
             tl.store(queries + (nb * heads + b * H + h) * T + t, upto * tl.sum(read * c_own, axis=1))
         v = tl.load(x + at).to(tl.float32) * (to_end * tl.load(dt + b * T * H + t * H + h))[:, None]
         db = tl.dot(v.to(ds.dtype), ds, db, input_precision=DOT)
+        dc, db = finished(dc), finished(db)
         if r == 0:
             tl.store(both + (nb * heads + b * H + h) * n + c, tl.sum(s.to(tl.float32) * ds.to(tl.float32)))
     tl.store(dC + wide, dc.to(dC.dtype.element_ty))

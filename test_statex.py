@@ -134,7 +134,7 @@ def test_triton_equals_recurrent(op, shape, G, T, mended_interpreter):
             for dtype, limit in limits.items():
                 args = example(op, 1 if T > 17 else 3, T, *shape, G=G, dtype=dtype, device=DEVICE, decay=decay, seed=seed)
                 e = errors(op, args, "triton", reference)
-                assert all(x <= limit for x in e.values()), (decay, dtype, e)
+                assert all(x <= limit for x in e.values()), f"{decay} {dtype} {e}"
         with torch.no_grad():
             assert all(torch.equal(a, b) for a, b in zip(run(op, args, "triton"), run(op, args, "triton")))
     finally:
@@ -148,14 +148,14 @@ def test_steep_and_gentle_chunks_side_by_side(dtype, limit, mended_interpreter):
         args = example("gla", 1, 300, 2, 16, 16, dtype=dtype, device=DEVICE)
         args[3][:, 128:256] = step
         e = errors("gla", args, "triton")
-        assert all(x <= limit for x in e.values()), (step, e)
+        assert all(x <= limit for x in e.values()), f"{step} {e}"
 
 
 @pytest.mark.parametrize("dtype,limit", ((torch.float32, 1e-3 if CUDA else 1e-5), (torch.bfloat16, 1e-2)))
 def test_large_states(dtype, limit, mended_interpreter):
     """From N = 256 on (130 is padded to it) the backward pass reads what the forward pass kept."""
     e = errors("ssd", example("ssd", 1, 140, 2, 20, 130, dtype=dtype, device=DEVICE, decay="mixed"), "triton")
-    assert all(x <= limit for x in e.values()), e
+    assert all(x <= limit for x in e.values()), str(e)
 
 
 @pytest.mark.parametrize("op,shape", (("gla", (2, 5, 150)), ("gla", (1, 140, 20)), ("ssd", (2, 70, 20)), ("ssd", (3, 150, 5))))
@@ -171,11 +171,11 @@ def test_wide_heads(op, shape):
 def test_layers_of_the_public_sizes(case, dtype, limit):
     op, _, _, H, K, V = kernels.CASES[case]
     e = errors(op, example(op, 1, 300, H, K, V, dtype=dtype, device=DEVICE), "triton", "chunked")
-    assert all(x <= limit for x in e.values()), e
+    assert all(x <= limit for x in e.values()), str(e)
 
 
 COMPILE = """
-import sys, types, torch, triton
+import re, sys, types, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 capability, shared, dtype, *cases = sys.argv[1:]
@@ -189,6 +189,30 @@ class Driver:                                                # of a GPU that is 
 
 triton.runtime.driver.set_active(Driver())
 CUDABackend.make_cubin = lambda *args: b""                   # the assembler would take half of the time
+make_ttgir = CUDABackend.make_ttgir
+
+def overwritten(ttgir):                                      # is there a loop that fetches into the buffers of a product under way?
+    for loop in ttgir.split("scf.for")[1:]:
+        buffer, loaded, multiplied, running = {}, set(), set(), False
+        for line in loop.split(chr(10)):
+            if found := re.search("(%[^ ]+) = ttg.memdesc_(?:index|trans|subslice) (%[^ [,]+)", line):
+                buffer[found[1]] = buffer.get(found[2], found[2])
+            elif found := re.search("ttg.local_load (%[^ ,]+)", line):
+                loaded.add(buffer.get(found[1]))
+            elif found := re.search("ttng.warp_group_dot (%[^ ,]+), (%[^ ,]+)", line):
+                multiplied, running = multiplied | {buffer.get(found[1]), buffer.get(found[2])}, True
+            elif found := re.search("warp_group_dot_wait.*pendings = ([0-9]+)", line):
+                running = found[1] != "0"
+            elif "async_copy_global_to_local" in line and running and loaded & multiplied - {None}:
+                return True
+
+def checked(module, *args):
+    module = make_ttgir(module, *args)
+    if overwritten(str(module)):
+        print("overwritten")
+    return module
+
+CUDABackend.make_ttgir = staticmethod(checked)
 from kernels import CASES, example, run
 for case in cases:
     op, _, _, *shape = CASES[case]
@@ -200,15 +224,18 @@ for case in cases:
 
 @pytest.mark.skipif(CUDA or not kernels.triton_installed, reason="compiles for a GPU where there is none")
 @pytest.mark.parametrize("capability,kilobytes,dtype,cases", ((90, 227, "float32", ("gla-1.3b expanded", "mamba2-1.3b expanded")),
+                                                              (90, 227, "bfloat16", ("gla-1.3b expanded", "mamba2-370m", "mamba2-370m expanded")),
                                                               (89, 99, "bfloat16", ("gla-1.3b expanded",))))
 def test_tiles_fit_into_shared_memory(capability, kilobytes, dtype, cases, tmp_path):
-    """The largest layers compile for an H100 in float32 as they are asked for; on a smaller GPU with fewer stages."""
+    """The largest layers compile for an H100 as they are asked for; on a smaller GPU with fewer stages. And no kernel fetches a tile
+    into a buffer that a matrix product of the turn before may still read (see `finished` in kernels.py)."""
     made = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE, str(capability), str(1024 * kilobytes), dtype, *cases], cwd=HERE,
                           env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
+    assert "overwritten" not in made.stdout
     tried = [line.split() for line in made.stdout.splitlines()]
     too_large = {name for name, stages, shared in tried if int(shared) > 1024 * kilobytes}
-    assert len(tried) >= 10 * len(cases) - 2 and too_large == ({"gla_scores", "gla_through"} if kilobytes == 99 else set())
+    assert len(tried) >= 8 * len(cases) and too_large == ({"gla_scores", "gla_through"} if kilobytes == 99 else set())
 
 
 @pytest.mark.parametrize("op,shape,G", (("gla", (3, 20, 36), 1), ("ssd", (6, 20, 36), 2)))
