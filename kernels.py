@@ -1224,7 +1224,7 @@ def bench_one_token(cases, device, bandwidth, batch=64):
 
 def bench(cases, device, flops, bandwidth):
     """One table: every implementation that runs here on every case."""
-    print(f"{'case':22s} {'B T H K V (ssd: P N)':24s} {'impl':10s} {'fwd ms':>8s} {'x floor':>8s} {'fwd+bwd':>8s} {'x floor':>8s} {'GB':>7s}")
+    print(f"{'case':29s} {'B T H K V (ssd: P N)':24s} {'impl':10s} {'fwd ms':>8s} {'x floor':>8s} {'fwd+bwd':>8s} {'x floor':>8s} {'GB':>7s}")
     for name, (op, B, T, H, K, V) in cases.items():
         args = example(op, B, T, H, K, V, dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device)[:-1]
         args = [a.requires_grad_() for a in args]
@@ -1251,9 +1251,9 @@ def bench(cases, device, flops, bandwidth):
                 before = torch.cuda.memory_allocated() if device == "cuda" else 0
                 total = median_ms(both, device)
                 peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if device == "cuda" else float("nan")
-                print(f"{name:22s} {f'{B} {T} {H} {K} {V}':24s} {impl:10s} {forward:8.3f} {forward / floor:8.1f} {total:8.3f} {total / 3 / floor:8.1f} {peak:7.2f}", flush=True)
+                print(f"{name:29s} {f'{B} {T} {H} {K} {V}':24s} {impl:10s} {forward:8.3f} {forward / floor:8.1f} {total:8.3f} {total / 3 / floor:8.1f} {peak:7.2f}", flush=True)
             except Exception as e:
-                print(f"{name:22s} {impl:10s} failed: {' '.join(str(e).split())[:150]}", flush=True)
+                print(f"{name:29s} {impl:10s} failed: {' '.join(str(e).split())[:150]}", flush=True)
 
 
 def main():
@@ -1271,7 +1271,9 @@ def main():
              "mamba2 small": ("ssd", 4, 512, 8, 64, 64), "mamba2 small expanded": ("ssd", 4, 512, 8, 64, 256)}
     cases, (flops, bandwidth) = CASES if device == "cuda" else small, ceilings(device)
     print(f"\n{flops / 1e12:.2f} TFLOP/s matrix product, {bandwidth / 1e9:.0f} GB/s copy")
-    bench(cases, device, flops, bandwidth)
+    other_lengths = {f"{name} {B} x {T}": (cases[name][0], B, T, *cases[name][3:]) for B, T in ((1, 32768), (64, 512))
+                     for name in ("gla-340m", "gla-1.3b expanded", "mamba2-370m", "mamba2-370m expanded") if name in cases}
+    bench({**cases, **other_lengths}, device, flops, bandwidth)
     bench_one_token(cases, device, bandwidth)
 
 

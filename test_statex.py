@@ -689,6 +689,14 @@ def test_tokenizer_round_trip():
     assert tok.n_vocab == 4096 and tok.eot_token == 4095
 
 
+def test_two_runs_prepare_a_corpus_at_once(tmp_path):
+    """As where two recipes are started together on a fresh clone."""
+    (tmp_path / "text.txt").write_text("Two runs, one corpus: each writes its own and the last one stays. " * 400)
+    runs = [subprocess.Popen([sys.executable, "data/prepare.py", str(tmp_path / "text.txt"), f"--out={tmp_path}/text"], cwd=HERE) for _ in range(3)]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    assert sorted(os.listdir(tmp_path / "text")) == ["meta.json", "train.bin", "val.bin"] and len(os.listdir(tmp_path)) == 2
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """Token files of the first modules of the standard library: real text, quickly made."""

@@ -278,7 +278,11 @@ def write_corpus(docs, out, tokenizer, max_tokens=float("inf")):
         with open(f"{tmp}/meta.json", "w") as f:
             json.dump(meta, f, indent=1)
         shutil.rmtree(out, ignore_errors=True)
-        os.rename(tmp, out)
+        try:
+            os.rename(tmp, out)
+        except OSError:
+            if not os.path.exists(f"{out}/meta.json"):                # else another run put its own there in between
+                raise
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return meta
