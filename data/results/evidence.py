@@ -44,7 +44,7 @@ FACTOR = {"gla": 16, "mamba2": 4}
 SWEEPS = {"gla": ("layers0", "layers0,2,4", "layers0,1,2,3,4,5", "steps100", "steps800", "factor4"),
           "mamba2": ("layers0", "layers0,2,4", "layers0,1,2,3,4,5", "steps100", "steps800", "factor2")}
 LONG = "steps800"                                                   # the sweep that is done for every seed
-RECIPES = ("gla", "mamba2", "mamba2-inherit", "mamba2-preserve")    # of train.py, on a CPU
+RECIPES = ("gla", "gla-3200-reinit", "gla-3200-inherit", "mamba2", "mamba2-inherit", "mamba2-preserve")    # of train.py, on a CPU
 
 
 def read(name):
