@@ -219,9 +219,9 @@ def sum_rows(which, x, DOT: tl.constexpr):
 
 @triton.jit
 def finished(x):
-    """x, a running sum of matrix products, as a number that has been read. Triton 3.6 lets a product run on while the next tiles are
-    fetched, and where its tile is also read into registers it keeps too few buffers for that (seen in its output for an H100): the
-    fetch would write over the tile that the product still reads. So such a loop asks for its sums at every turn."""
+    """x, a running sum of matrix products in a loop, waited for. Triton (3.6 and 3.9, seen in what they make for an H100) lets a product
+    run on while the next tiles are fetched, and keeps too few buffers for a tile that is also read into registers: the fetch would write
+    over what the product still reads. A loop with such a tile adds 0 to its sums at every turn, which it can only do to finished ones."""
     return x + 0.0
 
 
@@ -618,10 +618,10 @@ def gla_triton(q, k, v, g, scale, state):
 #   ssd_finish    dg from the sums over all pairs that span a token, as in gla_finish; then d(dt) and dA
 #
 # Chunk length L. A stored state costs N P / L numbers a token and head, the tables of decays about L / 2 exponentials:
-# L = 128 for every N (256 was no faster at N = 512). From N = 256 on y_S is kept from the forward pass, P numbers a token and head
-# beside the N P / L of the state: ssd_through then needs no dy S of its own but adds it up in the matrix unit, and has registers for
-# tiles of 128 x 128, which read S and dS half as often. Tables are worked on in blocks of R x R, those above the diagonal
-# left out. A block below the diagonal needs no table: its decays split at the seam s between the two blocks into
+# L = 128 for every N (256 was no faster at N = 512). From N = 256 on y_S is kept from the forward pass, P numbers a token and
+# head beside the N P / L of the state: ssd_through then needs no dy S for each head but adds up dC in the matrix unit, and has
+# registers for tiles of 128 x 128, which read S and dS half as often. Tables are worked on in blocks of R x R, those above the
+# diagonal left out. A block below the diagonal needs no table: its decays split at the seam s between the two blocks into
 # exp(cum_i - cum_s) exp(cum_s - cum_j), a factor for each row and one for each column, neither above 1.
 # cum is a float64 sum kept as two float32: a difference of two large sums then keeps the digits of the small decays
 # (bfloat16 inputs have fewer digits to keep: EXACT is off for them, and lo is left out).
@@ -804,9 +804,11 @@ def ssd_scores(x, dy, dt, hi, lo, CB, dCB, ends, begins, n, H: tl.constexpr, G: 
 
 @triton.jit
 def ssd_through(x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-                N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, KEPT: tl.constexpr, DOT: tl.constexpr):
-    """One program: BN columns of BR tokens of one chunk of one group, its heads in turn. For every head also the part of
-    both = sum S dS (blocks of N, B,H,n) and, unless it was KEPT, of queries = sum_n C (dC through the state) (blocks of N, B,H,T)."""
+                N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, KEPT: tl.constexpr,
+                DOT: tl.constexpr):
+    """One program: BN columns of BR tokens of one chunk of one group, its heads in turn; dCB is read in R x R. For every head also
+    the part of both = sum S dS (blocks of N, B,H,n) and, where y_S was not KEPT, of queries = sum_n C (dC through the state) (blocks
+    of N, B,H,T)."""
     nb, block, b, group = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
     c, r, T, heads = block // (L // BR), block % (L // BR), n * L, tl.num_programs(2) // G * H
     i, j, p, col = tl.arange(0, BR), tl.arange(0, R), tl.arange(0, P), nb * BN + tl.arange(0, BN)
@@ -878,6 +880,13 @@ def ssd_results(x, dt, A, B, C, D, state, L, keep):
             x.new_empty(b, H, T // L, P, N), x.new_empty(b if keep else 0, T, H, P))
 
 
+def row_tiles(N, dot, stages, registers):
+    """Columns, stages and registers of ssd_rows: all columns of a small state at once, of a large one few and more of them under way.
+    168 registers let three programs run on a processor, 128 four."""
+    BN = pow2(N, 16, 64) if dot or N > 128 else pow2(N, 16, 128)
+    return (BN, stages, None) if dot else (BN, 2, 168) if N <= 128 else (BN, stages, registers)
+
+
 @operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, int L, bool keep) -> "
           "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", ssd_results)
 def ssd_forward(x, dt, A, B, C, D, state, L, keep, y, last, CB, hi, lo, S, y_S):
@@ -890,13 +899,6 @@ def ssd_forward(x, dt, A, B, C, D, state, L, keep, y, last, CB, hi, lo, S, y_S):
     BN, stages, registers = row_tiles(N, dot, 3, 128)
     launch(ssd_rows, (H, T // R, b), C, S, CB, x, None, dt, hi, lo, D, y_S, y, None, None, None, None, n, H, G, P, N, L, R, BN, False,
            D is not None, keep, dot, num_warps=4, num_stages=stages, maxnreg=registers)
-
-
-def row_tiles(N, dot, stages, registers):
-    """Columns, stages and registers of ssd_rows: all columns of a small state at once, of a large one few and more of them under way.
-    168 registers let three programs run on a processor, 128 four."""
-    BN = pow2(N, 16, 64) if dot or N > 128 else pow2(N, 16, 128)
-    return (BN, stages, None) if dot else (BN, 2, 168) if N <= 128 else (BN, stages, registers)
 
 
 def ssd_gradients(x, dt, A, B, C, D, CB, hi, lo, S, y_S, dy, dlast, L, has_state):
