@@ -15,7 +15,7 @@ forgets everything at every step (g = -60). At the end: the short convolution be
 """
 from __future__ import annotations               # so that tl.constexpr below needs no Triton until a kernel runs
 
-import types
+import functools, types
 
 import torch
 import torch.nn.functional as F
@@ -433,7 +433,7 @@ def gla_finish(q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, sca
 
 
 def pow2(x, low, high=1 << 30):
-    return max(low, min(high, triton.next_power_of_2(x)))
+    return max(low, min(high, 1 << (x - 1).bit_length()))
 
 
 # Triton 3.6 on an H100 gives wrong numbers for some bfloat16 products of less than 64 channels in kernels like these, and for
@@ -477,7 +477,7 @@ def widest(dtype):
 def scan_tile(K, V, heads, rows, dtype):
     """A scan's tile of the state: rows x 128 in bfloat16 where that makes a program for each of a large GPU's processors, else 64 x 64;
     with it, the warps and the stages of the software pipeline. (Forward 64 rows is fastest, in reverse 128.)"""
-    if widest(dtype) == 128 and triton.cdiv(K, rows) * triton.cdiv(V, 128) * heads >= 128:
+    if widest(dtype) == 128 and -(-K // rows) * -(-V // 128) * heads >= 128:
         return pow2(K, 16, rows), pow2(V, 16, 128), 8, 2
     return pow2(K, 16, 64), pow2(V, 16, 64), 4, 3
 
@@ -492,8 +492,27 @@ def operator(schema, buffers):
             return out
         op = torch.library.custom_op(f"statex::{f.__name__}", call, mutates_args=(), schema=schema)
         op.register_fake(buffers)
+        op.plain = call
         return op
     return make
+
+
+def differentiable(forward, save, backward, chain):
+    """Two operators as one differentiable function. save(ctx, inputs, output) keeps what chain(backward, ctx, *gradients) needs. Outside of
+    torch.compile the operators' plain functions are called: PyTorch's way to a Python operator takes longer than a small layer's kernels."""
+    forward.register_autograd(functools.partial(chain, backward), setup_context=save)
+
+    class Plain(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            output = forward.plain(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            return chain(backward.plain, ctx, *gradients)
+    return lambda *inputs: forward(*inputs) if torch.compiler.is_compiling() else Plain.apply(*inputs)
 
 
 def gla_results(q, k, v, g, state, scale, C):
@@ -552,14 +571,14 @@ def gla_save(ctx, inputs, output):
     ctx.has_state, ctx.scale, ctx.C = inputs[4] is not None, *inputs[5:]
 
 
-def gla_chain(ctx, do, dlast, *_):
+def gla_chain(backward, ctx, do, dlast, *_):
     v = ctx.saved_tensors[2]
     do, dlast = torch.zeros_like(v) if do is None else do.contiguous(), None if dlast is None else dlast.contiguous()
-    *grads, first = gla_backward(*ctx.saved_tensors, do, dlast, ctx.scale, ctx.C, ctx.has_state)
+    *grads, first = backward(*ctx.saved_tensors, do, dlast, ctx.scale, ctx.C, ctx.has_state)
     return *grads, first if ctx.has_state else None, None, None
 
 
-gla_forward.register_autograd(gla_chain, setup_context=gla_save)
+gla_kernels = differentiable(gla_forward, gla_save, gla_backward, gla_chain)
 
 
 @triton.jit
@@ -589,14 +608,14 @@ def gla_triton(q, k, v, g, scale, state):
     if T == 1 and state is not None and not needs_grad(q, k, v, g, state):
         o, new = v.new_empty(v.shape), torch.empty(state.shape, device=v.device)
         BV = pow2(V, 16, 64)
-        gla_step[(triton.cdiv(V, BV), B * H)](*(t.contiguous() for t in (q, k, v, g.float(), state.float())), o, new, scale, K, V,
+        gla_step[(-(-V // BV), B * H)](*(t.contiguous() for t in (q, k, v, g.float(), state.float())), o, new, scale, K, V,
                                               pow2(K, 16, 64), BV, num_warps=4)
         return o, new
     dtype = torch.bfloat16 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else torch.float32
     C, BK, BV = chunk(T), whole_tile(K, q), whole_tile(V, q)
     q, k, g = (pad(x, {1: C, 3: BK}).contiguous() for x in (q.to(dtype), k.to(dtype), g.float()))
     state = None if state is None else pad(state.float(), {2: BK, 3: BV}).contiguous()
-    o, last, *_ = gla_forward(q, k, pad(v.to(dtype), {1: C, 3: BV}).contiguous(), g, state, scale, C)
+    o, last, *_ = gla_kernels(q, k, pad(v.to(dtype), {1: C, 3: BV}).contiguous(), g, state, scale, C)
     return o[:, :T, :, :V], last[:, :, :K, :V]
 
 
@@ -938,14 +957,14 @@ def ssd_save(ctx, inputs, output):
     ctx.has_state, ctx.L = inputs[6] is not None, inputs[7]
 
 
-def ssd_chain(ctx, dy, dlast, *_):
+def ssd_chain(backward, ctx, dy, dlast, *_):
     x, D = ctx.saved_tensors[0], ctx.saved_tensors[5]
     dy, dlast = torch.zeros_like(x) if dy is None else dy.contiguous(), None if dlast is None else dlast.contiguous()
-    *grads, dD, first = ssd_backward(*ctx.saved_tensors, dy, dlast, ctx.L, ctx.has_state)
+    *grads, dD, first = backward(*ctx.saved_tensors, dy, dlast, ctx.L, ctx.has_state)
     return *grads, None if D is None else dD, first if ctx.has_state else None, None, None
 
 
-ssd_forward.register_autograd(ssd_chain, setup_context=ssd_save)
+ssd_kernels = differentiable(ssd_forward, ssd_save, ssd_backward, ssd_chain)
 
 
 @triton.jit
@@ -975,7 +994,7 @@ def ssd_triton(x, dt, A, B, C, D, state):
         y, new = x.new_empty(x.shape), torch.empty(state.shape, device=x.device)
         wide = lambda t: None if t is None else t.float().contiguous()
         BP, BN = pow2(P, 16, 32), pow2(N, 16, 128)
-        ssd_step[(triton.cdiv(P, BP), H, b)](x.contiguous(), wide(dt), wide(A), B.contiguous(), C.contiguous(), wide(D), wide(state), y, new,
+        ssd_step[(-(-P // BP), H, b)](x.contiguous(), wide(dt), wide(A), B.contiguous(), C.contiguous(), wide(D), wide(state), y, new,
                                              H, G, P, N, BP, BN, D is not None, num_warps=4)
         return y, new
     dtype = torch.bfloat16 if x.dtype == B.dtype == C.dtype == torch.bfloat16 else torch.float32
@@ -989,7 +1008,7 @@ def ssd_triton(x, dt, A, B, C, D, state):
         state = pad(state.float(), {2: parts * BP, 3: BN}).unflatten(2, (parts, BP)).flatten(1, 2).contiguous()
     A, D = (None if t is None else t.float().contiguous() for t in (A, D))
     keep = N > 128 and needs_grad(x, dt, A, B, C, D, state)
-    y, last, *_ = ssd_forward(x, dt.contiguous(), A, B, C, D, state, L, keep)
+    y, last, *_ = ssd_kernels(x, dt.contiguous(), A, B, C, D, state, L, keep)
     return y.unflatten(2, (-1, parts)).flatten(3)[:, :T, :, :P], last.unflatten(1, (-1, parts)).flatten(2, 3)[:, :, :P, :N]
 
 
@@ -1080,7 +1099,7 @@ def conv_tile(x):
 def conv_forward(x, w, bias):
     """x (B,T,D), its tokens any number of channels apart; w (D,taps); bias (D,) or None -> y (B,T,D)."""
     (B, T, D), (BT, BD), y = x.shape, conv_tile(x), x.new_empty(x.shape)
-    conv_rows[(triton.cdiv(T, BT), triton.cdiv(D, BD), B)](x, w, bias, y, T, x.stride(1), D, w.shape[1], BT, BD, bias is not None, num_warps=4)
+    conv_rows[(-(-T // BT), -(-D // BD), B)](x, w, bias, y, T, x.stride(1), D, w.shape[1], BT, BD, bias is not None, num_warps=4)
     return y
 
 
@@ -1094,12 +1113,12 @@ def conv_backward(x, w, bias, dy, dx, dw, db):
     (B, T, D), (BT, BD) = x.shape, conv_tile(x)
     BG = min(BT, 16)                                                      # tokens of a tile of conv_gradients, which keeps many tiles in registers
     steps = 32 if T >= 32 * BG else 1                                     # tiles a program: its sums are one part of dw and db
-    grid = (triton.cdiv(T, BG * steps), triton.cdiv(D, BD), B)
+    grid = (-(-T // (BG * steps)), -(-D // BD), B)
     dw_parts, db_parts = x.new_empty(grid[0] * B, *w.shape, dtype=torch.float32), x.new_empty(grid[0] * B, D, dtype=torch.float32)
     dpre = x.new_empty(x.shape)
     conv_gradients[grid](x, w, bias, dy, dpre, dw_parts, db_parts, T, steps, x.stride(1), dy.stride(1), D, w.shape[1], BG, BD, bias is not None,
                          num_warps=4)
-    conv_dx[triton.cdiv(T, BT), grid[1], B](dpre, w, dx, T, D, w.shape[1], BT, BD, num_warps=4)
+    conv_dx[-(-T // BT), grid[1], B](dpre, w, dx, T, D, w.shape[1], BT, BD, num_warps=4)
     dw.copy_(dw_parts.sum(0))
     if bias is not None:
         db.copy_(db_parts.sum(0))
