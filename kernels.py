@@ -25,7 +25,7 @@ try:
     import triton.language as tl
     triton_installed = True
 except ImportError:                              # not on this platform: recurrent and chunked still work
-    triton, triton_installed = types.SimpleNamespace(jit=lambda f: f), False
+    triton, triton_installed = types.SimpleNamespace(jit=lambda f=None, **options: f or (lambda g: g)), False
 
 
 def gla(q, k, v, g, scale=None, state=None, impl="auto"):
@@ -204,6 +204,7 @@ def ssd_chunked(x, dt, A, B, C, D, state, L=64):
 # that addresses fold into the instructions.
 
 
+chunk_kernel = triton.jit(do_not_specialize=["n"])      # n, the number of chunks: one compilation for every T
 LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None      # the kernels take exp(x) as exp2(x LOG2E)
 
 
@@ -242,7 +243,7 @@ def halves(g, b, DOT: tl.constexpr):
     return sum_rows(same & (t <= row), g, DOT), sum_rows(same & (t > row), g, DOT)
 
 
-@triton.jit
+@chunk_kernel
 def gla_prepare(q, k, g, qs, ks, decay, A, scale, n, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
                 DOT: tl.constexpr):
     """One program: one chunk of one head. Slices of BK channels; the scores add up over the slices.
@@ -270,7 +271,7 @@ def gla_prepare(q, k, g, qs, ks, decay, A, scale, n, H: tl.constexpr, K: tl.cons
     tl.store(A + start * C + i[:, None] * (H * C) + i[None, :], scores.to(A.dtype.element_ty))
 
 
-@triton.jit
+@chunk_kernel
 def gla_prepare_steep(q, k, g, qs, ks, decay, A, scale, LIMIT, n, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
                       DOT: tl.constexpr):
     """One program: a chunk that decays by more than 2 LIMIT bits in some channel; where none does (a GLA model's g is above -1
@@ -300,7 +301,7 @@ def gla_prepare_steep(q, k, g, qs, ks, decay, A, scale, LIMIT, n, H: tl.constexp
         tl.store(A + start * C + row * (H * C) + t, scores.to(A.dtype.element_ty), (row > t) & ((row ^ t) >> b == 1))
 
 
-@triton.jit
+@chunk_kernel
 def gla_scan(x, y, decay, first, S, last, n, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
              BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr,
              LAST: tl.constexpr, DOT: tl.constexpr):
@@ -323,7 +324,7 @@ def gla_scan(x, y, decay, first, S, last, n, H: tl.constexpr, K: tl.constexpr, V
         tl.store(last + bh * K * V + tile, carry)
 
 
-@triton.jit
+@chunk_kernel
 def gla_rows(x, S, A, y, out, n, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
              BV: tl.constexpr, TRANSPOSE: tl.constexpr, DOT: tl.constexpr):
     """One program: a chunk's rows of the output, BV columns: x S + A y, or x S + A^T y."""
@@ -341,7 +342,7 @@ def gla_rows(x, S, A, y, out, n, H: tl.constexpr, K: tl.constexpr, V: tl.constex
     tl.store(out + rows, acc.to(out.dtype.element_ty))
 
 
-@triton.jit
+@chunk_kernel
 def gla_scores(do, v, dA, diagonal, n, H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr):
     """One program: dA of one chunk of one head, its diagonal apart (B,H,T)."""
     c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -355,7 +356,7 @@ def gla_scores(do, v, dA, diagonal, n, H: tl.constexpr, V: tl.constexpr, C: tl.c
     tl.store(dA + start * C + i[:, None] * (H * C) + i[None, :], acc.to(dA.dtype.element_ty))
 
 
-@triton.jit
+@chunk_kernel
 def gla_through(do, v, S, dS, dqs, dks, both, n, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
                 BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr):
     """One program: BK channels of one chunk. What the queries read from S and the keys write to dS."""
@@ -377,7 +378,7 @@ def gla_through(do, v, S, dS, dqs, dks, both, n, H: tl.constexpr, K: tl.constexp
     tl.store(both + (bh * n + c) * K + col, sd)
 
 
-@triton.jit
+@chunk_kernel
 def gla_finish(q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, scale, LIMIT, n, H: tl.constexpr, K: tl.constexpr,
                C: tl.constexpr, BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr):
     """One program: BK channels of one chunk.
@@ -482,6 +483,12 @@ def scan_tile(K, V, heads, rows, dtype):
     return pow2(K, 16, 64), pow2(V, 16, 64), 4, 3
 
 
+def row_tile(K, V, dtype):
+    """Channels of a tile of gla_rows, and warps: 4 are a tenth faster in small states, 8 as fast in large ones, and are compiled in a third
+    of the time."""
+    return pow2(K, 16, 64), pow2(V, 16, widest(dtype)), 8 if K > 256 else 4
+
+
 def operator(schema, buffers):
     """Makes a function a PyTorch operator, which torch.compile leaves in one piece. `buffers` allocates the results from the
     arguments; the function gets the arguments and the results, and fills these."""
@@ -534,8 +541,8 @@ def gla_forward(q, k, v, g, state, scale, C, o, last, qs, ks, A, decay, S):
     BK, BV, warps, stages = scan_tile(K, V, B * H, 64, q.dtype)
     launch(gla_scan, (K // BK, V // BV, B * H), ks, v, decay, state, S, last, n, H, K, V, C, BK, BV, False, state is not None, True, dot,
            num_warps=warps, num_stages=stages)
-    BK, BV = pow2(K, 16, 64), pow2(V, 16, widest(q.dtype))
-    launch(gla_rows, (V // BV, n, B * H), qs, S, A, v, o, n, H, K, V, C, BK, BV, False, dot, num_warps=4, num_stages=3)
+    BK, BV, warps = row_tile(K, V, q.dtype)
+    launch(gla_rows, (V // BV, n, B * H), qs, S, A, v, o, n, H, K, V, C, BK, BV, False, dot, num_warps=warps, num_stages=3)
 
 
 def gla_gradients(q, k, v, g, qs, ks, A, decay, S, do, dlast, scale, C, has_state):
@@ -554,8 +561,8 @@ def gla_backward(q, k, v, g, qs, ks, A, decay, S, do, dlast, scale, C, has_state
     BK, BV, warps, stages = scan_tile(K, V, B * H, 128, q.dtype)
     launch(gla_scan, (K // BK, V // BV, B * H), qs, do, decay, dlast, dS, first, n, H, K, V, C, BK, BV, True, dlast is not None, has_state, dot,
            num_warps=warps, num_stages=stages)
-    BK, BV = pow2(K, 16, 64), pow2(V, 16, widest(q.dtype))
-    launch(gla_rows, (V // BV, n, B * H), ks, dS, A, do, dv, n, H, K, V, C, BK, BV, True, dot, num_warps=4, num_stages=3)
+    BK, BV, warps = row_tile(K, V, q.dtype)
+    launch(gla_rows, (V // BV, n, B * H), ks, dS, A, do, dv, n, H, K, V, C, BK, BV, True, dot, num_warps=warps, num_stages=3)
     launch(gla_scores, (n, B * H), do, v, dA, diagonal, n, H, V, C, BV, dot, num_warps=4, num_stages=3)
     BK, BV = pow2(K, 16, widest(q.dtype)), pow2(V, 16, 64)
     launch(gla_through, (K // BK, n, B * H), do, v, S, dS, dqs, dks, both, n, H, K, V, C, BK, BV, dot, num_warps=8, num_stages=3)
@@ -646,7 +653,7 @@ def gla_triton(q, k, v, g, scale, state):
 # (bfloat16 inputs have fewer digits to keep: EXACT is off for them, and lo is left out).
 
 
-@triton.jit
+@chunk_kernel
 def ssd_prepare(B, C, dt, A, CB, hi, lo, n, G: tl.constexpr, N: tl.constexpr, H: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
                 BN: tl.constexpr, BH: tl.constexpr, DOT: tl.constexpr):
     """One program: R rows of CB in one chunk of one group. dt is (B,T,H); hi, lo are (B,H,T); CB is (B,T,G,L)."""
@@ -693,7 +700,7 @@ def ssd_table(hi, lo, t, EXACT: tl.constexpr):
     return tl.exp2(tl.where(t[:, None] >= t[None, :], between, float("-inf")))
 
 
-@triton.jit
+@chunk_kernel
 def ssd_scan(x, y, dt, hi, lo, first, S, last, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
              L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr,
              LAST: tl.constexpr, DOT: tl.constexpr):
@@ -724,7 +731,7 @@ def ssd_scan(x, y, dt, hi, lo, first, S, last, n, H: tl.constexpr, G: tl.constex
         tl.store(last + (b * H + h) * P * N + tile, carry)
 
 
-@triton.jit
+@chunk_kernel
 def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, y_S, out, ddt, keys, queries, dD, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
              N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BACKWARD: tl.constexpr,
              SKIP: tl.constexpr, KEPT: tl.constexpr, DOT: tl.constexpr):
@@ -786,7 +793,7 @@ def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, y_S, out, ddt, keys, queries, dD, n
     tl.store(out + token * H * P + at, acc.to(out.dtype.element_ty))
 
 
-@triton.jit
+@chunk_kernel
 def ssd_scores(x, dy, dt, hi, lo, CB, dCB, ends, begins, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
                L: tl.constexpr, R: tl.constexpr, DOT: tl.constexpr):
     """One program: queries of block ib and keys of block jb of one chunk of one group, its heads in turn. dCB (B,T,G,L)
@@ -821,7 +828,7 @@ def ssd_scores(x, dy, dt, hi, lo, CB, dCB, ends, begins, n, H: tl.constexpr, G: 
     tl.store(dCB + table, acc.to(dCB.dtype.element_ty))
 
 
-@triton.jit
+@chunk_kernel
 def ssd_through(x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
                 N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, KEPT: tl.constexpr,
                 DOT: tl.constexpr):
@@ -868,7 +875,7 @@ def ssd_through(x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H
     tl.store(dB + wide, db.to(dB.dtype.element_ty))
 
 
-@triton.jit
+@chunk_kernel
 def ssd_finish(queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, n, H: tl.constexpr, READS: tl.constexpr,
                BLOCKS: tl.constexpr, L: tl.constexpr, R: tl.constexpr):
     """One program: one chunk of one head: dg, and from g = dt A the gradients of dt (B,T,H) and A (B,H,n)."""
@@ -899,6 +906,13 @@ def ssd_results(x, dt, A, B, C, D, state, L, keep):
             x.new_empty(b, H, T // L, P, N), x.new_empty(b if keep else 0, T, H, P))
 
 
+def scan_tiles(N, heads, L, R):
+    """Columns and tokens of a tile of ssd_scan: 128 in pieces of R where that makes a program for each of a large GPU's processors. Of
+    fewer programs (one sequence) each must be quick: 32 columns, a whole chunk at a time."""
+    BN = pow2(N, 16, 128)
+    return (BN, R) if N // BN * heads >= 128 else (min(BN, 32), L)
+
+
 def row_tiles(N, dot, stages, registers):
     """Columns, stages and registers of ssd_rows: all columns of a small state at once, of a large one few and more of them under way.
     168 registers let three programs run on a processor, 128 four."""
@@ -911,9 +925,10 @@ def row_tiles(N, dot, stages, registers):
 def ssd_forward(x, dt, A, B, C, D, state, L, keep, y, last, CB, hi, lo, S, y_S):
     """T a multiple of L = 16, 32 or 128; P 16, 32 or 64; N a multiple of 128, or a power of two from 16."""
     (b, T, H, P), (G, N), n, R = x.shape, B.shape[2:], x.shape[1] // L, min(L, 64)
-    dot, BN = "tf32x3" if x.dtype == torch.float32 else None, pow2(N, 16, 128)
-    ssd_prepare[(T // R, b * G)](B, C, dt, A, CB, hi, lo, n, G, N, H, L, R, min(BN, 64), 16, dot, num_warps=4)
-    launch(ssd_scan, (N // BN, H, b), x, B, dt, hi, lo, state, S, last, n, H, G, P, N, L, R, BN, False, state is not None, True, dot,
+    dot = "tf32x3" if x.dtype == torch.float32 else None
+    ssd_prepare[(T // R, b * G)](B, C, dt, A, CB, hi, lo, n, G, N, H, L, R, pow2(N, 16, 64), 16, dot, num_warps=4)
+    BN, piece = scan_tiles(N, b * H, L, R)
+    launch(ssd_scan, (N // BN, H, b), x, B, dt, hi, lo, state, S, last, n, H, G, P, N, L, piece, BN, False, state is not None, True, dot,
            num_warps=4, num_stages=3 if dot else 4)
     BN, stages, registers = row_tiles(N, dot, 3, 128)
     launch(ssd_rows, (H, T // R, b), C, S, CB, x, None, dt, hi, lo, D, y_S, y, None, None, None, None, n, H, G, P, N, L, R, BN, False,
@@ -931,13 +946,14 @@ def ssd_gradients(x, dt, A, B, C, D, CB, hi, lo, S, y_S, dy, dlast, L, has_state
           "Tensor? dlast, int L, bool has_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", ssd_gradients)
 def ssd_backward(x, dt, A, B, C, D, CB, hi, lo, S, y_S, dy, dlast, L, has_state, dx, ddt, dA, dB, dC, dD, first):
     (b, T, H, P), (G, N), n, R = x.shape, B.shape[2:], x.shape[1] // L, min(L, 64)
-    dot, kept, BS = "tf32x3" if x.dtype == torch.float32 else None, len(y_S) > 0, pow2(N, 16, 128)
-    BR, BN, warps = (L, BS, 8) if kept and not dot and L == 128 else (R, pow2(N, 16, 64), 4)          # tokens and columns of ssd_through
+    dot, kept = "tf32x3" if x.dtype == torch.float32 else None, len(y_S) > 0
+    BR, BN, warps = (L, 128, 8) if kept and not dot and L == 128 else (R, pow2(N, 16, 64), 4)          # of ssd_through
     blocks, reads, wide = N // BN, 1 if kept else N // BN, torch.float64 if dot else torch.float32
     dS, dCB, ddt_x, keys, queries = torch.empty_like(S), torch.empty_like(CB), *(hi.new_empty(m * b, H, T) for m in (1, 1, reads))
     ends, begins = (torch.empty(L // R, b, H, T, dtype=wide, device=x.device) for _ in range(2))
     both, dA_parts, dD_parts = (hi.new_empty(b, H, m) for m in (blocks * n, n, T // R))
-    launch(ssd_scan, (N // BS, H, b), dy, C, dt, hi, lo, dlast, dS, first, n, H, G, P, N, L, R, BS, True, dlast is not None, has_state, dot,
+    BS, piece = scan_tiles(N, b * H, L, R)
+    launch(ssd_scan, (N // BS, H, b), dy, C, dt, hi, lo, dlast, dS, first, n, H, G, P, N, L, piece, BS, True, dlast is not None, has_state, dot,
            num_warps=4, num_stages=3)
     columns, stages, registers = row_tiles(N, dot, 2 if dot else 4, 168)
     launch(ssd_rows, (H, T // R, b), B, dS, CB, x, dy, dt, hi, lo, D, y_S, dx, ddt_x, keys, queries, dD_parts, n, H, G, P, N, L, R, columns,
