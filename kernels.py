@@ -437,8 +437,8 @@ def pow2(x, low, high=1 << 30):
     return max(low, min(high, 1 << (x - 1).bit_length()))
 
 
-# Triton 3.6 on an H100 gives wrong numbers for some bfloat16 products of less than 64 channels in kernels like these, and for
-# chunks of 64 tokens: there are no such here.
+# Triton 3.6 on an H100 gave wrong numbers for some bfloat16 products of less than 64 channels in kernels like these, and for chunks of
+# 64 tokens (perhaps what `finished` is about): the only such here are ssd_scan's tiles of 32 columns, which the tests have run there.
 
 
 def chunk(T):
@@ -475,7 +475,7 @@ def widest(dtype):
     return 128 if dtype == torch.bfloat16 else 64
 
 
-def scan_tile(K, V, heads, rows, dtype):
+def gla_scan_tile(K, V, heads, rows, dtype):
     """A scan's tile of the state: rows x 128 in bfloat16 where that makes a program for each of a large GPU's processors, else 64 x 64;
     with it, the warps and the stages of the software pipeline. (Forward 64 rows is fastest, in reverse 128.)"""
     if widest(dtype) == 128 and -(-K // rows) * -(-V // 128) * heads >= 128:
@@ -483,7 +483,7 @@ def scan_tile(K, V, heads, rows, dtype):
     return pow2(K, 16, 64), pow2(V, 16, 64), 4, 3
 
 
-def row_tile(K, V, dtype):
+def gla_rows_tile(K, V, dtype):
     """Channels of a tile of gla_rows, and warps: 4 are a tenth faster in small states, 8 as fast in large ones, and are compiled in a third
     of the time."""
     return pow2(K, 16, 64), pow2(V, 16, widest(dtype)), 8 if K > 256 else 4
@@ -538,10 +538,10 @@ def gla_forward(q, k, v, g, state, scale, C, o, last, qs, ks, A, decay, S):
     BK = pow2(K, 16, 64)
     gla_prepare[(n, B * H)](q, k, g, qs, ks, decay, A, scale, n, H, K, C, BK, dot, num_warps=8, num_stages=1)
     gla_prepare_steep[(n, B * H)](q, k, g, qs, ks, decay, A, scale, limit, n, H, K, C, BK, dot, num_warps=8, num_stages=1)
-    BK, BV, warps, stages = scan_tile(K, V, B * H, 64, q.dtype)
+    BK, BV, warps, stages = gla_scan_tile(K, V, B * H, 64, q.dtype)
     launch(gla_scan, (K // BK, V // BV, B * H), ks, v, decay, state, S, last, n, H, K, V, C, BK, BV, False, state is not None, True, dot,
            num_warps=warps, num_stages=stages)
-    BK, BV, warps = row_tile(K, V, q.dtype)
+    BK, BV, warps = gla_rows_tile(K, V, q.dtype)
     launch(gla_rows, (V // BV, n, B * H), qs, S, A, v, o, n, H, K, V, C, BK, BV, False, dot, num_warps=warps, num_stages=3)
 
 
@@ -558,10 +558,10 @@ def gla_backward(q, k, v, g, qs, ks, A, decay, S, do, dlast, scale, C, has_state
     dot, limit = ("tf32x3", 30.0) if q.dtype == torch.float32 else (None, 90.0)
     dS, dA, diagonal = torch.empty_like(S), torch.empty_like(A), g.new_empty(B, H, T)
     dqs, dks, both = torch.empty_like(q), torch.empty_like(k), torch.empty_like(decay)
-    BK, BV, warps, stages = scan_tile(K, V, B * H, 128, q.dtype)
+    BK, BV, warps, stages = gla_scan_tile(K, V, B * H, 128, q.dtype)
     launch(gla_scan, (K // BK, V // BV, B * H), qs, do, decay, dlast, dS, first, n, H, K, V, C, BK, BV, True, dlast is not None, has_state, dot,
            num_warps=warps, num_stages=stages)
-    BK, BV, warps = row_tile(K, V, q.dtype)
+    BK, BV, warps = gla_rows_tile(K, V, q.dtype)
     launch(gla_rows, (V // BV, n, B * H), ks, dS, A, do, dv, n, H, K, V, C, BK, BV, True, dot, num_warps=warps, num_stages=3)
     launch(gla_scores, (n, B * H), do, v, dA, diagonal, n, H, V, C, BV, dot, num_warps=4, num_stages=3)
     BK, BV = pow2(K, 16, widest(q.dtype)), pow2(V, 16, 64)
@@ -906,14 +906,14 @@ def ssd_results(x, dt, A, B, C, D, state, L, keep):
             x.new_empty(b, H, T // L, P, N), x.new_empty(b if keep else 0, T, H, P))
 
 
-def scan_tiles(N, heads, L, R):
+def ssd_scan_tile(N, heads, L, R):
     """Columns and tokens of a tile of ssd_scan: 128 in pieces of R where that makes a program for each of a large GPU's processors. Of
     fewer programs (one sequence) each must be quick: 32 columns, a whole chunk at a time."""
     BN = pow2(N, 16, 128)
     return (BN, R) if N // BN * heads >= 128 else (min(BN, 32), L)
 
 
-def row_tiles(N, dot, stages, registers):
+def ssd_rows_tile(N, dot, stages, registers):
     """Columns, stages and registers of ssd_rows: all columns of a small state at once, of a large one few and more of them under way.
     168 registers let three programs run on a processor, 128 four."""
     BN = pow2(N, 16, 64) if dot or N > 128 else pow2(N, 16, 128)
@@ -927,10 +927,10 @@ def ssd_forward(x, dt, A, B, C, D, state, L, keep, y, last, CB, hi, lo, S, y_S):
     (b, T, H, P), (G, N), n, R = x.shape, B.shape[2:], x.shape[1] // L, min(L, 64)
     dot = "tf32x3" if x.dtype == torch.float32 else None
     ssd_prepare[(T // R, b * G)](B, C, dt, A, CB, hi, lo, n, G, N, H, L, R, pow2(N, 16, 64), 16, dot, num_warps=4)
-    BN, piece = scan_tiles(N, b * H, L, R)
+    BN, piece = ssd_scan_tile(N, b * H, L, R)
     launch(ssd_scan, (N // BN, H, b), x, B, dt, hi, lo, state, S, last, n, H, G, P, N, L, piece, BN, False, state is not None, True, dot,
            num_warps=4, num_stages=3 if dot else 4)
-    BN, stages, registers = row_tiles(N, dot, 3, 128)
+    BN, stages, registers = ssd_rows_tile(N, dot, 3, 128)
     launch(ssd_rows, (H, T // R, b), C, S, CB, x, None, dt, hi, lo, D, y_S, y, None, None, None, None, n, H, G, P, N, L, R, BN, False,
            D is not None, keep, dot, num_warps=4, num_stages=stages, maxnreg=registers)
 
@@ -952,10 +952,10 @@ def ssd_backward(x, dt, A, B, C, D, CB, hi, lo, S, y_S, dy, dlast, L, has_state,
     dS, dCB, ddt_x, keys, queries = torch.empty_like(S), torch.empty_like(CB), *(hi.new_empty(m * b, H, T) for m in (1, 1, reads))
     ends, begins = (torch.empty(L // R, b, H, T, dtype=wide, device=x.device) for _ in range(2))
     both, dA_parts, dD_parts = (hi.new_empty(b, H, m) for m in (blocks * n, n, T // R))
-    BS, piece = scan_tiles(N, b * H, L, R)
+    BS, piece = ssd_scan_tile(N, b * H, L, R)
     launch(ssd_scan, (N // BS, H, b), dy, C, dt, hi, lo, dlast, dS, first, n, H, G, P, N, L, piece, BS, True, dlast is not None, has_state, dot,
            num_warps=4, num_stages=3)
-    columns, stages, registers = row_tiles(N, dot, 2 if dot else 4, 168)
+    columns, stages, registers = ssd_rows_tile(N, dot, 2 if dot else 4, 168)
     launch(ssd_rows, (H, T // R, b), B, dS, CB, x, dy, dt, hi, lo, D, y_S, dx, ddt_x, keys, queries, dD_parts, n, H, G, P, N, L, R, columns,
            True, D is not None, kept, dot, num_warps=4, num_stages=stages, maxnreg=registers)
     launch(ssd_scores, (L // R, T // R, b * G), x, dy, dt, hi, lo, CB, dCB, ends, begins, n, H, G, P, L, R, dot, num_warps=4, num_stages=3)

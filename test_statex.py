@@ -117,10 +117,11 @@ def test_chunked_equals_recurrent(op, shape, G, T):
         assert max(e.values()) < 1e-9, (decay, e)
 
 
-@pytest.mark.parametrize("op,shape,G", (("gla", (3, 20, 36), 1), ("ssd", (6, 20, 36), 2)) + ((("ssd", (3, 20, 130), 1),) if CUDA else ()))
+@pytest.mark.parametrize("op,shape,G", (("gla", (3, 20, 36), 1), ("ssd", (6, 20, 36), 2)) + ((("ssd", (7, 20, 130), 1),) if CUDA else ()))
 @pytest.mark.parametrize("T", (1, 17, 64, 200) + ((1000, 8192, 65536) if CUDA else ()))
 def test_triton_equals_recurrent(op, shape, G, T, mended_interpreter):
-    """Buffers start as NaN, so that an element left unwritten or read too early shows. The same bits twice."""
+    """Buffers start as NaN, so that an element left unwritten or read too early shows. The same bits twice. At T = 1 dA is one sum a head,
+    which may cancel: a state in bfloat16 alone puts it beyond 1e-2 in 2 % of draws with three heads, in 0.06 % with seven."""
     if T > 1000:                                             # the definition is slow there: against chunked in float64
         reference = "chunked"
     else:
