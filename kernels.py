@@ -433,7 +433,7 @@ def gla_finish(q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, sca
     tl.store(dg + at, total + always[None, :])
 
 
-def pow2(x, low, high=1 << 30):
+def pow2(x, low, high=1 << 30):                           # not triton's next_power_of_2 (nor its cdiv): small layers wait for the processor
     return max(low, min(high, 1 << (x - 1).bit_length()))
 
 
@@ -484,14 +484,13 @@ def gla_scan_tile(K, V, heads, rows, dtype):
 
 
 def gla_rows_tile(K, V, dtype):
-    """Channels of a tile of gla_rows, and warps: 4 are a tenth faster in small states, 8 as fast in large ones, and are compiled in a third
-    of the time."""
+    """Channels of a tile of gla_rows, and warps: 4 are faster in small states, 8 as fast in large ones and sooner compiled."""
     return pow2(K, 16, 64), pow2(V, 16, widest(dtype)), 8 if K > 256 else 4
 
 
 def operator(schema, buffers):
     """Makes a function a PyTorch operator, which torch.compile leaves in one piece. `buffers` allocates the results from the
-    arguments; the function gets the arguments and the results, and fills these."""
+    arguments; the function gets the arguments and the results, and fills these. `.plain` is the same without the operator."""
     def make(f):
         def call(*args):
             out = buffers(*args)
@@ -506,7 +505,7 @@ def operator(schema, buffers):
 
 def differentiable(forward, save, backward, chain):
     """Two operators as one differentiable function. save(ctx, inputs, output) keeps what chain(backward, ctx, *gradients) needs. Outside of
-    torch.compile the plain functions are called: the way through PyTorch's operators is a quarter of the processor's time for a layer."""
+    torch.compile the plain functions are called: small layers wait for the processor, and the way through PyTorch's operators is long."""
     forward.register_autograd(functools.partial(chain, backward), setup_context=save)
 
     class Plain(torch.autograd.Function):
@@ -617,7 +616,7 @@ def gla_triton(q, k, v, g, scale, state):
         o, new = v.new_empty(v.shape), torch.empty(state.shape, device=v.device)
         BV = pow2(V, 16, 64)
         gla_step[(-(-V // BV), B * H)](*(t.contiguous() for t in (q, k, v, g.float(), state.float())), o, new, scale, K, V,
-                                              pow2(K, 16, 64), BV, num_warps=4)
+                                       pow2(K, 16, 64), BV, num_warps=4)
         return o, new
     dtype = torch.bfloat16 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else torch.float32
     C, BK, BV = chunk(T), whole_tile(K, q), whole_tile(V, q)
@@ -948,7 +947,7 @@ def ssd_gradients(x, dt, A, B, C, D, CB, hi, lo, S, y_S, dy, dlast, L, has_state
 def ssd_backward(x, dt, A, B, C, D, CB, hi, lo, S, y_S, dy, dlast, L, has_state, dx, ddt, dA, dB, dC, dD, first):
     (b, T, H, P), (G, N), n, R = x.shape, B.shape[2:], x.shape[1] // L, min(L, 64)
     dot, kept = "tf32x3" if x.dtype == torch.float32 else None, len(y_S) > 0
-    BR, BN, warps = (L, 128, 8) if kept and not dot and L == 128 else (R, pow2(N, 16, 64), 4)          # of ssd_through
+    BR, BN, warps = (L, 128, 8) if kept and not dot and L == 128 else (R, pow2(N, 16, 64), 4)    # tokens, columns and warps of ssd_through
     blocks, reads, wide = N // BN, 1 if kept else N // BN, torch.float64 if dot else torch.float32
     dS, dCB, ddt_x, keys, queries = torch.empty_like(S), torch.empty_like(CB), *(hi.new_empty(m * b, H, T) for m in (1, 1, reads))
     ends, begins = (torch.empty(L // R, b, H, T, dtype=wide, device=x.device) for _ in range(2))
@@ -1012,7 +1011,7 @@ def ssd_triton(x, dt, A, B, C, D, state):
         wide = lambda t: None if t is None else t.float().contiguous()
         BP, BN = pow2(P, 16, 32), pow2(N, 16, 128)
         ssd_step[(-(-P // BP), H, b)](x.contiguous(), wide(dt), wide(A), B.contiguous(), C.contiguous(), wide(D), wide(state), y, new,
-                                             H, G, P, N, BP, BN, D is not None, num_warps=4)
+                                      H, G, P, N, BP, BN, D is not None, num_warps=4)
         return y, new
     dtype = torch.bfloat16 if x.dtype == B.dtype == C.dtype == torch.bfloat16 else torch.float32
     (_, T, _, P), N = x.shape, B.shape[-1]
