@@ -629,26 +629,30 @@ def gla_triton(q, k, v, g, scale, state):
 # ---------------------------------------------------------------------------------------------------------------------
 # Triton, Mamba2's state space recurrence
 #
-# Three launches forward, five backward. One decay a head, so the scores inside a chunk are a table C B^T, shared by all
-# heads of a group, times a table of decays W_ij = exp(g_{j+1} + ... + g_i) for each head, with g = dt A and v = dt x.
+# Three launches forward, five backward; a large state takes one more each. One decay a head, so the scores inside a chunk are
+# a table C B^T, shared by all heads of a group, times a table of decays W_ij = exp(g_{j+1} + ... + g_i) for each head, with
+# g = dt A and v = dt x.
 #
 #   ssd_prepare   CB_c = C_c B_c^T, and cum = LOG2E x the sums of g from the chunk's start, as hi + lo
 #   ssd_scan      S_0 = state,  S_{c+1} = decay_c S_c + (to_end v)^T B         stores S_c, the state before chunk c
+#   ssd_read      y_S = C S_c^T, where N > 128
 #   ssd_rows      y = exp(cum) (C S_c^T) + (CB W) v + D x
 #
 #   ssd_scan      dS_{c-1} = decay_c dS_c + (exp(cum) dy)^T C                  stores dS_c, the gradient after chunk c
+#   ssd_read      B dS_c^T, where N > 128
 #   ssd_rows      dv = to_end (B dS_c^T) + (CB W)^T dy; from it dx, D's and dt's parts
 #   ssd_scores    dCB = sum over heads of W (dy v^T), and for each head its sums along rows and columns
 #   ssd_through   dC = sum over heads of exp(cum) dy S_c + dCB B,  dB = the same of to_end v dS_c + dCB^T C
-#                 with queries = sum_n C (dC through the state), which is sum_p dy y_S too, y_S = exp(cum) C S_c^T
+#                 with queries = sum_n C (dC through the state), which is exp(cum) sum_p dy y_S too
 #   ssd_finish    dg from the sums over all pairs that span a token, as in gla_finish; then d(dt) and dA
 #
 # Chunk length L. A stored state costs N P / L numbers a token and head, the tables of decays about L / 2 exponentials:
-# L = 128 for every N (256 was no faster at N = 512). From N = 256 on y_S is kept from the forward pass, P numbers a token and
-# head beside the N P / L of the state: ssd_through then needs no dy S for each head but adds up dC in the matrix unit, and has
-# registers for tiles of 128 x 128, which read S and dS half as often. Tables are worked on in blocks of R x R, those above the
-# diagonal left out. A block below the diagonal needs no table: its decays split at the seam s between the two blocks into
-# exp(cum_i - cum_s) exp(cum_s - cum_j), a factor for each row and one for each column, neither above 1.
+# L = 128 for every N (256 was no faster at N = 512). A state of more than 128 columns is read apart, by a plain matrix product
+# over neighbouring heads. Its y_S is kept for the backward pass, P numbers a token and head beside the N P / L of the state:
+# ssd_through then needs no dy S for each head but adds up dC in the matrix unit, and has registers for tiles of 128 x 128, which
+# read S and dS half as often. Tables are worked on in blocks of R x R, those above the diagonal left out. A block below the
+# diagonal needs no table: its decays split at the seam s between the two blocks into exp(cum_i - cum_s) exp(cum_s - cum_j), a
+# factor for each row and one for each column, neither above 1.
 # cum is a float64 sum kept as two float32: a difference of two large sums then keeps the digits of the small decays
 # (bfloat16 inputs have fewer digits to keep: EXACT is off for them, and lo is left out).
 
@@ -732,12 +736,28 @@ def ssd_scan(x, y, dt, hi, lo, first, S, last, n, H: tl.constexpr, G: tl.constex
 
 
 @chunk_kernel
-def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, y_S, out, ddt, keys, queries, dD, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+def ssd_read(z, S, out, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BV: tl.constexpr,
+             BN: tl.constexpr, DOT: tl.constexpr):
+    """One program: what a chunk reads from the state in BV channels, of neighbouring heads of one group: out (B,T,H,P) = z S^T."""
+    vb, c, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i, val = tl.arange(0, L), vb * BV + tl.arange(0, BV)
+    token, group = b * n * L + c * L, vb * BV // (H // G * P)
+    rows = ((b * H + val // P) * n + c) * P * N + val % P * N
+    acc = tl.zeros((L, BV), tl.float32)
+    for n0 in range(0, N, BN):
+        col = n0 + tl.arange(0, BN)
+        zt = tl.load(z + (token * G + group) * N + i[:, None] * (G * N) + col[None, :])
+        acc = tl.dot(zt, tl.load(S + rows[None, :] + col[:, None]), acc, input_precision=DOT)
+    tl.store(out + token * H * P + i[:, None] * (H * P) + val[None, :], acc.to(out.dtype.element_ty))
+
+
+@chunk_kernel
+def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, read, y_S, out, ddt, keys, queries, dD, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
              N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BACKWARD: tl.constexpr,
-             SKIP: tl.constexpr, KEPT: tl.constexpr, DOT: tl.constexpr):
+             SKIP: tl.constexpr, APART: tl.constexpr, DOT: tl.constexpr):
     """One program: R tokens of one chunk of one head; R is L or L / 2. Forward z is C and out is y; backward z is B, S is dS and
     out is dx, with ddt = sum_p x dv (B,H,T), keys = sum_p v (dv through the state) (B,H,T), dD = sum_tp dy x (B,H,blocks).
-    Where y_S (B,T,H,P) is kept, it is written forward, and read backward for queries = sum_p dy y_S (B,H,T).
+    APART: z S^T is there already, in read (B,T,H,P), which out may be; backward y_S gives queries = exp(cum) sum_p dy y_S (B,H,T).
 
     The other block of the chunk is read in any case and weighs nothing where it is not an earlier one (forward) or a later one
     (backward): without a branch its loads are under way early."""
@@ -752,15 +772,18 @@ def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, y_S, out, ddt, keys, queries, dD, n
         below = tl.load(cbs + R * G * L)
     his, los, dts = hi + (b * H + h) * T, lo + (b * H + h) * T, dt + b * T * H + h
     at = h * P + i[:, None] * (H * P) + p[None, :]
-    if BACKWARD and KEPT:                                               # before all else: later, it costs registers
-        read = tl.load(y_S + token * H * P + at).to(tl.float32) * tl.load(dy + token * H * P + at).to(tl.float32)
-        tl.store(queries + (b * H + h) * T + t, tl.sum(read, axis=1))
+    if BACKWARD and APART:                                              # before all else: later, it costs registers
+        seen = tl.load(y_S + token * H * P + at).to(tl.float32) * tl.load(dy + token * H * P + at).to(tl.float32)
+        tl.store(queries + (b * H + h) * T + t, tl.exp2(tl.load(his + t)) * tl.sum(seen, axis=1))
     xt, dt_t = tl.load(x + token * H * P + at), tl.load(dts + t * H)
-    acc = tl.zeros((R, P), tl.float32)
-    for n0 in range(0, N, BN):                                          # through the state
-        col = n0 + tl.arange(0, BN)
-        s = tl.load(S + ((b * H + h) * n + c) * P * N + p[None, :] * N + col[:, None])
-        acc = tl.dot(tl.load(zs + col[None, :]), s, acc, input_precision=DOT)
+    if APART:                                                           # through the state
+        acc = tl.load(read + token * H * P + at).to(tl.float32)
+    else:
+        acc = tl.zeros((R, P), tl.float32)
+        for n0 in range(0, N, BN):
+            col = n0 + tl.arange(0, BN)
+            s = tl.load(S + ((b * H + h) * n + c) * P * N + p[None, :] * N + col[:, None])
+            acc = tl.dot(tl.load(zs + col[None, :]), s, acc, input_precision=DOT)
     w = cb * ssd_table(his, los, t, DOT is not None)
     if BACKWARD:                                                        # the seam: the last token of this block
         seam, end = block * R + R - 1, c * L + L - 1
@@ -779,8 +802,6 @@ def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, y_S, out, ddt, keys, queries, dD, n
             acc += tl.load(D + h) * dyt.to(tl.float32)
             tl.store(dD + (b * H + h) * tl.num_programs(1) + block, tl.sum(xt.to(tl.float32) * dyt.to(tl.float32)))
     else:                                                               # the seam: the last token before this block
-        if KEPT:
-            tl.store(y_S + token * H * P + at, (acc * tl.exp2(tl.load(his + t))[:, None]).to(y_S.dtype.element_ty))
         seam = c * L + R - 1
         upto = tl.where(there, ssd_between(his, los, t, seam, DOT is not None), tl.load(his + t))
         if L > R:
@@ -830,10 +851,10 @@ def ssd_scores(x, dy, dt, hi, lo, CB, dCB, ends, begins, n, H: tl.constexpr, G: 
 
 @chunk_kernel
 def ssd_through(x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-                N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, KEPT: tl.constexpr,
+                N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, APART: tl.constexpr,
                 DOT: tl.constexpr):
     """One program: BN columns of BR tokens of one chunk of one group, its heads in turn; dCB is read in R x R. For every head also
-    the part of both = sum S dS (blocks of N, B,H,n) and, where y_S was not KEPT, of queries = sum_n C (dC through the state) (blocks
+    the part of both = sum S dS (blocks of N, B,H,n) and, where y_S is not kept (APART), of queries = sum_n C (dC through the state) (blocks
     of N, B,H,T)."""
     nb, block, b, group = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
     c, r, T, heads = block // (L // BR), block % (L // BR), n * L, tl.num_programs(2) // G * H
@@ -851,7 +872,7 @@ def ssd_through(x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H
         pairs = tl.load(dCB + (start * G + group) * L + row * (G * L) + key, row >= key, 0.0)
         ct = tl.load(C + ((start + k * R) * G + group) * N + j[:, None] * (G * N) + col[None, :])
         db = tl.dot(tl.trans(pairs), ct, db, input_precision=DOT)
-    if not KEPT:
+    if not APART:
         c_own = tl.load(C + wide).to(tl.float32)
     for m in range(H // G):
         h = group * (H // G) + m
@@ -860,7 +881,7 @@ def ssd_through(x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H
         tile = ((b * H + h) * n + c) * P * N + p[:, None] * N + col[None, :]
         s, ds, dyt = tl.load(S + tile), tl.load(dS + tile), tl.load(dy + at)
         upto, to_end = tl.exp2(tl.load(his + t)), tl.exp2(ssd_between(his, los, end, t, DOT is not None))
-        if KEPT:
+        if APART:
             dc = tl.dot((dyt.to(tl.float32) * upto[:, None]).to(s.dtype), s, dc, input_precision=DOT)
         else:
             read = tl.dot(dyt, s, input_precision=DOT)
@@ -897,13 +918,13 @@ def ssd_finish(queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, n, 
     tl.store(dA + bh * n + c, tl.sum(dg * tl.load(dt + at), axis=0))
 
 
-def ssd_results(x, dt, A, B, C, D, state, L, keep):
+def ssd_results(x, dt, A, B, C, D, state, L):
     """y (B,T,H,P), the last state (B,H,P,N), CB (B,T,G,L), hi and lo (B,H,T), lo empty in bfloat16, S (B,H,T/L,P,N),
-    y_S (B,T,H,P), empty where it is not to be kept."""
+    y_S (B,T,H,P), empty where the state is not read apart."""
     (b, T, H, P), (G, N) = x.shape, B.shape[2:]
     lo = dt.new_empty(b, H, T) if x.dtype == torch.float32 else dt.new_empty(0)
     return (torch.empty_like(x), dt.new_empty(b, H, P, N), x.new_empty(b, T, G, L), dt.new_empty(b, H, T), lo,
-            x.new_empty(b, H, T // L, P, N), x.new_empty(b if keep else 0, T, H, P))
+            x.new_empty(b, H, T // L, P, N), x.new_empty(b if N > 128 else 0, T, H, P))
 
 
 def ssd_scan_tile(N, heads, L, R):
@@ -913,26 +934,29 @@ def ssd_scan_tile(N, heads, L, R):
     return (BN, R) if N // BN * heads >= 128 else (min(BN, 32), L)
 
 
-def ssd_rows_tile(N, dot, stages, registers):
-    """Columns, stages and registers of ssd_rows: all columns of a small state at once, of a large one few and more of them under way.
-    168 registers let three programs run on a processor, 128 four."""
-    BN = pow2(N, 16, 64) if dot or N > 128 else pow2(N, 16, 128)
-    return (BN, stages, None) if dot else (BN, 2, 168) if N <= 128 else (BN, stages, registers)
+def read_apart(z, S, out, dot):
+    """out (B,T,H,P) = z S^T with z (B,T,G,N) and S (B,H,chunks,P,N). A tile of 128 x 128, or half as wide where a group's heads end."""
+    (b, T, G, N), (_, H, n, P, _) = z.shape, S.shape
+    BV = P if dot or H // G * P % 128 else 128
+    launch(ssd_read, (H * P // BV, n, b), z, S, out, n, H, G, P, N, T // n, BV, 64, dot, num_warps=8, num_stages=3)
 
 
-@operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, int L, bool keep) -> "
+@operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, int L) -> "
           "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", ssd_results)
-def ssd_forward(x, dt, A, B, C, D, state, L, keep, y, last, CB, hi, lo, S, y_S):
+def ssd_forward(x, dt, A, B, C, D, state, L, y, last, CB, hi, lo, S, y_S):
     """T a multiple of L = 16, 32 or 128; P 16, 32 or 64; N a multiple of 128, or a power of two from 16."""
     (b, T, H, P), (G, N), n, R = x.shape, B.shape[2:], x.shape[1] // L, min(L, 64)
-    dot = "tf32x3" if x.dtype == torch.float32 else None
+    dot, apart = "tf32x3" if x.dtype == torch.float32 else None, N > 128
     ssd_prepare[(T // R, b * G)](B, C, dt, A, CB, hi, lo, n, G, N, H, L, R, pow2(N, 16, 64), 16, dot, num_warps=4)
     BN, piece = ssd_scan_tile(N, b * H, L, R)
     launch(ssd_scan, (N // BN, H, b), x, B, dt, hi, lo, state, S, last, n, H, G, P, N, L, piece, BN, False, state is not None, True, dot,
            num_warps=4, num_stages=3 if dot else 4)
-    BN, stages, registers = ssd_rows_tile(N, dot, 3, 128)
-    launch(ssd_rows, (H, T // R, b), C, S, CB, x, None, dt, hi, lo, D, y_S, y, None, None, None, None, n, H, G, P, N, L, R, BN, False,
-           D is not None, keep, dot, num_warps=4, num_stages=stages, maxnreg=registers)
+    if apart:
+        read_apart(C, S, y_S, dot)
+    # 168 registers let three programs run on a processor, 128 four.
+    launch(ssd_rows, (H, T // R, b), C, S, CB, x, None, dt, hi, lo, D, y_S, None, y, None, None, None, None, n, H, G, P, N, L, R,
+           pow2(N, 16, widest(x.dtype)), False, D is not None, apart, dot, num_warps=4, num_stages=3 if dot else 2,
+           maxnreg=None if dot else 128 if apart else 168)
 
 
 def ssd_gradients(x, dt, A, B, C, D, CB, hi, lo, S, y_S, dy, dlast, L, has_state):
@@ -946,21 +970,22 @@ def ssd_gradients(x, dt, A, B, C, D, CB, hi, lo, S, y_S, dy, dlast, L, has_state
           "Tensor? dlast, int L, bool has_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", ssd_gradients)
 def ssd_backward(x, dt, A, B, C, D, CB, hi, lo, S, y_S, dy, dlast, L, has_state, dx, ddt, dA, dB, dC, dD, first):
     (b, T, H, P), (G, N), n, R = x.shape, B.shape[2:], x.shape[1] // L, min(L, 64)
-    dot, kept = "tf32x3" if x.dtype == torch.float32 else None, len(y_S) > 0
-    BR, BN, warps = (L, 128, 8) if kept and not dot and L == 128 else (R, pow2(N, 16, 64), 4)    # tokens, columns and warps of ssd_through
-    blocks, reads, wide = N // BN, 1 if kept else N // BN, torch.float64 if dot else torch.float32
+    dot, apart = "tf32x3" if x.dtype == torch.float32 else None, N > 128
+    BR, BN, warps = (L, 128, 8) if apart and not dot and L == 128 else (R, pow2(N, 16, 64), 4)    # tokens, columns and warps of ssd_through
+    blocks, reads, wide = N // BN, 1 if apart else N // BN, torch.float64 if dot else torch.float32
     dS, dCB, ddt_x, keys, queries = torch.empty_like(S), torch.empty_like(CB), *(hi.new_empty(m * b, H, T) for m in (1, 1, reads))
     ends, begins = (torch.empty(L // R, b, H, T, dtype=wide, device=x.device) for _ in range(2))
     both, dA_parts, dD_parts = (hi.new_empty(b, H, m) for m in (blocks * n, n, T // R))
     BS, piece = ssd_scan_tile(N, b * H, L, R)
     launch(ssd_scan, (N // BS, H, b), dy, C, dt, hi, lo, dlast, dS, first, n, H, G, P, N, L, piece, BS, True, dlast is not None, has_state, dot,
            num_warps=4, num_stages=3)
-    columns, stages, registers = ssd_rows_tile(N, dot, 2 if dot else 4, 168)
-    launch(ssd_rows, (H, T // R, b), B, dS, CB, x, dy, dt, hi, lo, D, y_S, dx, ddt_x, keys, queries, dD_parts, n, H, G, P, N, L, R, columns,
-           True, D is not None, kept, dot, num_warps=4, num_stages=stages, maxnreg=registers)
+    if apart:
+        read_apart(B, dS, dx, dot)
+    launch(ssd_rows, (H, T // R, b), B, dS, CB, x, dy, dt, hi, lo, D, dx, y_S, dx, ddt_x, keys, queries, dD_parts, n, H, G, P, N, L, R,
+           pow2(N, 16, widest(x.dtype)), True, D is not None, apart, dot, num_warps=4, num_stages=2, maxnreg=None if dot else 168)
     launch(ssd_scores, (L // R, T // R, b * G), x, dy, dt, hi, lo, CB, dCB, ends, begins, n, H, G, P, L, R, dot, num_warps=4, num_stages=3)
     launch(ssd_through, (blocks, T // BR, b * G), x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H, G, P, N, L, R, BR, BN,
-           kept, dot, num_warps=warps, num_stages=3)
+           apart, dot, num_warps=warps, num_stages=3)
     ssd_finish[(n, b * H)](queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA_parts, n, H, reads, blocks, L, R, num_warps=4)
     torch.sum(dA_parts, (0, 2), out=dA)
     if D is not None:
@@ -977,7 +1002,7 @@ def ssd_chain(backward, ctx, dy, dlast, *_):
     x, D = ctx.saved_tensors[0], ctx.saved_tensors[5]
     dy, dlast = torch.zeros_like(x) if dy is None else dy.contiguous(), None if dlast is None else dlast.contiguous()
     *grads, dD, first = backward(*ctx.saved_tensors, dy, dlast, ctx.L, ctx.has_state)
-    return *grads, None if D is None else dD, first if ctx.has_state else None, None, None
+    return *grads, None if D is None else dD, first if ctx.has_state else None, None
 
 
 ssd_kernels = differentiable(ssd_forward, ssd_save, ssd_backward, ssd_chain)
@@ -1023,8 +1048,7 @@ def ssd_triton(x, dt, A, B, C, D, state):
     if state is not None:
         state = pad(state.float(), {2: parts * BP, 3: BN}).unflatten(2, (parts, BP)).flatten(1, 2).contiguous()
     A, D = (None if t is None else t.float().contiguous() for t in (A, D))
-    keep = N > 128 and needs_grad(x, dt, A, B, C, D, state)
-    y, last, *_ = ssd_kernels(x, dt.contiguous(), A, B, C, D, state, L, keep)
+    y, last, *_ = ssd_kernels(x, dt.contiguous(), A, B, C, D, state, L)
     return y.unflatten(2, (-1, parts)).flatten(3)[:, :T, :, :P], last.unflatten(1, (-1, parts)).flatten(2, 3)[:, :, :P, :N]
 
 

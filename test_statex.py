@@ -238,7 +238,7 @@ def test_kernels_compile_for_absent_gpus(capability, kilobytes, dtype, cases, tm
     assert "overwritten" not in made.stdout
     tried = [line.split() for line in made.stdout.splitlines()]
     too_large = {name for name, stages, shared in tried if int(shared) > 1024 * kilobytes}
-    parts = {"gla": "prepare prepare_steep scan rows scores through finish", "ssd": "prepare scan rows scores through finish"}
+    parts = {"gla": "prepare prepare_steep scan rows scores through finish", "ssd": "prepare scan read rows scores through finish"}
     ops = {kernels.CASES[case][0] for case in cases}
     assert {name for name, *_ in tried} == {f"{op}_{part}" for op in ops for part in parts[op].split()}
     assert len(tried) >= 18 if len(ops) == 2 else len(tried) >= 10              # scan, rows and GLA's finish both ways
