@@ -153,9 +153,10 @@ def test_steep_and_gentle_chunks_side_by_side(dtype, limit, mended_interpreter):
 
 
 @pytest.mark.parametrize("dtype,limit", ((torch.float32, 1e-3 if CUDA else 1e-5), (torch.bfloat16, 1e-2)))
-def test_large_states(dtype, limit, mended_interpreter):
-    """From N = 256 on (130 is padded to it) the backward pass reads what the forward pass kept."""
-    e = errors("ssd", example("ssd", 1, 140, 2, 20, 130, dtype=dtype, device=DEVICE, decay="mixed"), "triton")
+@pytest.mark.parametrize("H,G", ((1, 1), (8, 2)))
+def test_large_states(H, G, dtype, limit, mended_interpreter):
+    """From N = 256 on (130 is padded to it) the state is read apart, one head at a time or 128 channels of a group's heads."""
+    e = errors("ssd", example("ssd", 1, 140, H, 20, 130, G=G, dtype=dtype, device=DEVICE, decay="mixed"), "triton")
     assert all(x <= limit for x in e.values()), str(e)
 
 
@@ -1037,7 +1038,10 @@ def test_evidence_runs_a_small_plan(evidence, corpus, tmp_path):
     evidence.run({**pre, "steps": 2}, dict(n=2))             # comes out differently: another model, and runs from it say so
     evidence.run(lpt, dict(n=2))
     assert evidence.read("gla-s0-pre") == results["gla-s0-pre"] != evidence.read("gla-s0-pre-2")
-    assert evidence.read(lpt["name"])["start"] == "gla-s0-pre-2"
+    assert evidence.read(lpt["name"])["start"] == "gla-s0-pre" and evidence.read(f"{lpt['name']}-2")["start"] == "gla-s0-pre-2"
+    larger = evidence.winner("gla")
+    evidence.run({**lpt, "name": f"gla-s0-{larger}-steps2", "arm": larger}, dict(n=2))
+    assert evidence.paired_table("gla", "steps2").splitlines()[2] == "| models | 2 |"
     tables = [make(family) for family in evidence.FAMILIES for make in (evidence.table, evidence.sweep_table)]
     assert not any("nan" in t for t in tables)
 

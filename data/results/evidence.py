@@ -1,7 +1,7 @@
 """StateX against LPT on one GPU: the runs, and the tables and figures made of them.
 
     python data/results/evidence.py --run           every run that has no JSON yet in data/results/runs/, several at a time
-    python data/results/evidence.py --run --only=gla-s0-lpt-lr0.002      one of them
+    python data/results/evidence.py --run --only=gla-s0-lpt-lr0.002      one of them, done or not
     python data/results/evidence.py                 tables.md and the figures from the JSONs, whatever is there
 
 Text: this machine's Python source with every installed package (`data/prepare.py --site-packages`); half of the tokens of a
@@ -9,8 +9,8 @@ step are text, half multi-query recall of 2 to 128 pairs, which join in one afte
 For each family and seed a small model is pre-trained; each arm goes on from it with the same tokens in the same order and
 schedule. Learning rates: seed 0 tries the whole grid for each arm, the lower held-out loss (text + recall) is kept for the
 other seeds and the sweeps. A killed run is done again from its start. Pre-trained models are not kept in the repository: one that is
-needed again is pre-trained again, and where that comes out differently (other kernels or another GPU round differently) its result is
-...-pre-2. Each run says which one it went on from, and the paired tables compare none that did not go on from the same.
+needed again is pre-trained again. A run that is done again and comes out differently (other kernels or another GPU round differently)
+is kept beside the first, as ...-2. Each run says which pre-trained model it went on from; the paired tables compare those from the same.
 
     lpt         the same model goes on
     reinit, inherit, preserve                     with a larger state in layers 0 and 3, see expand.py
@@ -19,7 +19,7 @@ needed again is pre-trained again, and where that comes out differently (other k
     ceiling     the large state from scratch, for all the tokens
     cost        reading, writing and training speed, alone on the GPU
 """
-import contextlib, gc, json, math, os, subprocess, sys, time, traceback
+import contextlib, gc, itertools, json, math, os, subprocess, sys, time, traceback
 from concurrent import futures
 from multiprocessing import get_context
 from types import SimpleNamespace
@@ -108,12 +108,20 @@ def start(job):
     return None if job["arm"] in ("pre", "ceiling") else f"{WORK}/{job['family']}-s{job['seed']}-pre.pt"
 
 
-def pretrained(job, held_out_loss):
-    """The name of the result of the pre-trained model of a job's family and seed that has this loss, or a name that is free for it."""
-    first = f"{job['family']}-s{job['seed']}-pre"
-    for name in (first, *(f"{first}-{i}" for i in range(2, 100))):
-        if read(name) is None or read(name)["held_out_loss"] == held_out_loss:
-            return name
+def versions(name):
+    """Yields name, name-2, name-3, ...: what the results of a run are called that was done again and came out differently."""
+    yield name
+    yield from (f"{name}-{i}" for i in range(2, 100))
+
+
+def version(name, held_out_loss):
+    """The version of a run that has this result, or the first that is free for it."""
+    return next(v for v in versions(name) if read(v) is None or read(v)["held_out_loss"] == held_out_loss)
+
+
+def done(name):
+    """The results of a run, all its versions."""
+    return list(itertools.takewhile(bool, map(read, versions(name))))
 
 
 def enlarge(lm, job):
@@ -148,16 +156,17 @@ def run(job, small):
         scores = recall.score(lm, corpus[1], load_tokenizer(corpus[2]["tokenizer"]), pairs=PAIRS, lengths=LENGTHS, shots=SHOTS,
                               T=o.block_size, n=small.get("n", 128))
     held_out_loss = r["val_loss"] + r["recall_loss"]
-    name = pretrained(job, held_out_loss) if job["arm"] == "pre" else job["name"]
     if job["arm"] != "pre":
         os.remove(f"{WORK}/{job['name']}.pt")
     c = lm.config
     numbers = sum(c.state_numbers(i) for i in range(c.n_layer))
-    write(name, {**job, "start": pretrained(job, trained["best"]) if trained else None, "params": sum(p.numel() for p in lm.parameters()),
-                 "state_numbers": numbers, "state_bytes": 4 * numbers, "tokens": r["tokens"], "held_out_loss": held_out_loss, "recall_loss": r["recall_loss"],
-                 **scores, "curve": [[n, round(a, 4), round(b, 4)] for n, a, b in r["curve"][::3]], "seconds": round(t1 - t0),
-                 "scoring_seconds": round(time.time() - t1), "corpus": corpus[2]["sha256"],
-                 "versions": {"torch": torch.__version__, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}})
+    write(version(job["name"], held_out_loss),
+          {**job, "start": version(f"{job['family']}-s{job['seed']}-pre", trained["best"]) if trained else None,
+           "params": sum(p.numel() for p in lm.parameters()), "state_numbers": numbers, "state_bytes": 4 * numbers, "tokens": r["tokens"],
+           "held_out_loss": held_out_loss, "recall_loss": r["recall_loss"], **scores,
+           "curve": [[n, round(a, 4), round(b, 4)] for n, a, b in r["curve"][::3]], "seconds": round(t1 - t0),
+           "scoring_seconds": round(time.time() - t1), "corpus": corpus[2]["sha256"],
+           "versions": {"torch": torch.__version__, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}})
 
 
 def cost(family):
@@ -250,10 +259,13 @@ def seeds_of(family, arm, sweep=""):
     """The results of an arm, one a seed, at its chosen learning rate; of "pre" the models that LPT went on from."""
     if arm == "pre":
         return [read(r["start"]) for r in seeds_of(family, "lpt", sweep)]
-    found = [read(f"{family}-s{s}-{arm}{sweep and '-' + sweep}") for s in SEEDS]
-    if not sweep and best(family, arm):
-        found[0] = best(family, arm)[1]
-    return [r for r in found if r]
+    return [versions[0] for versions in all_of(family, arm, sweep) if versions]
+
+
+def all_of(family, arm, sweep):
+    """For each seed all results of an arm, at its chosen learning rate."""
+    chosen = best(family, arm)
+    return [done(f"{family}-s{s}-{arm}" + (f"-{sweep}" if sweep else f"-lr{chosen[0]:g}" if chosen and s == 0 else "")) for s in SEEDS]
 
 
 def arm_name(arm):
@@ -304,11 +316,13 @@ def table(family, sweep=""):
 
 
 def paired_table(family, sweep=""):
-    """What each StateX arm has more than LPT from the same pre-trained model: the seeds differ more than the arms do."""
-    lpt = {r["start"]: r for r in seeds_of(family, "lpt", sweep)}
-    pairs = {a: [(r, lpt[r["start"]]) for r in seeds_of(family, a, sweep) if r["start"] in lpt] for a in ARMS[family][1:]}
+    """What each StateX arm has more than LPT from the same pre-trained model, over all models that both went on from: the models differ
+    more than the arms do."""
+    found = {a: list(itertools.chain(*all_of(family, a, sweep))) for a in ARMS[family]}
+    lpt = {r["start"]: r for r in found["lpt"]}
+    pairs = {a: [(r, lpt[r["start"]]) for r in found[a] if r["start"] in lpt] for a in ARMS[family][1:]}
     arms = [a for a in pairs if pairs[a]]
-    rows = [["pairs", *(str(len(pairs[a])) for a in arms)]]
+    rows = [["models", *(str(len(pairs[a])) for a in arms)]]
     for label, get in measures({"mqar": PAIRS[-4:], "fewshot": SHOTS[-3:]}):
         rows.append([label, *(cell(pairs[a], lambda p: get(p[0]) - get(p[1]), "{:+.3f} ± {:.3f}") for a in arms)])
     return markdown([family + (f", {sweep[5:]} steps" if sweep else "") + ", more than LPT from the same model", *map(arm_name, arms)], rows)
@@ -321,7 +335,8 @@ def sweep_table(family):
         (what, value), = varied(sweep).items()
         for arm in ("lpt", larger):
             found.append((f"{arm}, {'post-training ' if what == 'steps' else ''}{what} {value}", read(f"{family}-s0-{arm}-{sweep}")))
-    found.append(("large from scratch, all the tokens", read(f"{family}-s0-ceiling")))
+    for again, r in enumerate(done(f"{family}-s0-ceiling")):
+        found.append(("large from scratch, all the tokens" + (", done again" if again else ""), r))
     rows = []
     for label, r in found:
         if r:
