@@ -738,7 +738,8 @@ def ssd_scan(x, y, dt, hi, lo, first, S, last, n, H: tl.constexpr, G: tl.constex
 @chunk_kernel
 def ssd_read(z, S, out, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BV: tl.constexpr,
              BN: tl.constexpr, DOT: tl.constexpr):
-    """One program: what a chunk reads from the state in BV channels, of neighbouring heads of one group: out (B,T,H,P) = z S^T."""
+    """One program: what a chunk reads from the state in BV channels, of neighbouring heads of one group: out (B,T,H,P) = z S^T, where z is
+    C or B (B,T,G,N) and S is S or dS (B,H,n,P,N)."""
     vb, c, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i, val = tl.arange(0, L), vb * BV + tl.arange(0, BV)
     token, group = b * n * L + c * L, vb * BV // (H // G * P)
@@ -757,7 +758,8 @@ def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, read, y_S, out, ddt, keys, queries,
              SKIP: tl.constexpr, APART: tl.constexpr, DOT: tl.constexpr):
     """One program: R tokens of one chunk of one head; R is L or L / 2. Forward z is C and out is y; backward z is B, S is dS and
     out is dx, with ddt = sum_p x dv (B,H,T), keys = sum_p v (dv through the state) (B,H,T), dD = sum_tp dy x (B,H,blocks).
-    APART: z S^T is there already, in read (B,T,H,P), which out may be; backward y_S gives queries = exp(cum) sum_p dy y_S (B,H,T).
+    APART: read (B,T,H,P) has z S^T already (backward it is out's own buffer), and backward y_S gives queries = exp(cum) sum_p dy y_S
+    (B,H,T).
 
     The other block of the chunk is read in any case and weighs nothing where it is not an earlier one (forward) or a later one
     (backward): without a branch its loads are under way early."""
@@ -854,8 +856,8 @@ def ssd_through(x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H
                 N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, APART: tl.constexpr,
                 DOT: tl.constexpr):
     """One program: BN columns of BR tokens of one chunk of one group, its heads in turn; dCB is read in R x R. For every head also
-    the part of both = sum S dS (blocks of N, B,H,n) and, where y_S is not kept (APART), of queries = sum_n C (dC through the state) (blocks
-    of N, B,H,T)."""
+    the part of both = sum S dS (blocks of N, B,H,n) and, unless APART (ssd_rows has it from y_S), of queries = sum_n C (dC through the
+    state) (blocks of N, B,H,T)."""
     nb, block, b, group = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
     c, r, T, heads = block // (L // BR), block % (L // BR), n * L, tl.num_programs(2) // G * H
     i, j, p, col = tl.arange(0, BR), tl.arange(0, R), tl.arange(0, P), nb * BN + tl.arange(0, BN)

@@ -231,8 +231,8 @@ for T in (256, 128, 2048):
                                                               (90, 227, "bfloat16", ("gla-1.3b expanded", "mamba2-370m", "mamba2-370m expanded")),
                                                               (89, 99, "bfloat16", ("gla-1.3b expanded",))))
 def test_kernels_compile_for_absent_gpus(capability, kilobytes, dtype, cases, tmp_path):
-    """The largest layers compile for an H100 as they are asked for, once for all lengths; on a smaller GPU with fewer stages. And no kernel fetches a tile
-    into a buffer that a matrix product of the turn before may still read (see `finished` in kernels.py)."""
+    """The largest layers compile for an H100 as they are asked for, once for all lengths; on a smaller GPU with fewer stages. And no
+    kernel fetches a tile into a buffer that a matrix product of the turn before may still read (see `finished` in kernels.py)."""
     made = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE, str(capability), str(1024 * kilobytes), dtype, *cases], cwd=HERE,
                           env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr

@@ -111,7 +111,7 @@ def start(job):
 def versions(name):
     """Yields name, name-2, name-3, ...: what the results of a run are called that was done again and came out differently."""
     yield name
-    yield from (f"{name}-{i}" for i in range(2, 100))
+    yield from (f"{name}-{i}" for i in itertools.count(2))
 
 
 def version(name, held_out_loss):
@@ -119,8 +119,8 @@ def version(name, held_out_loss):
     return next(v for v in versions(name) if read(v) is None or read(v)["held_out_loss"] == held_out_loss)
 
 
-def done(name):
-    """The results of a run, all its versions."""
+def results_of(name):
+    """The results of all versions of a run, in order."""
     return list(itertools.takewhile(bool, map(read, versions(name))))
 
 
@@ -259,13 +259,13 @@ def seeds_of(family, arm, sweep=""):
     """The results of an arm, one a seed, at its chosen learning rate; of "pre" the models that LPT went on from."""
     if arm == "pre":
         return [read(r["start"]) for r in seeds_of(family, "lpt", sweep)]
-    return [versions[0] for versions in all_of(family, arm, sweep) if versions]
+    return [found[0] for found in all_of(family, arm, sweep) if found]
 
 
 def all_of(family, arm, sweep):
-    """For each seed all results of an arm, at its chosen learning rate."""
+    """For each seed the list of an arm's results at its chosen learning rate, one a version."""
     chosen = best(family, arm)
-    return [done(f"{family}-s{s}-{arm}" + (f"-{sweep}" if sweep else f"-lr{chosen[0]:g}" if chosen and s == 0 else "")) for s in SEEDS]
+    return [results_of(f"{family}-s{s}-{arm}" + (f"-{sweep}" if sweep else f"-lr{chosen[0]:g}" if chosen and s == 0 else "")) for s in SEEDS]
 
 
 def arm_name(arm):
@@ -335,7 +335,7 @@ def sweep_table(family):
         (what, value), = varied(sweep).items()
         for arm in ("lpt", larger):
             found.append((f"{arm}, {'post-training ' if what == 'steps' else ''}{what} {value}", read(f"{family}-s0-{arm}-{sweep}")))
-    for again, r in enumerate(done(f"{family}-s0-ceiling")):
+    for again, r in enumerate(results_of(f"{family}-s0-ceiling")):
         found.append(("large from scratch, all the tokens" + (", done again" if again else ""), r))
     rows = []
     for label, r in found:
