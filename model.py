@@ -139,7 +139,8 @@ class GLA(nn.Module):
         q, k, v, g = (t.unflatten(-1, (self.n_head, -1)) for t in (q, k, v, g))         # (B,T,H,K or V)
         o, S = gla(q, k, v, g, state=S)
         o = F.rms_norm(o, o.shape[-1:], self.g_norm_swish_gate.weight.to(o.dtype), self.g_norm_swish_gate.eps)
-        return self.o_proj(o.flatten(-2) * F.silu(self.g_proj(x))), (S, before)
+        o = o * F.silu(self.g_proj(x)).unflatten(-1, (self.n_head, -1))                 # by heads: compiled, one kernel with the norm
+        return self.o_proj(o.flatten(-2)), (S, before)
 
 
 class Mamba2(nn.Module):
@@ -229,29 +230,29 @@ def slice_loss(logits, targets, n):
 class SlicedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of x @ weight.T against targets, without the (tokens, vocabulary) table of logits.
 
-    x (n,d), weight (rows,d), targets (n,), vocab_size <= rows. A slice of tokens at a time, the forward pass computes the
-    logits, the loss, and at once the gradient (softmax - onehot) / n, which goes straight into x's and weight's gradients;
-    the backward pass only scales them. Peak memory is one slice's logits."""
+    x (n,d), weight (rows,d), targets (n,), those of -100 not counted, vocab_size <= rows. A slice of tokens at a time, the forward
+    pass computes the logits, the loss, and at once the gradient (softmax - onehot) / count, which goes straight into x's and weight's
+    gradients; the backward pass only scales them. Peak memory is one slice's logits."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, slice_numbers, slice_loss=slice_loss):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
-        n, w = len(x), weight[:vocab_size].to(dtype)
+        w, counted = weight[:vocab_size].to(dtype), (targets != -100).nonzero()[:, 0]
         need_x, need_w = ctx.needs_input_grad[:2]
-        dx = torch.empty_like(x) if need_x else None
+        dx = torch.zeros_like(x) if need_x else None
         dw = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32)) if need_w else None
-        total, rows = 0.0, max(1, slice_numbers // vocab_size)
-        for xs, ts, at in zip(x.split(rows), targets.split(rows), range(0, n, rows)):
-            xs = xs.to(dtype)
-            part, dlogits = slice_loss(xs @ w.T, ts[:, None], n)
+        total = 0.0
+        for rows in counted.split(max(1, slice_numbers // vocab_size)):
+            xs = x[rows].to(dtype)
+            part, dlogits = slice_loss(xs @ w.T, targets[rows, None], len(counted))
             total = total + part
             if need_x:
-                dx[at:at + rows] = dlogits @ w
+                dx[rows] = (dlogits @ w).to(x.dtype)
             if need_w:
                 dw[:vocab_size] += dlogits.T @ xs
         ctx.save_for_backward(dx, dw)
         ctx.dtypes = x.dtype, weight.dtype
-        return total / n
+        return total / len(counted)
 
     @staticmethod
     def backward(ctx, grad):
@@ -300,9 +301,8 @@ class LM(nn.Module):
 
     def loss(self, x, targets):
         """Mean cross-entropy, in nats, of features x (B,T,d_model) where targets (B,T) are not -100."""
-        counted = targets != -100
         slice_numbers = 1 << (28 if x.is_cuda else 22)                    # logits in memory at a time
-        return SlicedCrossEntropy.apply(x[counted], self.lm_head.weight, targets[counted], self.config.vocab_size,
+        return SlicedCrossEntropy.apply(x.flatten(0, -2), self.lm_head.weight, targets.flatten(), self.config.vocab_size,
                                         slice_numbers, self.slice_loss)
 
     @torch.no_grad()
