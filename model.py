@@ -227,6 +227,15 @@ def slice_loss(logits, targets, n):
     return (z.log() - right).sum(), dlogits.scatter_add_(1, targets, dlogits.new_full((1, 1), -1 / n).expand_as(targets))
 
 
+def add_product(total, a, b):
+    """total += a @ b; bfloat16 factors on a GPU add up in total's float32, without a rounded product written and read in between."""
+    if total.is_cuda and a.dtype == torch.bfloat16:
+        with torch.autocast("cuda", enabled=False):
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
 class SlicedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of x @ weight.T against targets, without the (tokens, vocabulary) table of logits.
 
@@ -249,7 +258,7 @@ class SlicedCrossEntropy(torch.autograd.Function):
             if need_x:
                 dx[rows] = (dlogits @ w).to(x.dtype)
             if need_w:
-                dw[:vocab_size] += dlogits.T @ xs
+                add_product(dw[:vocab_size], dlogits.T, xs)
         ctx.save_for_backward(dx, dw)
         ctx.dtypes = x.dtype, weight.dtype
         return total / len(counted)

@@ -137,7 +137,7 @@ def wrap(lm, o):
     lm.checkpoint_activations = o.checkpoint_activations
     if o.compile:
         torch._dynamo.config.recompile_limit = 64                  # one graph for each shape of layer and of batch
-        torch._inductor.config.realize_reads_threshold = 8         # GLA's five gradients of one input: added by the kernel that needs the sum
+        torch._dynamo.config.optimize_ddp = False                  # and the same one with DistributedDataParallel, not cut at its buckets
         for layer in lm.layers:                                    # layers of one shape share theirs
             layer.compile(dynamic=False)
         lm.slice_loss = torch.compile(lm.slice_loss, dynamic=True)
