@@ -231,7 +231,7 @@ def add_product(total, a, b):
     """total += a @ b; bfloat16 factors on a GPU add up in total's float32, without a rounded product written and read in between."""
     if total.is_cuda and a.dtype == torch.bfloat16:
         with torch.autocast("cuda", enabled=False):
-            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+            total.copy_(torch.addmm(total, a, b, out_dtype=total.dtype))
     else:
         total += a @ b
 

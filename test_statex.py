@@ -1053,7 +1053,7 @@ def test_evidence_runs_a_small_plan(evidence, corpus, tmp_path):
     assert evidence.read(lpt["name"])["start"] == "gla-s0-pre" and evidence.read(f"{lpt['name']}-2")["start"] == "gla-s0-pre-2"
     larger = evidence.winner("gla")
     evidence.run({**lpt, "name": f"gla-s0-{larger}-steps2", "arm": larger}, dict(n=2))
-    assert evidence.paired_table("gla", "steps2").splitlines()[2] == "| models | 2 |"
+    assert evidence.paired_table("gla", "steps2").splitlines()[2:4] == ["| seeds | 1 |", "| models | 2 |"]
     tables = [make(family) for family in evidence.FAMILIES for make in (evidence.table, evidence.sweep_table)]
     assert not any("nan" in t for t in tables)
 

@@ -11,6 +11,7 @@ schedule. Learning rates: seed 0 tries the whole grid for each arm, the lower he
 other seeds and the sweeps. A killed run is done again from its start. Pre-trained models are not kept in the repository: one that is
 needed again is pre-trained again. A run that is done again and comes out differently (other kernels or another GPU round differently)
 is kept beside the first, as ...-2. Each run says which pre-trained model it went on from; the paired tables compare those from the same.
+What a seed has several of counts as their mean; errors are over seeds.
 
     lpt         the same model goes on
     reinit, inherit, preserve                     with a larger state in layers 0 and 3, see expand.py
@@ -256,31 +257,28 @@ def run_all(o, small):
 
 
 def seeds_of(family, arm, sweep=""):
-    """The results of an arm, one a seed, at its chosen learning rate; of "pre" the models that LPT went on from."""
+    """The results of an arm at its chosen learning rate: a list of versions for each seed that has any; of "pre" the models that LPT
+    went on from."""
     if arm == "pre":
-        return [read(r["start"]) for r in seeds_of(family, "lpt", sweep)]
-    return [found[0] for found in all_of(family, arm, sweep) if found]
-
-
-def all_of(family, arm, sweep):
-    """For each seed the list of an arm's results at its chosen learning rate, one a version."""
+        return [[read(name) for name in dict.fromkeys(r["start"] for r in group)] for group in seeds_of(family, "lpt", sweep)]
     chosen = best(family, arm)
-    return [results_of(f"{family}-s{s}-{arm}" + (f"-{sweep}" if sweep else f"-lr{chosen[0]:g}" if chosen and s == 0 else "")) for s in SEEDS]
+    names = (f"{family}-s{s}-{arm}" + (f"-{sweep}" if sweep else f"-lr{chosen[0]:g}" if chosen and s == 0 else "") for s in SEEDS)
+    return [group for group in map(results_of, names) if group]
 
 
 def arm_name(arm):
     return {"pre": "pre-trained", "lpt": "LPT"}.get(arm, f"StateX, {arm}")
 
 
-def mean(results, get):
-    """-> mean and standard error over seeds."""
-    x = np.array([get(r) for r in results], float)
+def mean(groups, get):
+    """groups: for each seed its results -> mean and standard error over seeds, of which each counts as the mean of its results."""
+    x = np.array([np.mean([get(r) for r in group]) for group in groups])
     return x.mean(), x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else math.nan
 
 
-def cell(results, get, form="{:.3f} ± {:.3f}"):
+def cell(groups, get, form="{:.3f} ± {:.3f}"):
     """Mean and standard error as text; one seed has no error."""
-    return form.format(*mean(results, get)).replace(" ± nan", "")
+    return form.format(*mean(groups, get)).replace(" ± nan", "")
 
 
 def markdown(head, rows):
@@ -308,6 +306,7 @@ def table(family, sweep=""):
     row("state numbers", lambda r: r["state_numbers"], "{:,.0f}")
     row("learning rate", lambda r: r["lr"], "{:g}")
     rows.append(["seeds", *(str(len(found[a])) for a in arms)])
+    rows.append(["runs", *(str(sum(map(len, found[a]))) for a in arms)])
     for label, get in measures({"mqar": PAIRS, "fewshot": SHOTS}):
         row(label, get, *["{:.4f} ± {:.4f}"] * (label == "val loss"))
     for size in LENGTHS:
@@ -318,11 +317,12 @@ def table(family, sweep=""):
 def paired_table(family, sweep=""):
     """What each StateX arm has more than LPT from the same pre-trained model, over all models that both went on from: the models differ
     more than the arms do."""
-    found = {a: list(itertools.chain(*all_of(family, a, sweep))) for a in ARMS[family]}
-    lpt = {r["start"]: r for r in found["lpt"]}
-    pairs = {a: [(r, lpt[r["start"]]) for r in found[a] if r["start"] in lpt] for a in ARMS[family][1:]}
+    lpt = {r["start"]: r for group in seeds_of(family, "lpt", sweep) for r in group}
+    pairs = {a: [[(r, lpt[r["start"]]) for r in group if r["start"] in lpt] for group in seeds_of(family, a, sweep)] for a in ARMS[family][1:]}
+    pairs = {a: [group for group in pairs[a] if group] for a in pairs}
     arms = [a for a in pairs if pairs[a]]
-    rows = [["models", *(str(len(pairs[a])) for a in arms)]]
+    rows = [["seeds", *(str(len(pairs[a])) for a in arms)],
+            ["models", *(str(len({r["start"] for group in pairs[a] for r, _ in group})) for a in arms)]]
     for label, get in measures({"mqar": PAIRS[-4:], "fewshot": SHOTS[-3:]}):
         rows.append([label, *(cell(pairs[a], lambda p: get(p[0]) - get(p[1]), "{:+.3f} ± {:.3f}") for a in arms)])
     return markdown([family + (f", {sweep[5:]} steps" if sweep else "") + ", more than LPT from the same model", *map(arm_name, arms)], rows)
@@ -351,9 +351,9 @@ def recipe_table(name):
     runs = []
     for seed in SEEDS:
         with open(f"{os.path.dirname(RUNS)}/recipe-{name}-seed{seed}.json") as f:
-            runs.append(json.load(f))
+            runs.append([json.load(f)])
     rows = []
-    for label, get in measures(runs[0]["lpt"]["recall"]):
+    for label, get in measures(runs[0][0]["lpt"]["recall"]):
         more = cell(runs, lambda r: get(r["statex"]) - get(r["lpt"]), "{:+.3f} ± {:.3f}")
         rows.append([label, *(cell(runs, lambda r: get(r[arm])) for arm in ("pretrained", "lpt", "statex")), more])
     return markdown([f"{name}, recipe, {len(runs)} seeds", "pretrained", "LPT", "StateX", "StateX - LPT, paired"], rows)
@@ -382,19 +382,19 @@ def figures(families):
     for row, family in zip(axes, families):
         for ax, task, sweep in zip(row, ("mqar", "mqar", "fewshot"), ("", LONG, LONG)):
             for arm in ("pre", *ARMS[family]):
-                results = seeds_of(family, arm, sweep)
-                if results:
-                    x = list(results[0]["recall"][task])
-                    y, e = np.array([mean(results, lambda r: r["recall"][task][s]) for s in x]).T
+                groups = seeds_of(family, arm, sweep)
+                if groups:
+                    x = list(groups[0][0]["recall"][task])
+                    y, e = np.array([mean(groups, lambda r: r["recall"][task][s]) for s in x]).T
                     ax.errorbar(range(len(x)), y, e, color=COLORS[arm], marker="o", ms=4, capsize=3, label=arm_name(arm))
-                    for r in results:                              # thin: one seed
-                        ax.plot(range(len(x)), [r["recall"][task][s] for s in x], color=COLORS[arm], lw=0.6, alpha=0.6)
+                    for group in groups:                           # thin: one seed
+                        ax.plot(range(len(x)), [mean([group], lambda r: r["recall"][task][s])[0] for s in x], color=COLORS[arm], lw=0.6, alpha=0.6)
             ax.set_xticks(range(len(x)), x)
             ax.set(title=f"{family}: {task}, {sweep[5:] or POST['steps']} steps", xlabel="key-value pairs" if task == "mqar" else "shots",
                    ylabel="accuracy", ylim=(-0.02, 1.02))
         for arm in ("pre", *ARMS[family]):
-            found = [r for sweep in ("", LONG) if (r := seeds_of(family, arm, sweep))]
-            points = [(r[0]["steps"] if arm != "pre" else 0, *mean(r, lambda r: r["val_loss"])) for r in found]
+            found = [groups for sweep in ("", LONG) if (groups := seeds_of(family, arm, sweep))]
+            points = [(groups[0][0]["steps"] if arm != "pre" else 0, *mean(groups, lambda r: r["val_loss"])) for groups in found]
             if points:
                 row[3].errorbar(*zip(*points), color=COLORS[arm], marker="o", ms=4, capsize=3, ls=":", label=arm_name(arm))
         row[3].set(title=f"{family}: held-out text", xlabel="post-training steps", ylabel="nats a token")
