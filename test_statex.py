@@ -371,14 +371,14 @@ def test_sliced_loss_equals_the_plain_loss(vocab, n, slices):
         assert gap(b, a) < 1e-6
 
 
-@pytest.mark.skipif(not CUDA, reason="needs a GPU: its products of bfloat16 that add up in float32")
 def test_sliced_loss_in_bfloat16():
-    x, w = (torch.randn(n, 64, device="cuda").bfloat16().float().requires_grad_() for n in (1000, 500))
-    targets = torch.randint(500, (1000,), device="cuda")
+    x, w = torch.randn(1000, 64, device=DEVICE), torch.randn(500, 64, device=DEVICE) / 10
+    x, w = (t.bfloat16().float().requires_grad_() for t in (x, w))                      # so that the factors are exact
+    targets = torch.randint(500, (1000,), device=DEVICE)
     plain = torch.nn.functional.cross_entropy(x.double() @ w.double().T, targets)
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         sliced = SlicedCrossEntropy.apply(x, w, targets, 500, 500 * 30)                 # 34 slices
-    assert abs(plain.item() - sliced.item()) < 1e-2 * plain.item()
+    assert abs(plain.item() - sliced.item()) < 1e-4 * plain.item()
     for a, b in zip(torch.autograd.grad(plain, (x, w)), torch.autograd.grad(sliced, (x, w))):
         assert gap(b, a) < 5e-3
 
