@@ -228,7 +228,7 @@ def slice_loss(logits, targets, n):
 
 
 def add_product(total, a, b):
-    """total += a @ b; bfloat16 factors on a GPU add up in total's float32, without a rounded product written and read in between."""
+    """total (m,n) += a (m,k) @ b (k,n), in place. bfloat16 factors on a GPU add up in total's float32, not rounded in between."""
     if total.is_cuda and a.dtype == torch.bfloat16:
         with torch.autocast("cuda", enabled=False):
             total.copy_(torch.addmm(total, a, b, out_dtype=total.dtype))

@@ -1051,6 +1051,7 @@ def test_evidence_runs_a_small_plan(evidence, corpus, tmp_path):
     evidence.run(lpt, dict(n=2))
     assert evidence.read("gla-s0-pre") == results["gla-s0-pre"] != evidence.read("gla-s0-pre-2")
     assert evidence.read(lpt["name"])["start"] == "gla-s0-pre" and evidence.read(f"{lpt['name']}-2")["start"] == "gla-s0-pre-2"
+    assert evidence.mean([[1, 3], [4]], float) == (3, 1)      # a seed counts once, however many results it has
     larger = evidence.winner("gla")
     evidence.run({**lpt, "name": f"gla-s0-{larger}-steps2", "arm": larger}, dict(n=2))
     assert evidence.paired_table("gla", "steps2").splitlines()[2:4] == ["| seeds | 1 |", "| models | 2 |"]
