@@ -1,0 +1,132 @@
+"""The command line of every script, and the error that ends a script in one line.
+
+A script's options are a dataclass, one field per line with its default and its meaning:
+
+    @dataclass
+    class Options:
+        steps: int = option(800, "optimizer steps")
+
+    options = Options(**command_line(Options, __doc__))
+
+Every script imports this module before torch, because of the first statement below.
+"""
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import sys
+
+# Threads that wait sleep instead of spinning. Beside other work on the machine, a spinning
+# thread takes the core that the one it waits for needs: a run is then 12 times slower.
+# OpenMP reads this once, when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+class BadInput(ValueError):
+    """What the user gave cannot be used. The message is one line: what was wrong, what
+    was expected, what to do."""
+
+
+def option(default, meaning, choices=None, words=False):
+    """A field of an options dataclass. choices: the values allowed; words: it takes all
+    words of the command line that do not start with --."""
+    metadata = {"meaning": meaning, "choices": choices, "words": words}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def command_line(Options, doc, arguments=None):
+    """What the user typed, as a dict: --name=value or --name value, dashes and underscores
+    alike. Only what was typed is in it, so that a script can put a preset between the
+    defaults and it.
+
+    arguments: a list of words, None for this process's own. Raises BadInput. --help prints
+    doc and the options."""
+    parser = Parser(
+        description=doc.strip(), usage="%(prog)s [--option=value ...]", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(Options):
+        about = field.metadata["meaning"].replace("%", "%%")
+        if field.metadata["words"]:
+            parser.add_argument(field.name, nargs="*", help=about)
+        elif isinstance(field.default, bool):
+            parser.add_argument(f"--{field.name}", type=true_or_false, nargs="?", const=True,
+                                metavar="true/false", help=about)
+        else:
+            kind = {int: whole_number, float: number}.get(type(field.default), str)
+            shown = f" [{field.default}]" if field.default != "" else ""
+            parser.add_argument(f"--{field.name}", type=kind, choices=field.metadata["choices"],
+                                metavar=field.name.upper(), help=about + shown)
+    words = sys.argv[1:] if arguments is None else arguments
+    given, unknown = parser.parse_known_args([underscored(word) for word in words])
+    if unknown:
+        names = [f"--{field.name}" for field in dataclasses.fields(Options)]
+        nearest = difflib.get_close_matches(unknown[0].partition("=")[0], names, 1, 0)[0]
+        raise BadInput(f"unknown option {unknown[0]}; the nearest known one is {nearest}; "
+                       "--help lists them all")
+    return vars(given)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(message)
+
+
+def underscored(word):
+    """--block-size=3 as --block_size=3."""
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+def true_or_false(text):
+    values = {"true": True, "1": True, "false": False, "0": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text} is not true or false")
+    return values[text.lower()]
+
+
+def number(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return value
+
+
+def whole_number(text):
+    """1e9 is one too; more than 63 bits are not, for they would not fit a seed."""
+    value = int(text) if text.isdigit() else number(text)
+    if value != int(value) or value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 up, below 2^63")
+    return int(value)
+
+
+def pick_device(name):
+    """`name`, or where it is empty the GPU if there is one, else the CPU. Raises BadInput
+    where tensors cannot be put there and read back."""
+    import torch
+    if not name:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type != "cuda":
+            torch.zeros(1, device=device).item()
+        elif (device.index or 0) >= torch.cuda.device_count():
+            raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs that PyTorch can use")
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        why = " ".join(str(e).split())[:200]
+        raise BadInput(f"--device={name} cannot be used here: {why}") from e
+    return name
+
+
+def run_script(main):
+    """Run a script's main; what the user can mend ends it with one line and status 2."""
+    try:
+        main()
+    except BadInput as e:
+        print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
