@@ -424,320 +424,207 @@ def ssd_chunked(x, dt, A, B, C, D, state, first, L=64):
     return y if D is None else y + D.view(H, -1) * x, S.flatten(1, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Triton, gated linear attention
-#
-# Three launches forward, five backward (gla_prepare and gla_finish once more for steep chunks, returning at once where there
-# are none); each program owns one tile of one chunk of one head, or one tile of a state.
-#
-#   gla_prepare   q, k, g -> qs = scale q exp(upto), ks = k exp(after), A = the scores inside a chunk, decay = log2 of the chunk's
-#   gla_scan      S_0 = state,  S_{c+1} = decay_c S_c + ks_c^T v_c             stores S_c, the state before chunk c
-#   gla_rows      o_c = qs_c S_c + A_c v_c
-#
-#   gla_scan      dS_{c-1} = decay_c dS_c + qs_c^T do_c, from the last chunk   stores dS_c, the gradient after chunk c
-#   gla_rows      dv_c = ks_c dS_c + A_c^T do_c
-#   gla_scores    dA_c = do_c v_c^T, below the diagonal, and the diagonal
-#   gla_through   dqs_c = do_c S_c^T,  dks_c = v_c dS_c^T,  and the sums of S_c dS_c over the value channels
-#   gla_finish    dq, dk: the above through exp(upto), exp(after), and dA through the scores; dg from all of them
-#
-# Chunk length C. A stored state costs K V / C numbers a token, written once and read twice; the scores inside a chunk cost
-# about C (K + V) products a token beside the states' 4 K V. Short chunks drown in states: at C = 64 a state of 1024 x 2048
-# is 64 KiB a token, eight times the inputs. At C = 128 the scores are still a small part, and a 128 x 128 tile of them is
-# what one program holds in registers. Measured, C = 128 wins at every public size.
-#
-# No kernel masks tokens or channels (the one-token steps do): the callers pad T to whole chunks (with g = 0 or dt = 0,
-# k = v = 0, which leaves the state alone) and the channels to whole tiles. Heads and channels are compile-time constants, so
-# that addresses fold into the instructions.
+# ---------------------------------------------------------------------------------------
+# Triton: what both families share
 
 
-chunk_kernel = triton.jit(do_not_specialize=["n"])      # n, the number of chunks: one compilation for every T
-LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None      # the kernels take exp(x) as exp2(x LOG2E)
-CUT = tl.constexpr(-200.0) if triton_installed else None      # exp(CUT) is 0 in float32: a larger decay is cut off there, a reset (-inf) too
+chunk_kernel = triton.jit(do_not_specialize=["n", "heads"])  # one compilation for every T
+LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None
+# exp(FORGOTTEN_32) is 0 in float32: as FORGOTTEN, for sums in float32
+FORGOTTEN_32 = tl.constexpr(-200.0) if triton_installed else None
 
 
 @triton.jit
-def bits(g):
-    return tl.maximum(g, CUT) * LOG2E
+def split(number, size):
+    """number = inner + size * outer, as inner and outer."""
+    return number % size, number // size
 
 
 @triton.jit
-def sum_rows(which, x, DOT: tl.constexpr):
-    """For every row of which (C,C) the sum of the rows of x (C,BK) that it names: a matrix product in place of a scan. Without DOT
-    x goes in as the sum of two bfloat16, which keeps 16 of its bits."""
-    if DOT is not None:
-        return tl.dot(which.to(tl.float32), x, input_precision=DOT)
-    ones, hi = which.to(tl.bfloat16), x.to(tl.bfloat16)
-    return tl.dot(ones, hi, tl.dot(ones, (x - hi.to(tl.float32)).to(tl.bfloat16)))
+def log2_decay(g):
+    """The base-2 logarithm of exp(g): the GPU's exponential is exp2."""
+    return tl.maximum(g, FORGOTTEN_32) * LOG2E
 
 
 @triton.jit
 def finished(x):
-    """x, a running sum of matrix products in a loop, waited for. Triton (3.6 and 3.9, seen in what they make for an H100) lets a product
-    run on while the next tiles are fetched, and keeps too few buffers for a tile that is also read into registers: the fetch would write
-    over what the product still reads. A loop with such a tile adds 0 to its sums at every turn, which it can only do to finished ones."""
+    """x, a running sum of matrix products in a loop, waited for.
+
+    Triton's pipeliner counts too few buffers for a tile that a product still under way and
+    registers both read: the next fetch may write over it (triton-lang/triton issue 6691, open).
+    A loop with such a tile adds 0 to its sums at every turn, which waits for the products."""
     return x + 0.0
 
 
 @triton.jit
-def gla_is_steep(whole, LIMIT, K: tl.constexpr, BK: tl.constexpr):
-    """Whether some channel of a chunk has a decay whose base-2 logarithm, in whole (K,), is below -2 LIMIT."""
-    lowest = tl.zeros((BK,), tl.float32)
-    for k0 in range(0, K, BK):
-        lowest = tl.minimum(lowest, tl.load(whole + k0 + tl.arange(0, BK)))
-    return tl.min(lowest) < -2 * LIMIT
+def sum_rows(which, x, DOT: tl.constexpr):
+    """For every row of which (R,R) the sum of the rows of x (R,BK) that it names.
+
+    A matrix product in place of a scan. In bfloat16 (DOT is None) x goes in as the sum of
+    two bfloat16, which keeps 16 of its bits."""
+    if DOT is not None:
+        return tl.dot(which.to(tl.float32), x, input_precision=DOT)
+    ones = which.to(tl.bfloat16)
+    high = x.to(tl.bfloat16)
+    low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    return tl.dot(ones, high, tl.dot(ones, low))
+
+
+@chunk_kernel
+def scan_states(
+    x_ptr,        # (B,T,HX,K)   what each token writes: rows of the state
+    y_ptr,        # (B,T,HY,V)   and columns; HX and HY are H, or less where heads share
+    weight_ptr,   # (B,H,T)      a factor per token, None where x has it already
+    decay_ptr,    # (B,HD,n,K) or (B,H,n)   log2 of what a chunk leaves of the state
+    first_ptr,    # (B,H,K,V)    the state to begin with, None for zeros
+    last_ptr,     # (B,H,K,V)    the state at the end, None if nobody asks
+    states_ptr,   # (B,H,n,K,V)  the state before every chunk
+    n,
+    H: tl.constexpr, HX: tl.constexpr, HY: tl.constexpr, HD: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+    PER_CHANNEL: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr,
+):
+    """S_{c+1} = decay_c S_c + sum over the chunk's tokens of weight_t x_t y_t^T, from chunk
+    to chunk, R tokens at a time; REVERSE goes from the last token to the first.
+
+    One program owns BK x BV elements of one head's state. They stay in registers over the
+    whole sequence."""
+    # which elements are mine
+    k_block, rest = split(tl.program_id(0), K // BK)
+    v_block, rest = split(rest, V // BV)
+    head, batch = split(rest, H)
+    batch = batch.to(tl.int64)
+    i = tl.arange(0, R)
+    k = k_block * BK + tl.arange(0, BK)
+    v = v_block * BV + tl.arange(0, BV)
+    mine = k[:, None] * V + v[None, :]
+
+    # move every pointer to my sequence and head
+    x_ptr += (batch * n * L * HX + head // (H // HX)) * K
+    y_ptr += (batch * n * L * HY + head // (H // HY)) * V
+    states_ptr += (batch * H + head) * n * K * V
+    if weight_ptr is not None:
+        weight_ptr += (batch * H + head) * n * L
+    decay_head = (batch * HD + head // (H // HD)) * n
+
+    state = tl.zeros((BK, BV), tl.float32)
+    if first_ptr is not None:
+        state += tl.load(first_ptr + (batch * H + head) * K * V + mine)
+
+    PIECES: tl.constexpr = L // R
+    for step in range(n * PIECES):
+        piece = n * PIECES - 1 - step if REVERSE else step
+        chunk = (piece // PIECES).to(tl.int64)
+        entering = step % PIECES == 0
+        if entering:
+            tl.store(states_ptr + chunk * K * V + mine, state.to(states_ptr.dtype.element_ty))
+
+        # load R tokens; x comes in transposed, (BK, R)
+        token = piece.to(tl.int64) * R
+        x = tl.load(x_ptr + token * HX * K + i[None, :] * (HX * K) + k[:, None])
+        y = tl.load(y_ptr + token * HY * V + i[:, None] * (HY * V) + v[None, :])
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + token + i)
+            x = (x.to(tl.float32) * weight[None, :]).to(y.dtype)
+
+        # forget, then write
+        if PER_CHANNEL:
+            decay = tl.load(decay_ptr + (decay_head + chunk) * K + k)[:, None]
+        else:
+            decay = tl.load(decay_ptr + decay_head + chunk)
+        state *= tl.exp2(tl.where(entering, decay, 0.0))
+        state = tl.dot(x, y, state, input_precision=DOT)
+
+    if last_ptr is not None:
+        tl.store(last_ptr + (batch * H + head) * K * V + mine, state)
 
 
 @triton.jit
-def halves(g, b, DOT: tl.constexpr):
-    """g (C,BK) in blocks of 2^b rows -> for every row the sum from its block's start to it, and the sum after it to the block's end."""
-    row, t = tl.arange(0, g.shape[0])[:, None], tl.arange(0, g.shape[0])[None, :]
-    same = (row ^ t) >> b == 0
-    return sum_rows(same & (t <= row), g, DOT), sum_rows(same & (t > row), g, DOT)
+def step_state(
+    q_ptr, k_ptr,           # (B,HQ,K), (B,G,K)
+    v_ptr,                  # (B,H,V)
+    g_ptr, dt_ptr, A_ptr,   # (B,G,K) log decays, or None and (B,H), (H,): the decay is dt A
+    D_ptr,                  # (H,)     the skip, or None
+    state_ptr, new_ptr,     # (B,H,K,V), (B,H,V,K) where VALUES_FIRST
+    out_ptr,                # (B,H,V)
+    scale,
+    H: tl.constexpr, HQ: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, VALUES_FIRST: tl.constexpr,
+):
+    """One token of either recurrence. For ssd k is B, q is C, and v is dt x.
 
+    One program owns BV value channels of one head's state: read once, written once."""
+    v_block, rest = split(tl.program_id(0), tl.cdiv(V, BV))
+    head, batch = split(rest, H)
+    batch = batch.to(tl.int64)
+    v = v_block * BV + tl.arange(0, BV)
+    bh = batch * H + head
+    shared = batch * G + head // (H // G)
+    query = batch * HQ + head // (H // HQ)
+    v_inside = v < V
 
-@chunk_kernel
-def gla_prepare(q, k, g, qs, ks, decay, A, scale, n, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-                DOT: tl.constexpr):
-    """One program: one chunk of one head. Slices of BK channels; the scores add up over the slices.
-
-    Score (i, j) of a channel is q_i k_j exp(c_i - c_j), c the running sum of g. Around the middle m of the chunk's decay it
-    splits into q_i exp(c_i - m) and k_j exp(m - c_j), one matrix product for all pairs. One of the two exponents can be
-    positive, by at most half of the chunk's decay; where that is too much, gla_prepare_steep does the chunk again."""
-    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i, start = tl.arange(0, C), ((bh // H) * n + c) * C * H + bh % H      # token i of the chunk is row start + i H
-    scores, diagonal = tl.zeros((C, C), tl.float32), tl.zeros((C,), tl.float32)
+    x = tl.load(v_ptr + bh * V + v, v_inside, 0.0).to(tl.float32)
+    value = x
+    if dt_ptr is not None:
+        dt = tl.load(dt_ptr + bh)
+        value = dt * x
+        log_decay = dt * tl.load(A_ptr + head)
+    out = tl.zeros((BV,), tl.float32)
     for k0 in range(0, K, BK):
-        col = k0 + tl.arange(0, BK)
-        at = start * K + i[:, None] * (H * K) + col[None, :]
-        qt, kt, gt = tl.load(q + at).to(tl.float32) * scale, tl.load(k + at).to(tl.float32), bits(tl.load(g + at))
-        diagonal += tl.sum(qt * kt, axis=1)
-        whole = tl.sum(gt, 0)
-        e = tl.cumsum(gt, 0) - 0.5 * whole[None, :]
-        half = tl.exp2(0.5 * whole)[None, :]
-        qt, kt = qt * tl.exp2(e), kt * tl.exp2(-e)
-        scores = tl.dot(qt.to(q.dtype.element_ty), tl.trans(kt.to(q.dtype.element_ty)), scores, input_precision=DOT)
-        tl.store(decay + (bh * n + c) * K + col, whole)
-        tl.store(qs + at, (qt * half).to(qs.dtype.element_ty))
-        tl.store(ks + at, (kt * half).to(ks.dtype.element_ty))
-    scores = tl.where(i[:, None] > i[None, :], scores, tl.where(i[:, None] == i[None, :], diagonal[:, None], 0.0))
-    tl.store(A + start * C + i[:, None] * (H * C) + i[None, :], scores.to(A.dtype.element_ty))
+        k = k0 + tl.arange(0, BK)
+        k_inside = k < K
+        inside = k_inside[:, None] & v_inside[None, :]
+        if VALUES_FIRST:
+            at = bh * K * V + v[None, :] * K + k[:, None]
+        else:
+            at = bh * K * V + k[:, None] * V + v[None, :]
+        key = tl.load(k_ptr + shared * K + k, k_inside, 0.0).to(tl.float32)
+        q = tl.load(q_ptr + query * K + k, k_inside, 0.0).to(tl.float32)
+        if g_ptr is not None:
+            log_decay = tl.load(g_ptr + shared * K + k, k_inside, 0.0)[:, None]
+        state = tl.exp2(log_decay * LOG2E) * tl.load(state_ptr + at, inside, 0.0)
+        state += key[:, None] * value[None, :]
+        tl.store(new_ptr + at, state, inside)
+        out += tl.sum(q[:, None] * state, axis=0)
+    out *= scale
+    if D_ptr is not None:
+        out += tl.load(D_ptr + head) * x
+    tl.store(out_ptr + bh * V + v, out.to(out_ptr.dtype.element_ty), v_inside)
 
 
-@chunk_kernel
-def gla_prepare_steep(q, k, g, qs, ks, decay, A, scale, LIMIT, n, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-                      DOT: tl.constexpr):
-    """One program: a chunk that decays by more than 2 LIMIT bits in some channel; where none does (a GLA model's g is above -1
-    almost always) it returns at once.
-
-    i and j < i part at their highest unequal bit, 2^b: in a block of 2^(b+1) tokens j is in the lower half, i in the upper one, and
-    exp(sum from the upper half's start to i) exp(sum after j to the lower half's end) has no positive exponent. So one matrix
-    product for each bit, of which that bit's pairs are written over what gla_prepare left."""
-    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if not gla_is_steep(decay + (bh * n + c) * K, LIMIT, K, BK):
-        return
-    i, start = tl.arange(0, C), ((bh // H) * n + c) * C * H + bh % H
-    row, t = i[:, None], i[None, :]
-    for b in range(8):                                                    # C is at most 128; the last one is for qs and ks
-        scores = tl.zeros((C, C), tl.float32)
-        for k0 in range(0, K, BK):
-            at = start * K + row * (H * K) + k0 + tl.arange(0, BK)[None, :]
-            gt = bits(tl.load(g + at))
-            upto, after = halves(gt, b, DOT)
-            qt = tl.load(q + at).to(tl.float32) * scale * tl.exp2(upto)
-            kt = tl.load(k + at).to(tl.float32) * tl.exp2(after)
-            if b < 7:
-                scores = tl.dot(qt.to(q.dtype.element_ty), tl.trans(kt.to(q.dtype.element_ty)), scores, input_precision=DOT)
-            else:
-                tl.store(qs + at, qt.to(qs.dtype.element_ty))
-                tl.store(ks + at, kt.to(ks.dtype.element_ty))
-        tl.store(A + start * C + row * (H * C) + t, scores.to(A.dtype.element_ty), (row > t) & ((row ^ t) >> b == 1))
+# ---------------------------------------------------------------------------------------
+# Triton: how kernels are launched
 
 
-@chunk_kernel
-def gla_scan(x, y, decay, first, S, last, n, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-             BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr,
-             LAST: tl.constexpr, DOT: tl.constexpr):
-    """One program: a BK x BV tile of one head's state, carried over all chunks in registers, stored before each."""
-    kb, vb, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    col, val, i = kb * BK + tl.arange(0, BK), vb * BV + tl.arange(0, BV), tl.arange(0, C)
-    tile = col[:, None] * V + val[None, :]
-    carry = tl.zeros((BK, BV), tl.float32)
-    if FIRST:
-        carry += tl.load(first + bh * K * V + tile)
-    for step in range(n):
-        c = n - 1 - step if REVERSE else step
-        tl.store(S + (bh * n + c) * K * V + tile, carry.to(S.dtype.element_ty))
-        start = ((bh // H) * n + c) * C * H + bh % H
-        xt = tl.load(x + start * K + i[None, :] * (H * K) + col[:, None])                  # (BK,C)
-        yt = tl.load(y + start * V + i[:, None] * (H * V) + val[None, :])                  # (C,BV)
-        d = tl.exp2(tl.load(decay + (bh * n + c) * K + col))
-        carry = tl.dot(xt, yt, carry * d[:, None], input_precision=DOT)
-    if LAST:
-        tl.store(last + bh * K * V + tile, carry)
+class Launch:
+    """A kernel with its tile. `cut` names the sizes that programs share out: with cut "V" and
+    BV = 64 there are V / 64 times as many.
+
+    It has as many stages of the software pipeline as asked for, or as the GPU's shared memory
+    holds, which it finds once. (An H100's 227 KiB hold all that are asked for here.)"""
+
+    def __init__(self, kernel, cut="", **options):
+        self.kernel = kernel
+        self.cut = cut
+        self.options = options
+
+    def __call__(self, programs, *pointers, **named):
+        for size in self.cut:
+            programs *= named[size] // self.options["B" + size]
+        while True:
+            try:  # all programs on the grid's first axis: the others end at 65,535
+                return self.kernel[(programs,)](*pointers, **named, **self.options)
+            except triton.OutOfResources:
+                if self.options.get("num_stages", 1) == 1:
+                    raise
+                self.options["num_stages"] -= 1
 
 
-@chunk_kernel
-def gla_rows(x, S, A, y, out, n, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-             BV: tl.constexpr, TRANSPOSE: tl.constexpr, DOT: tl.constexpr):
-    """One program: a chunk's rows of the output, BV columns: x S + A y, or x S + A^T y."""
-    vb, c, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    val, i, start = vb * BV + tl.arange(0, BV), tl.arange(0, C), ((bh // H) * n + c) * C * H + bh % H
-    rows = start * V + i[:, None] * (H * V) + val[None, :]
-    acc = tl.zeros((C, BV), tl.float32)
-    for k0 in range(0, K, BK):
-        col = k0 + tl.arange(0, BK)
-        xt = tl.load(x + start * K + i[:, None] * (H * K) + col[None, :])
-        s = tl.load(S + (bh * n + c) * K * V + col[:, None] * V + val[None, :])
-        acc = tl.dot(xt, s, acc, input_precision=DOT)
-    a = tl.load(A + start * C + i[:, None] * (H * C) + i[None, :])
-    acc = tl.dot(tl.trans(a) if TRANSPOSE else a, tl.load(y + rows), acc, input_precision=DOT)
-    tl.store(out + rows, acc.to(out.dtype.element_ty))
-
-
-@chunk_kernel
-def gla_scores(do, v, dA, diagonal, n, H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr):
-    """One program: dA of one chunk of one head, its diagonal apart (B,H,T)."""
-    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i, start = tl.arange(0, C), ((bh // H) * n + c) * C * H + bh % H
-    acc = tl.zeros((C, C), tl.float32)
-    for v0 in range(0, V, BV):
-        at = start * V + i[:, None] * (H * V) + v0 + tl.arange(0, BV)[None, :]
-        acc = tl.dot(tl.load(do + at), tl.trans(tl.load(v + at)), acc, input_precision=DOT)
-    tl.store(diagonal + (bh * n + c) * C + i, tl.sum(tl.where(i[:, None] == i[None, :], acc, 0.0), axis=1))
-    acc = tl.where(i[:, None] > i[None, :], acc, 0.0)
-    tl.store(dA + start * C + i[:, None] * (H * C) + i[None, :], acc.to(dA.dtype.element_ty))
-
-
-@chunk_kernel
-def gla_through(do, v, S, dS, dqs, dks, both, n, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-                BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr):
-    """One program: BK channels of one chunk. What the queries read from S and the keys write to dS."""
-    kb, c, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    col, i, start = kb * BK + tl.arange(0, BK), tl.arange(0, C), ((bh // H) * n + c) * C * H + bh % H
-    dq, dk = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
-    sd = tl.zeros((BK,), tl.float32)
-    for v0 in range(0, V, BV):
-        val = v0 + tl.arange(0, BV)
-        at, tile = start * V + i[:, None] * (H * V) + val[None, :], (bh * n + c) * K * V + col[:, None] * V + val[None, :]
-        s, ds = tl.load(S + tile), tl.load(dS + tile)
-        dq = tl.dot(tl.load(do + at), tl.trans(s), dq, input_precision=DOT)
-        dk = tl.dot(tl.load(v + at), tl.trans(ds), dk, input_precision=DOT)
-        sd += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
-        dq, dk = finished(dq), finished(dk)
-    at = start * K + i[:, None] * (H * K) + col[None, :]
-    tl.store(dqs + at, dq.to(dqs.dtype.element_ty))
-    tl.store(dks + at, dk.to(dks.dtype.element_ty))
-    tl.store(both + (bh * n + c) * K + col, sd)
-
-
-@chunk_kernel
-def gla_finish(q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, scale, LIMIT, n, H: tl.constexpr, K: tl.constexpr,
-               C: tl.constexpr, BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr):
-    """One program: BK channels of one chunk.
-
-    The weight of key j in query i is exp of the sum of g over j < t <= i, so dg_t adds up (weight x its gradient) over all
-    pairs that span t. Pairs inside the chunk: those that end at t or later, less those that begin at t or later; a query
-    and the state before the chunk: those that end at t or later; a key and the state after it: those that begin before t;
-    the two states: always. The diagonal i = j spans nothing and is left out, else it would drown small gradients."""
-    kb, c, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if STEEP:
-        if not gla_is_steep(decay + (bh * n + c) * K, LIMIT, K, BK):
-            return
-    col, i, start = kb * BK + tl.arange(0, BK), tl.arange(0, C), ((bh // H) * n + c) * C * H + bh % H
-    at, scores = start * K + i[:, None] * (H * K) + col[None, :], dA + start * C
-    qt, kt, gt, from_state, to_state = tl.load(q + at), tl.load(k + at), tl.load(g + at), tl.load(dqs + at), tl.load(dks + at)
-    qt, kt = qt.to(tl.float32) * scale, kt.to(tl.float32)
-    if not STEEP:
-        gt = bits(gt)
-        whole = tl.sum(gt, 0)
-        e = (tl.cumsum(gt, 0) if DOT is not None else sum_rows(i[:, None] >= i[None, :], gt, DOT)) - 0.5 * whole[None, :]
-        half, to_q, to_k = tl.exp2(0.5 * whole)[None, :], tl.exp2(e), tl.exp2(-e)
-        ds = tl.load(scores + i[:, None] * (H * C) + i[None, :])
-        qe, ke = (qt * to_q).to(ds.dtype), (kt * to_k).to(ds.dtype)
-        dqt, dkt = tl.dot(ds, ke, input_precision=DOT), tl.dot(tl.trans(ds), qe, input_precision=DOT)
-        pairs = qe.to(tl.float32) * dqt - ke.to(tl.float32) * dkt         # from the rounded factors: they cancel exactly
-        dqt, dkt, to_q, to_k = dqt * to_q, dkt * to_k, to_q * half, to_k * half
-    else:                                                                 # as in gla_prepare, bit by bit
-        gt = bits(gt)
-        dqt, dkt, pairs = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
-        for b in range(7):
-            upto, after = halves(gt, b, DOT)
-            to_q, to_k = tl.exp2(upto), tl.exp2(after)
-            ds = tl.load(scores + i[:, None] * (H * C) + i[None, :], (i[:, None] ^ i[None, :]) >> b == 1, 0.0)
-            qe, ke = (qt * to_q).to(ds.dtype), (kt * to_k).to(ds.dtype)
-            dqe, dke = tl.dot(ds, ke, input_precision=DOT), tl.dot(tl.trans(ds), qe, input_precision=DOT)
-            pairs += qe.to(tl.float32) * dqe - ke.to(tl.float32) * dke
-            dqt, dkt = dqt + dqe * to_q, dkt + dke * to_k
-        upto, after = halves(gt, 7, DOT)
-        to_q, to_k = tl.exp2(upto), tl.exp2(after)
-    own = tl.load(diagonal + (bh * n + c) * C + i)[:, None]
-    from_state, to_state = to_q * from_state.to(tl.float32), to_k * to_state.to(tl.float32)
-    pairs += qt * from_state
-    tl.store(dq + at, ((dqt + own * kt + from_state) * scale).to(dq.dtype.element_ty))
-    tl.store(dk + at, (dkt + own * qt + to_state).to(dk.dtype.element_ty))
-    always = tl.load(both + (bh * n + c) * K + col) * tl.exp2(tl.load(decay + (bh * n + c) * K + col))
-    if STEEP or DOT is not None:                                          # the keys before t: added up without their last
-        begun = (i > 0)[:, None]
-        before = tl.load(ks + at - H * K, begun, 0.0).to(tl.float32) * tl.load(dks + at - H * K, begun, 0.0).to(tl.float32)
-        total = tl.cumsum(pairs, 0, reverse=True) + tl.cumsum(before, 0)
-    else:                                                                 # one sum for both: all pairs less those before t
-        total = tl.sum(pairs, 0)[None, :] + sum_rows(i[:, None] > i[None, :], kt * to_state - pairs, DOT)
-    tl.store(dg + at, tl.where(tl.load(g + at) > CUT, total + always[None, :], 0.0))
-
-
-def pow2(x, low, high=1 << 30):                           # not triton's next_power_of_2 (nor its cdiv): small layers wait for the processor
+def power_of_two(x, low, high=1 << 30):
+    """The power of two from x up, within low and high. (Not triton's next_power_of_2: small
+    layers wait for the processor.)"""
     return max(low, min(high, 1 << (x - 1).bit_length()))
-
-
-# Triton 3.6 on an H100 gave wrong numbers for some bfloat16 products of less than 64 channels in kernels like these, and for chunks of
-# 64 tokens (perhaps what `finished` is about): the only such here are ssd_scan's tiles of 32 columns, which the tests have run there.
-
-
-def chunk(T):
-    """The chunk length for T tokens."""
-    return pow2(T, 16) if T <= 32 else 128
-
-
-def whole_tile(D, x):
-    """D channels are padded to a multiple of this; in the interpreter, where size costs and nothing is compiled, by less."""
-    return pow2(D, 64 if x.is_cuda else 16, 128)
-
-
-def pad(x, multiples):
-    """x with zeros after its end: every dimension becomes a multiple of the number that {dimension: number} gives for it."""
-    ends = [0] * (2 * x.dim())                                            # F.pad counts from the last dimension
-    for d, multiple in multiples.items():
-        ends[-1 - 2 * d] = -x.shape[d] % multiple
-    return F.pad(x, ends) if any(ends) else x
-
-
-def launch(kernel, grid, *args, num_stages, **options):
-    """kernel[grid](*args) with that many stages of the software pipeline, or as many as the GPU's shared memory holds. (An H100's 227 KiB
-    hold all that are asked for here.)"""
-    for stages in range(num_stages, 0, -1):
-        try:
-            return kernel[grid](*args, num_stages=stages, **options)
-        except triton.OutOfResources:
-            if stages == 1:
-                raise
-
-
-def widest(dtype):
-    """Channels of a tile at most: float32's take twice the shared memory."""
-    return 128 if dtype == torch.bfloat16 else 64
-
-
-def gla_scan_tile(K, V, heads, rows, dtype):
-    """A scan's tile of the state: rows x 128 in bfloat16 where that makes a program for each of a large GPU's processors, else 64 x 64;
-    with it, the warps and the stages of the software pipeline. (Forward 64 rows is fastest, in reverse 128.)"""
-    if widest(dtype) == 128 and -(-K // rows) * -(-V // 128) * heads >= 128:
-        return pow2(K, 16, rows), pow2(V, 16, 128), 8, 2
-    return pow2(K, 16, 64), pow2(V, 16, 64), 4, 3
-
-
-def gla_rows_tile(K, V, dtype):
-    """Channels of a tile of gla_rows, and warps: 4 are faster in small states, 8 as fast in large ones and sooner compiled."""
-    return pow2(K, 16, 64), pow2(V, 16, widest(dtype)), 8 if K > 256 else 4
 
 
 def on_device(x):
@@ -745,26 +632,48 @@ def on_device(x):
     return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)
 
 
-def operator(schema, buffers):
-    """Makes a function a PyTorch operator, which torch.compile leaves in one piece. `buffers` allocates the results from the
-    arguments; the function gets the arguments and the results, and fills these. `.plain` is the same without the operator."""
-    def make(f):
-        def call(*args):
-            out = buffers(*args)
-            with on_device(args[0]):
-                f(*args, *out)
+def pad(x, multiples):
+    """x with zeros after its end: every dimension becomes a multiple of the number that
+    {dimension: number} gives for it."""
+    ends = [0] * (2 * x.dim())  # F.pad counts from the last dimension
+    for dimension, multiple in multiples.items():
+        ends[-1 - 2 * dimension] = -x.shape[dimension] % multiple
+    return F.pad(x, ends) if any(ends) else x
+
+
+def whole_tile(channels, x):
+    """Channels are padded to a multiple of this; in the interpreter, where size costs and
+    nothing is compiled, by less."""
+    return power_of_two(channels, 64 if x.is_cuda else 16, 128)
+
+
+def needs_grad(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def operator(schema, results):
+    """Makes launch(*arguments, *results) a PyTorch operator, which torch.compile leaves in one
+    piece; results(*arguments) allocates what launch fills. `.plain` is the same function
+    without PyTorch's way to it, which is long for small layers."""
+    def make(launch):
+        def call(*arguments):
+            out = results(*arguments)
+            with on_device(arguments[0]):
+                launch(*arguments, *out)
             return out
-        op = torch.library.custom_op(f"statex::{f.__name__}", call, mutates_args=(), schema=schema)
-        op.register_fake(buffers)
+        op = torch.library.custom_op(
+            f"statex::{launch.__name__}", call, mutates_args=(), schema=schema)
+        op.register_fake(results)
         op.plain = call
         return op
     return make
 
 
-class NotTwice(torch.autograd.Function):
-    """Hands on the first n tensors, the gradients that a backward pass made by hand. Whoever differentiates them, which is by what
-    they were made of, the other tensors, is told that it cannot be done. (once_differentiable says so only where the gradients that
-    came in depend on something.)"""
+class FirstDerivativeOnly(torch.autograd.Function):
+    """Hands on the first n tensors, gradients that a backward pass made by hand. Whoever
+    differentiates them is told that it cannot be done. (PyTorch's once_differentiable says so
+    only where the incoming gradient depends on something, and is silently wrong elsewhere.)"""
+
     @staticmethod
     def forward(ctx, n, *tensors):
         return tuple(t if t is None else t.detach() for t in tensors[:n])
@@ -775,570 +684,1490 @@ class NotTwice(torch.autograd.Function):
 
 
 def differentiable(forward, save, backward, chain):
-    """Two operators as one differentiable function. save(ctx, inputs, output) keeps what chain(backward, ctx, *gradients) needs. Outside of
-    torch.compile the plain functions are called: small layers wait for the processor, and the way through PyTorch's operators is long."""
+    """Two operators as one differentiable function. save(ctx, inputs, results) keeps what
+    chain(backward, ctx, *gradients) needs. Inside torch.compile the operators are called,
+    elsewhere their plain functions."""
     forward.register_autograd(functools.partial(chain, backward), setup_context=save)
 
     class Plain(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            output = forward.plain(*inputs)
-            save(ctx, inputs, output)
-            return output
+            results = forward.plain(*inputs)
+            save(ctx, inputs, results)
+            return results
 
         @staticmethod
         def backward(ctx, *gradients):
             with torch.no_grad():
                 results = chain(backward.plain, ctx, *gradients)
-            return NotTwice.apply(len(results), *results, *ctx.saved_tensors, *gradients) if torch.is_grad_enabled() else results
-    return lambda *inputs: forward(*inputs) if torch.compiler.is_compiling() else Plain.apply(*inputs)
+            if not torch.is_grad_enabled():
+                return results
+            return FirstDerivativeOnly.apply(
+                len(results), *results, *ctx.saved_tensors, *gradients)
+
+    def call(*inputs):
+        return forward(*inputs) if torch.compiler.is_compiling() else Plain.apply(*inputs)
+    return call
 
 
-def gla_results(q, k, v, g, state, scale, C):
-    """o (B,T,H,V), the last state (B,H,K,V), qs and ks (B,T,H,K), A (B,T,H,C), decay (B,H,T/C,K), S (B,H,T/C,K,V)."""
-    (B, T, H, K), V = q.shape, v.shape[-1]
-    return (torch.empty_like(v), g.new_empty(B, H, K, V), torch.empty_like(q), torch.empty_like(k), q.new_empty(B, T, H, C),
-            g.new_empty(B, H, T // C, K), v.new_empty(B, H, T // C, K, V))
+# ---------------------------------------------------------------------------------------
+# Triton: gated linear attention
 
 
-@operator("(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? state, float scale, int C) -> "
-          "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", gla_results)
-def gla_forward(q, k, v, g, state, scale, C, o, last, qs, ks, A, decay, S):
-    """T a multiple of C = 16, 32 or 128; K and V multiples of 128, or powers of two from 16."""
-    (B, T, H, K), V, n = q.shape, v.shape[-1], q.shape[1] // C
-    dot, limit = ("tf32x3", 30.0) if q.dtype == torch.float32 else (None, 90.0)
-    BK = pow2(K, 16, 64)
-    gla_prepare[(n, B * H)](q, k, g, qs, ks, decay, A, scale, n, H, K, C, BK, dot, num_warps=8, num_stages=1)
-    gla_prepare_steep[(n, B * H)](q, k, g, qs, ks, decay, A, scale, limit, n, H, K, C, BK, dot, num_warps=8, num_stages=1)
-    BK, BV, warps, stages = gla_scan_tile(K, V, B * H, 64, q.dtype)
-    launch(gla_scan, (K // BK, V // BV, B * H), ks, v, decay, state, S, last, n, H, K, V, C, BK, BV, False, state is not None, True, dot,
-           num_warps=warps, num_stages=stages)
-    BK, BV, warps = gla_rows_tile(K, V, q.dtype)
-    launch(gla_rows, (V // BV, n, B * H), qs, S, A, v, o, n, H, K, V, C, BK, BV, False, dot, num_warps=warps, num_stages=3)
+@triton.jit
+def is_steep(decay_ptr, LIMIT, K: tl.constexpr, BK: tl.constexpr):
+    """Whether some channel of a block decays by more than 2 LIMIT bits."""
+    lowest = tl.zeros((BK,), tl.float32)
+    for k0 in range(0, K, BK):
+        lowest = tl.minimum(lowest, tl.load(decay_ptr + k0 + tl.arange(0, BK)))
+    return tl.min(lowest) < -2 * LIMIT
 
 
-def gla_gradients(q, k, v, g, qs, ks, A, decay, S, do, dlast, scale, C, has_state):
+@triton.jit
+def half_sums(g, bit, DOT: tl.constexpr):
+    """g (R,BK) in pieces of 2^bit rows: for every row the sum from its piece's start to it,
+    and the sum after it to the piece's end."""
+    i = tl.arange(0, g.shape[0])[:, None]
+    j = tl.arange(0, g.shape[0])[None, :]
+    same = (i ^ j) >> bit == 0
+    return sum_rows(same & (j <= i), g, DOT), sum_rows(same & (j > i), g, DOT)
+
+
+@chunk_kernel
+def gla_scores(
+    q_ptr, k_ptr, g_ptr,      # (B,T,H,K), (B,T,G,K), (B,T,G,K)
+    q_start_ptr, k_end_ptr,   # (B,T,H,K), (B,T,G,K)      q exp(upto), k exp(after)
+    q_seam_ptr, k_seam_ptr,   # (B,n,R,H,K), (B,n,R,G,K)  None where a chunk is one block
+    decay_ptr,                # (B,G,T/R,K)  log2 of what a block leaves of the state
+    scores_ptr,               # (B,T,H,L)
+    scale, n,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    BK: tl.constexpr, DOT: tl.constexpr,
+):
+    """scores_ij = scale sum_k q_ik k_jk exp(c_ik - c_jk) for j <= i, c the running sum of g.
+
+    One program owns one block of R tokens of one head. The decay is split at the block's
+    middle m: exp(c_i - m) goes to the query and exp(m - c_j) to the key, so that all pairs
+    are one matrix product. One of the two exponents can be positive, by at most half of the
+    block's decay; where that is too much, gla_scores_steep does the block again."""
+    # which block is mine
+    head, rest = split(tl.program_id(0), H)
+    block, batch = split(rest, n * (L // R))
+    batch = batch.to(tl.int64)
+    group = head // (H // G)
+    i = tl.arange(0, R)
+
+    # move every pointer to its first token
+    token = batch * n * L + block * R
+    q_ptr += (token * H + head) * K
+    k_ptr += (token * G + group) * K
+    g_ptr += (token * G + group) * K
+    q_start_ptr += (token * H + head) * K
+    k_end_ptr += (token * G + group) * K
+    scores_ptr += (token * H + head) * L + block % (L // R) * R
+    decay_ptr += ((batch * G + group) * n * (L // R) + block) * K
+    if L > R:
+        seam = (batch * n + block // 2) * R
+        if block % 2 == 0:
+            k_end_ptr = k_seam_ptr + (seam * G + group) * K
+        else:
+            q_start_ptr = q_seam_ptr + (seam * H + head) * K
+
+    scores = tl.zeros((R, R), tl.float32)
+    diagonal = tl.zeros((R,), tl.float32)
+    dtype = q_ptr.dtype.element_ty
+    for k0 in range(0, K, BK):
+        # load
+        channel = k0 + tl.arange(0, BK)
+        at_q = i[:, None] * (H * K) + channel[None, :]
+        at_k = i[:, None] * (G * K) + channel[None, :]
+        q = tl.load(q_ptr + at_q).to(tl.float32) * scale
+        k = tl.load(k_ptr + at_k).to(tl.float32)
+        g = log2_decay(tl.load(g_ptr + at_k))
+        diagonal += tl.sum(q * k, axis=1)
+
+        # decay
+        total = tl.sum(g, axis=0)
+        from_middle = tl.cumsum(g, axis=0) - 0.5 * total[None, :]
+        half = tl.exp2(0.5 * total)[None, :]
+        q_mid = q * tl.exp2(from_middle)
+        k_mid = k * tl.exp2(-from_middle)
+
+        # multiply
+        scores = tl.dot(q_mid.to(dtype), tl.trans(k_mid.to(dtype)), scores, input_precision=DOT)
+
+        # store; one head of a group stores what they share
+        tl.store(q_start_ptr + at_q, (q_mid * half).to(dtype))
+        if head % (H // G) == 0:
+            tl.store(k_end_ptr + at_k, (k_mid * half).to(dtype))
+            tl.store(decay_ptr + channel, total)
+
+    # no decay on the diagonal, nothing above it
+    equal = i[:, None] == i[None, :]
+    scores = tl.where(i[:, None] > i[None, :], scores, tl.where(equal, diagonal[:, None], 0.0))
+    tl.store(scores_ptr + i[:, None] * (H * L) + i[None, :], scores.to(dtype))
+
+
+@chunk_kernel
+def gla_scores_steep(
+    q_ptr, k_ptr, g_ptr,      # as in gla_scores
+    q_start_ptr, k_end_ptr,
+    q_seam_ptr, k_seam_ptr,
+    decay_ptr,
+    scores_ptr,
+    scale, LIMIT, n,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    BK: tl.constexpr, DOT: tl.constexpr,
+):
+    """gla_scores for a block that decays by more than 2 LIMIT bits in some channel. Where
+    none does (a GLA model's g is above -1 almost always) the program returns at once.
+
+    Tokens i and j < i part at their highest unequal bit, 2^b: in a piece of 2^(b+1) tokens
+    j is in the lower half, i in the upper one, and exp(sum from the upper half's start to i)
+    exp(sum after j to the lower half's end) has no positive exponent. So there is one matrix
+    product for each bit, of which that bit's pairs are written over what gla_scores left."""
+    head, rest = split(tl.program_id(0), H)
+    block, batch = split(rest, n * (L // R))
+    batch = batch.to(tl.int64)
+    group = head // (H // G)
+    if not is_steep(decay_ptr + ((batch * G + group) * n * (L // R) + block) * K, LIMIT, K, BK):
+        return
+    i = tl.arange(0, R)[:, None]
+    j = tl.arange(0, R)[None, :]
+    token = batch * n * L + block * R
+    q_ptr += (token * H + head) * K
+    k_ptr += (token * G + group) * K
+    g_ptr += (token * G + group) * K
+    q_start_ptr += (token * H + head) * K
+    k_end_ptr += (token * G + group) * K
+    scores_ptr += (token * H + head) * L + block % (L // R) * R
+    if L > R:
+        seam = (batch * n + block // 2) * R
+        if block % 2 == 0:
+            k_end_ptr = k_seam_ptr + (seam * G + group) * K
+        else:
+            q_start_ptr = q_seam_ptr + (seam * H + head) * K
+
+    dtype = q_ptr.dtype.element_ty
+    for bit in range(8):  # R is at most 128, 2^7; the last turn is for q_start and k_end
+        scores = tl.zeros((R, R), tl.float32)
+        for k0 in range(0, K, BK):
+            channel = k0 + tl.arange(0, BK)[None, :]
+            upto, after = half_sums(log2_decay(tl.load(g_ptr + i * (G * K) + channel)), bit, DOT)
+            q = tl.load(q_ptr + i * (H * K) + channel).to(tl.float32) * scale * tl.exp2(upto)
+            k = tl.load(k_ptr + i * (G * K) + channel).to(tl.float32) * tl.exp2(after)
+            if bit < 7:
+                scores = tl.dot(q.to(dtype), tl.trans(k.to(dtype)), scores, input_precision=DOT)
+            else:
+                tl.store(q_start_ptr + i * (H * K) + channel, q.to(dtype))
+                if head % (H // G) == 0:
+                    tl.store(k_end_ptr + i * (G * K) + channel, k.to(dtype))
+        of_bit = (i > j) & ((i ^ j) >> bit == 1)
+        tl.store(scores_ptr + i * (H * L) + j, scores.to(dtype), of_bit)
+
+
+@chunk_kernel
+def gla_scores_across(
+    q_seam_ptr, k_seam_ptr,   # (B,n,R,H,K), (B,n,R,G,K)  as the blocks of a chunk meet
+    block_decay_ptr,          # (B,G,n,2,K)
+    q_start_ptr, k_end_ptr,   # (B,T,H,K), (B,T,G,K)  as they meet the states
+    decay_ptr,                # (B,G,n,K)
+    scores_ptr,               # (B,T,H,L)
+    n,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    BK: tl.constexpr, DOT: tl.constexpr,
+):
+    """The scores of a chunk's second block of queries with its first block of keys, where a
+    chunk is two blocks of R tokens. The decay splits at the seam between them.
+
+    One program owns one chunk of one head."""
+    head, rest = split(tl.program_id(0), H)
+    chunk, batch = split(rest, n)
+    batch = batch.to(tl.int64)
+    group = head // (H // G)
+    i = tl.arange(0, R)
+    seam = (batch * n + chunk) * R
+    first = batch * n * L + chunk * L
+    second = first + R
+    q_seam_ptr += (seam * H + head) * K
+    k_seam_ptr += (seam * G + group) * K
+    q_start_ptr += (second * H + head) * K
+    k_end_ptr += (first * G + group) * K
+    scores_ptr += (second * H + head) * L
+    block_decay_ptr += ((batch * G + group) * n + chunk) * 2 * K
+    decay_ptr += ((batch * G + group) * n + chunk) * K
+
+    scores = tl.zeros((R, R), tl.float32)
+    dtype = q_seam_ptr.dtype.element_ty
+    for k0 in range(0, K, BK):
+        channel = k0 + tl.arange(0, BK)
+        at_q = i[:, None] * (H * K) + channel[None, :]
+        at_k = i[:, None] * (G * K) + channel[None, :]
+        q = tl.load(q_seam_ptr + at_q)
+        k = tl.load(k_seam_ptr + at_k)
+        scores = finished(tl.dot(q, tl.trans(k), scores, input_precision=DOT))
+
+        # the queries are one block further from the state before, the keys from that after
+        of_first = tl.load(block_decay_ptr + channel)
+        of_second = tl.load(block_decay_ptr + K + channel)
+        tl.store(q_start_ptr + at_q, (q.to(tl.float32) * tl.exp2(of_first)[None, :]).to(dtype))
+        if head % (H // G) == 0:
+            tl.store(k_end_ptr + at_k, (k.to(tl.float32) * tl.exp2(of_second)[None, :]).to(dtype))
+            tl.store(decay_ptr + channel, of_first + of_second)
+    tl.store(scores_ptr + i[:, None] * (H * L) + i[None, :], scores.to(dtype))
+
+
+@chunk_kernel
+def gla_outputs(
+    q_start_ptr,   # (B,T,H,K)
+    states_ptr,    # (B,H,n,K,V)  the state before every chunk
+    scores_ptr,    # (B,T,H,L)
+    v_ptr,         # (B,T,H,V)
+    o_ptr,         # (B,T,H,V)
+    n,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+):
+    """o_i = S^T q_start_i + sum_{j <= i} scores_ij v_j.
+
+    One program owns BV channels of one chunk of one head."""
+    v_block, rest = split(tl.program_id(0), V // BV)
+    head, rest = split(rest, H)
+    chunk, batch = split(rest, n)
+    batch = batch.to(tl.int64)
+    i = tl.arange(0, L)
+    token = batch * n * L + chunk * L
+    q_start_ptr += (token * H + head) * K
+    scores_ptr += (token * H + head) * L
+    v_ptr += (token * H + head) * V + v_block * BV
+    o_ptr += (token * H + head) * V + v_block * BV
+    states_ptr += ((batch * H + head) * n + chunk) * K * V + v_block * BV
+    channel = tl.arange(0, BV)
+
+    # what my queries read from the state
+    o = tl.zeros((L, BV), tl.float32)
+    for k0 in range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        q = tl.load(q_start_ptr + i[:, None] * (H * K) + k[None, :])
+        s = tl.load(states_ptr + k[:, None] * V + channel[None, :])
+        o = tl.dot(q, s, o, input_precision=DOT)
+
+    # what they read from the keys of their own chunk; a block has none after it
+    BJ: tl.constexpr = min(L, 64)
+    for j0 in range(0, L, BJ):
+        j = j0 + tl.arange(0, BJ)
+        at = scores_ptr + i[:, None] * (H * L) + j[None, :]
+        if L > R:
+            scores = tl.load(at, i[:, None] // R >= j[None, :] // R, 0.0)
+        else:
+            scores = tl.load(at)
+        v = tl.load(v_ptr + j[:, None] * (H * V) + channel[None, :])
+        o = tl.dot(scores, v, o, input_precision=DOT)
+    tl.store(o_ptr + i[:, None] * (H * V) + channel[None, :], o.to(o_ptr.dtype.element_ty))
+
+
+@chunk_kernel
+def gla_grad_values(
+    k_end_ptr,         # (B,T,G,K)
+    grad_states_ptr,   # (B,H,n,K,V)  the gradient of the state after every chunk
+    scores_ptr,        # (B,T,H,L)
+    do_ptr,            # (B,T,H,V)
+    dv_ptr,            # (B,T,H,V)
+    n,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+):
+    """dv_j = dS^T k_end_j + sum_{i >= j} scores_ij do_i.
+
+    One program owns BV channels of one chunk of one head."""
+    v_block, rest = split(tl.program_id(0), V // BV)
+    head, rest = split(rest, H)
+    chunk, batch = split(rest, n)
+    batch = batch.to(tl.int64)
+    group = head // (H // G)
+    j = tl.arange(0, L)
+    token = batch * n * L + chunk * L
+    k_end_ptr += (token * G + group) * K
+    scores_ptr += (token * H + head) * L
+    do_ptr += (token * H + head) * V + v_block * BV
+    dv_ptr += (token * H + head) * V + v_block * BV
+    grad_states_ptr += ((batch * H + head) * n + chunk) * K * V + v_block * BV
+    channel = tl.arange(0, BV)
+
+    # what my keys write to the state
+    dv = tl.zeros((L, BV), tl.float32)
+    for k0 in range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        keys = tl.load(k_end_ptr + j[:, None] * (G * K) + k[None, :])
+        ds = tl.load(grad_states_ptr + k[:, None] * V + channel[None, :])
+        dv = tl.dot(keys, ds, dv, input_precision=DOT)
+
+    # what the queries of their own chunk read; a block has none before it
+    BI: tl.constexpr = min(L, 64)
+    for i0 in range(0, L, BI):
+        i = i0 + tl.arange(0, BI)
+        at = scores_ptr + i[:, None] * (H * L) + j[None, :]
+        if L > R:
+            scores = tl.load(at, i[:, None] // R >= j[None, :] // R, 0.0)
+        else:
+            scores = tl.load(at)
+        do = tl.load(do_ptr + i[:, None] * (H * V) + channel[None, :])
+        dv = tl.dot(tl.trans(scores), do, dv, input_precision=DOT)
+    tl.store(dv_ptr + j[:, None] * (H * V) + channel[None, :], dv.to(dv_ptr.dtype.element_ty))
+
+
+@chunk_kernel
+def gla_grad_scores(
+    do_ptr, v_ptr,     # (B,T,H,V)
+    grad_scores_ptr,   # (B,T,H,L)
+    diagonal_ptr,      # (B,H,T)  the gradient of a query's score with its own key
+    n,
+    H: tl.constexpr, V: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    BV: tl.constexpr, DOT: tl.constexpr,
+):
+    """grad_scores_ij = do_i . v_j for j < i.
+
+    One program owns a block of queries and one of keys of one chunk of one head: each block
+    with itself, and where there are two the second with the first."""
+    pair, rest = split(tl.program_id(0), 3 if L > R else 1)
+    head, rest = split(rest, H)
+    chunk, batch = split(rest, n)
+    batch = batch.to(tl.int64)
+    query = tl.minimum(pair, 1) * R + tl.arange(0, R)
+    key = pair % 2 * R + tl.arange(0, R)
+    token = batch * n * L + chunk * L
+    do_ptr += (token * H + head) * V
+    v_ptr += (token * H + head) * V
+    grad_scores_ptr += (token * H + head) * L
+
+    scores = tl.zeros((R, R), tl.float32)
+    for v0 in range(0, V, BV):
+        channel = v0 + tl.arange(0, BV)[None, :]
+        do = tl.load(do_ptr + query[:, None] * (H * V) + channel)
+        v = tl.load(v_ptr + key[:, None] * (H * V) + channel)
+        scores = tl.dot(do, tl.trans(v), scores, input_precision=DOT)
+
+    if pair < 2:
+        diagonal = tl.sum(tl.where(query[:, None] == key[None, :], scores, 0.0), axis=1)
+        tl.store(diagonal_ptr + (batch * H + head) * n * L + chunk * L + query, diagonal)
+    scores = tl.where(query[:, None] > key[None, :], scores, 0.0)
+    at = query[:, None] * (H * L) + key[None, :]
+    tl.store(grad_scores_ptr + at, scores.to(grad_scores_ptr.dtype.element_ty))
+
+
+@chunk_kernel
+def gla_grad_queries_keys(
+    do_ptr, v_ptr,                  # (B,T,H,V)
+    states_ptr, grad_states_ptr,    # (B,H,n,K,V)
+    q_start_ptr, k_end_ptr,         # (B,T,H,K), (B,T,G,K)
+    dq_start_ptr, dk_end_ptr,       # (B,T,H,K), (B,T,G,K)
+    state_pairs_ptr,                # (B,G,n,K)    sum of S dS over the values of a group
+    around_ptr,                     # (B,G,T/R,K)  None where a chunk is one block
+    n,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+):
+    """dq_start_i = S do_i and dk_end_j = dS v_j, through the states alone.
+
+    Where a chunk is two blocks, `around` is the weight x gradient of the pairs of one block
+    with a state that span the other one.
+
+    One program owns BK channels of one block of R tokens of one group, its heads in turn."""
+    k_block, rest = split(tl.program_id(0), K // BK)
+    group, rest = split(rest, G)
+    block, batch = split(rest, n * (L // R))
+    batch = batch.to(tl.int64)
+    chunk = block // (L // R)
+    i = tl.arange(0, R)
+    k = k_block * BK + tl.arange(0, BK)
+    token = batch * n * L + block * R
+    at_v = i[:, None] * (H * V)
+    at_q = i[:, None] * (H * K) + k[None, :]
+    at_k = (token * G + group) * K + i[:, None] * (G * K) + k[None, :]
+    dtype = dq_start_ptr.dtype.element_ty
+
+    dk = tl.zeros((R, BK), tl.float32)
+    state_pairs = tl.zeros((BK,), tl.float32)
+    around = tl.zeros((BK,), tl.float32)
+    for of_group in range(H // G):
+        head = group * (H // G) + of_group
+        do_head = do_ptr + (token * H + head) * V
+        v_head = v_ptr + (token * H + head) * V
+        of_head = ((batch * H + head) * n + chunk) * K * V
+        dq = tl.zeros((R, BK), tl.float32)
+        for v0 in range(0, V, BV):
+            channel = v0 + tl.arange(0, BV)[None, :]
+            s = tl.load(states_ptr + of_head + k[:, None] * V + channel)
+            ds = tl.load(grad_states_ptr + of_head + k[:, None] * V + channel)
+            do = tl.load(do_head + at_v + channel)
+            v = tl.load(v_head + at_v + channel)
+            dq = tl.dot(do, tl.trans(s), dq, input_precision=DOT)
+            dk = tl.dot(v, tl.trans(ds), dk, input_precision=DOT)
+            state_pairs += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
+            dq = finished(dq)
+            dk = finished(dk)
+        tl.store(dq_start_ptr + (token * H + head) * K + at_q, dq.to(dtype))
+        if L > R:
+            if block % 2 == 1:
+                q = tl.load(q_start_ptr + (token * H + head) * K + at_q).to(tl.float32)
+                around += tl.sum(q * dq, axis=0)
+
+    tl.store(dk_end_ptr + at_k, dk.to(dtype))
+    if block % (L // R) == 0:
+        tl.store(state_pairs_ptr + ((batch * G + group) * n + chunk) * K + k, state_pairs)
+    if L > R:
+        if block % 2 == 0:
+            around = tl.sum(tl.load(k_end_ptr + at_k).to(tl.float32) * dk, axis=0)
+        other = (batch * G + group) * n * 2 + block + 1 - block % 2 * 2
+        tl.store(around_ptr + other * K + k, around)
+
+
+@triton.jit
+def sum_pairs(pairs, writes, DOT: tl.constexpr):
+    """For every token t of a block: the pairs of t and later, and the writes before t."""
+    if DOT is not None:
+        return tl.cumsum(pairs, 0, reverse=True) + tl.cumsum(writes, 0) - writes
+    i = tl.arange(0, pairs.shape[0])
+    before = sum_rows(i[:, None] > i[None, :], writes - pairs, DOT)
+    return tl.sum(pairs, 0)[None, :] + before
+
+
+@chunk_kernel
+def gla_grad_decays(
+    q_ptr, k_ptr, g_ptr,              # (B,T,H,K), (B,T,G,K), (B,T,G,K)
+    q_seam_ptr, k_seam_ptr,           # (B,n,R,H,K), (B,n,R,G,K)  None for one block
+    block_decay_ptr, decay_ptr,       # (B,G,T/R,K), (B,G,n,K)
+    grad_scores_ptr, diagonal_ptr,    # (B,T,H,L), (B,H,T)
+    dq_start_ptr, dk_end_ptr,         # (B,T,H,K), (B,T,G,K)
+    state_pairs_ptr, around_ptr,      # (B,G,n,K), (B,G,T/R,K)
+    dq_ptr, dk_ptr, dg_ptr,           # (B,T,H,K), (B,T,G,K), (B,T,G,K)
+    scale, n,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    BK: tl.constexpr, DOT: tl.constexpr,
+):
+    """dq, dk and dg. The weight of key j in query i is exp of the sum of g over j < t <= i,
+    so dg_t adds up weight x gradient over all pairs that span t: within t's block those that
+    end at t or later, less those that begin at t or later; of the block's queries with what
+    is before the block those at t or later; of its keys with what is after it those before
+    t; what is before with what is after always. A query with its own key spans nothing: it
+    is left out, else it would drown small gradients.
+
+    One program owns BK channels of one block of one group, its heads in turn."""
+    k_block, rest = split(tl.program_id(0), K // BK)
+    group, rest = split(rest, G)
+    block, batch = split(rest, n * (L // R))
+    batch = batch.to(tl.int64)
+    of_chunk = block % (L // R)
+    i = tl.arange(0, R)[:, None]
+    j = tl.arange(0, R)[None, :]
+    channel = k_block * BK + tl.arange(0, BK)
+    token = batch * n * L + block * R
+    at_q = i * (H * K) + channel[None, :]
+    at_k = (token * G + group) * K + i * (G * K) + channel[None, :]
+    of_block = ((batch * G + group) * n * (L // R) + block) * K + channel
+    of_state = ((batch * G + group) * n + block // (L // R)) * K + channel
+    dtype = q_ptr.dtype.element_ty
+
+    # the decay, split at the block's middle as in gla_scores
+    g = log2_decay(tl.load(g_ptr + at_k))
+    total = tl.sum(g, 0)[None, :]
+    from_middle = (tl.cumsum(g, 0) if DOT is not None else sum_rows(i >= j, g, DOT)) - 0.5 * total
+    half = tl.exp2(0.5 * total)
+    to_q = tl.exp2(from_middle)
+    to_k = tl.exp2(-from_middle)
+    if L > R:  # the other block of the chunk
+        other = tl.exp2(tl.load(block_decay_ptr + of_block + (1 - 2 * of_chunk) * K))[None, :]
+
+    k = tl.load(k_ptr + at_k).to(tl.float32)
+    k_mid = (k * to_k).to(dtype)
+    dk = tl.zeros((R, BK), tl.float32)
+    dk_after = tl.load(dk_end_ptr + at_k).to(tl.float32)
+    pairs = tl.zeros((R, BK), tl.float32)
+    if L > R:
+        if of_chunk == 0:
+            dk_after *= other
+    for head_of_group in range(H // G):
+        head = group * (H // G) + head_of_group
+        row = token * H + head
+        q = tl.load(q_ptr + row * K + at_q).to(tl.float32) * scale
+        q_mid = (q * to_q).to(dtype)
+
+        # within the block; the rounded factors make the pairs of both ends cancel exactly
+        scores = tl.load(grad_scores_ptr + (row + i * H) * L + of_chunk * R + j)
+        dq_mid = tl.dot(scores, k_mid, input_precision=DOT)
+        dk_mid = tl.dot(tl.trans(scores), q_mid, input_precision=DOT)
+        pairs += q_mid.to(tl.float32) * dq_mid - k_mid.to(tl.float32) * dk_mid
+
+        # with what is before it and after it
+        dq_before = tl.load(dq_start_ptr + row * K + at_q).to(tl.float32)
+        if L > R:
+            seam = (batch * n + block // 2) * R
+            if of_chunk == 1:
+                scores = tl.load(grad_scores_ptr + (row + i * H) * L + j)
+                keys = tl.load(k_seam_ptr + (seam * G + group) * K + i * (G * K) + channel[None, :])
+                dq_before = tl.dot(scores, keys, dq_before * other, input_precision=DOT)
+            else:
+                scores = tl.load(grad_scores_ptr + (row + (R + i) * H) * L + j)
+                queries = tl.load(q_seam_ptr + (seam * H + head) * K + at_q)
+                dk_after = tl.dot(tl.trans(scores), queries, dk_after, input_precision=DOT)
+        dq_before *= to_q * half
+        pairs += q * dq_before
+
+        diagonal = tl.load(diagonal_ptr + (batch * H + head) * n * L + block * R + i)
+        dq = (dq_mid * to_q + diagonal * k + dq_before) * scale
+        dk += dk_mid * to_k + diagonal * q
+        tl.store(dq_ptr + row * K + at_q, dq.to(dtype))
+
+    dk_after *= to_k * half
+    tl.store(dk_ptr + at_k, (dk + dk_after).to(dtype))
+    always = tl.load(state_pairs_ptr + of_state) * tl.exp2(tl.load(decay_ptr + of_state))
+    if L > R:
+        always += tl.load(around_ptr + of_block)
+    dg = sum_pairs(pairs, k * dk_after, DOT) + always[None, :]
+    tl.store(dg_ptr + at_k, tl.where(tl.load(g_ptr + at_k) > FORGOTTEN_32, dg, 0.0))
+
+
+@chunk_kernel
+def gla_grad_decays_steep(
+    q_ptr, k_ptr, g_ptr,              # as in gla_grad_decays
+    q_seam_ptr, k_seam_ptr,
+    block_decay_ptr, decay_ptr,
+    grad_scores_ptr, diagonal_ptr,
+    dq_start_ptr, dk_end_ptr,
+    state_pairs_ptr, around_ptr,
+    dq_ptr, dk_ptr, dg_ptr,
+    scale, LIMIT, n,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    BK: tl.constexpr, DOT: tl.constexpr,
+):
+    """gla_grad_decays for a block that gla_scores_steep did, bit by bit as there."""
+    k_block, rest = split(tl.program_id(0), K // BK)
+    group, rest = split(rest, G)
+    block, batch = split(rest, n * (L // R))
+    batch = batch.to(tl.int64)
+    blocks = (batch * G + group) * n * (L // R) + block
+    if not is_steep(block_decay_ptr + blocks * K, LIMIT, K, BK):
+        return
+    of_chunk = block % (L // R)
+    i = tl.arange(0, R)[:, None]
+    j = tl.arange(0, R)[None, :]
+    channel = k_block * BK + tl.arange(0, BK)
+    token = batch * n * L + block * R
+    at_q = i * (H * K) + channel[None, :]
+    at_k = (token * G + group) * K + i * (G * K) + channel[None, :]
+    of_block = blocks * K + channel
+    of_state = ((batch * G + group) * n + block // (L // R)) * K + channel
+    dtype = q_ptr.dtype.element_ty
+
+    g = log2_decay(tl.load(g_ptr + at_k))
+    upto, after = half_sums(g, 7, DOT)  # of the whole block
+    upto = tl.exp2(upto)
+    after = tl.exp2(after)
+    k = tl.load(k_ptr + at_k).to(tl.float32)
+    dk = tl.zeros((R, BK), tl.float32)
+    dk_after = tl.load(dk_end_ptr + at_k).to(tl.float32)
+    pairs = tl.zeros((R, BK), tl.float32)
+    if L > R:
+        other = tl.exp2(tl.load(block_decay_ptr + of_block + (1 - 2 * of_chunk) * K))[None, :]
+        if of_chunk == 0:
+            dk_after *= other
+    for head_of_group in range(H // G):
+        head = group * (H // G) + head_of_group
+        row = token * H + head
+        q = tl.load(q_ptr + row * K + at_q).to(tl.float32) * scale
+        diagonal = tl.load(diagonal_ptr + (batch * H + head) * n * L + block * R + i)
+        dq = diagonal * k
+        dk += diagonal * q
+        for bit in range(7):
+            to_q, to_k = half_sums(g, bit, DOT)
+            to_q = tl.exp2(to_q)
+            to_k = tl.exp2(to_k)
+            of_bit = (i ^ j) >> bit == 1
+            at = grad_scores_ptr + (row + i * H) * L + of_chunk * R + j
+            scores = tl.load(at, of_bit, 0.0)
+            q_bit = (q * to_q).to(dtype)
+            k_bit = (k * to_k).to(dtype)
+            dq_bit = tl.dot(scores, k_bit, input_precision=DOT)
+            dk_bit = tl.dot(tl.trans(scores), q_bit, input_precision=DOT)
+            pairs += q_bit.to(tl.float32) * dq_bit - k_bit.to(tl.float32) * dk_bit
+            dq += dq_bit * to_q
+            dk += dk_bit * to_k
+
+        dq_before = tl.load(dq_start_ptr + row * K + at_q).to(tl.float32)
+        if L > R:
+            seam = (batch * n + block // 2) * R
+            if of_chunk == 1:
+                scores = tl.load(grad_scores_ptr + (row + i * H) * L + j)
+                keys = tl.load(k_seam_ptr + (seam * G + group) * K + i * (G * K) + channel[None, :])
+                dq_before = tl.dot(scores, keys, dq_before * other, input_precision=DOT)
+            else:
+                scores = tl.load(grad_scores_ptr + (row + (R + i) * H) * L + j)
+                queries = tl.load(q_seam_ptr + (seam * H + head) * K + at_q)
+                dk_after = tl.dot(tl.trans(scores), queries, dk_after, input_precision=DOT)
+        dq_before *= upto
+        pairs += q * dq_before
+        tl.store(dq_ptr + row * K + at_q, ((dq + dq_before) * scale).to(dtype))
+
+    dk_after *= after
+    tl.store(dk_ptr + at_k, (dk + dk_after).to(dtype))
+    always = tl.load(state_pairs_ptr + of_state) * tl.exp2(tl.load(decay_ptr + of_state))
+    if L > R:
+        always += tl.load(around_ptr + of_block)
+    dg = tl.cumsum(pairs, 0, reverse=True) + tl.cumsum(k * dk_after, 0) - k * dk_after + always[None, :]
+    tl.store(dg_ptr + at_k, tl.where(tl.load(g_ptr + at_k) > FORGOTTEN_32, dg, 0.0))
+
+
+def gla_chunk(T, K, V, dtype):
+    """Tokens of a chunk, and of its one or two blocks."""
+    if T <= 128:
+        L = power_of_two(T, 16) if T <= 32 else 128
+        return L, L
+    return (256, 128) if dtype == torch.bfloat16 and K * V >= 1 << 17 else (128, 128)
+
+
+@functools.cache
+def gla_launches(K, V, heads, L, R, dtype):
+    """The kernels with their tiles; heads: of all sequences."""
+    narrow = dtype == torch.bfloat16
+    BK = power_of_two(K, 16, 64)
+    BV = power_of_two(V, 16, 64)
+    wide_k = power_of_two(K, 16, 128 if narrow else 64)
+    wide_v = power_of_two(V, 16, 128 if narrow else 64)
+    if narrow and V % 256 == 0 and (K // wide_k) * (V // 256) * heads >= 128:
+        scan = dict(BK=wide_k, BV=256, num_warps=8, num_stages=2)
+    elif narrow and (K // wide_k) * (V // wide_v) * heads >= 128:
+        scan = dict(BK=wide_k, BV=wide_v, num_warps=8, num_stages=2)
+    else:
+        scan = dict(BK=BK, BV=BV, num_warps=4, num_stages=3)
+    rows = dict(BK=BK, BV=wide_v, num_warps=8 if K > 256 or L > R else 4, num_stages=3)
+    finish = dict(BK=power_of_two(K, 16, 32), num_warps=8)
+    return types.SimpleNamespace(
+        scores=Launch(gla_scores, BK=BK, num_warps=8, num_stages=1),
+        scores_steep=Launch(gla_scores_steep, BK=finish["BK"], num_warps=8, num_stages=1),
+        scores_across=Launch(gla_scores_across, BK=BK, num_warps=8, num_stages=2),
+        scan=Launch(scan_states, cut="KV", **scan),
+        outputs=Launch(gla_outputs, cut="V", **rows),
+        grad_scan=Launch(scan_states, cut="KV", **scan),
+        grad_values=Launch(gla_grad_values, cut="V", **rows),
+        grad_scores=Launch(gla_grad_scores, BV=BV, num_warps=4, num_stages=3),
+        grad_queries_keys=Launch(
+            gla_grad_queries_keys, cut="K", BK=wide_k, BV=BV, num_warps=8, num_stages=3),
+        grad_decays=Launch(gla_grad_decays, cut="K", **finish),
+        grad_decays_steep=Launch(gla_grad_decays_steep, cut="K", **finish),
+    )
+
+
+def product_precision(x):
+    """tl.dot's input_precision: three products of tf32 have nearly float32's digits."""
+    return "tf32x3" if x.dtype == torch.float32 else None
+
+
+def steep_limit(x):
+    """Bits that half of a block may decay by before its scores leave the range of x's dtype
+    or, in float32, its digits."""
+    return 30.0 if x.dtype == torch.float32 else 90.0
+
+
+def gla_results(q, k, v, g, state, scale, L, R):
+    """o (B,T,H,V), the last state (B,H,K,V), and for the backward pass q_start (B,T,H,K),
+    k_end (B,T,G,K), q_seam (B,n,R,H,K), k_seam (B,n,R,G,K), block_decay (B,G,n,2,K), these
+    three empty where a chunk is one block, decay (B,G,n,K), scores (B,T,H,L) and states
+    (B,H,n,K,V)."""
+    B, T, H, K = q.shape
+    G = k.shape[2]
+    V = v.shape[3]
+    n = T // L
+    seams = n if L > R else 0
+    return (torch.empty_like(v), g.new_empty(B, H, K, V), torch.empty_like(q), torch.empty_like(k),
+            q.new_empty(B, seams, R, H, K), k.new_empty(B, seams, R, G, K),
+            g.new_empty(B, G, seams, 2, K), g.new_empty(B, G, n, K),
+            q.new_empty(B, T, H, L), v.new_empty(B, H, n, K, V))
+
+
+@operator("(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? state, float scale, int L, int R) -> "
+          "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+          gla_results)
+def gla_forward(q, k, v, g, state, scale, L, R,
+                o, last, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, states):
+    """T a multiple of L; K and V multiples of 128, or powers of two from 16."""
+    B, T, H, K = q.shape
+    G = k.shape[2]
+    V = v.shape[3]
+    n = T // L
+    if L == R:
+        q_seam = k_seam = None
+        block_decay = decay
+    launches = gla_launches(K, V, B * H, L, R, q.dtype)
+    DOT = product_precision(q)
+    launches.scores(
+        B * H * T // R, q, k, g, q_start, k_end, q_seam, k_seam, block_decay, scores,
+        scale=scale, n=n, H=H, G=G, K=K, L=L, R=R, DOT=DOT)
+    launches.scores_steep(
+        B * H * T // R, q, k, g, q_start, k_end, q_seam, k_seam, block_decay, scores,
+        scale=scale, LIMIT=steep_limit(q), n=n, H=H, G=G, K=K, L=L, R=R, DOT=DOT)
+    if L > R:
+        launches.scores_across(
+            B * H * n, q_seam, k_seam, block_decay, q_start, k_end, decay, scores,
+            n=n, H=H, G=G, K=K, L=L, R=R, DOT=DOT)
+    launches.scan(
+        B * H, k_end, v, None, decay, state, last, states,
+        n=n, H=H, HX=G, HY=H, HD=G, K=K, V=V, L=L, R=R, PER_CHANNEL=True, REVERSE=False, DOT=DOT)
+    launches.outputs(
+        B * H * n, q_start, states, scores, v, o, n=n, H=H, K=K, V=V, L=L, R=R, DOT=DOT)
+
+
+def gla_gradients(q, k, v, g, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, states,
+                  do, dlast, scale, L, R, has_state):
     """Of q, k, v, g, and of the incoming state (B,H,K,V), empty where there was none."""
-    (B, T, H, K), V = q.shape, v.shape[-1]
-    return (*(torch.empty_like(x) for x in (q, k, v, g)), g.new_empty(B, H, K, V) if has_state else g.new_empty(0))
+    B, _, H, K = q.shape
+    dstate = g.new_empty(B, H, K, v.shape[3]) if has_state else g.new_empty(0)
+    return (*(torch.empty_like(x) for x in (q, k, v, g)), dstate)
 
 
-@operator("(Tensor q, Tensor k, Tensor v, Tensor g, Tensor qs, Tensor ks, Tensor A, Tensor decay, Tensor S, Tensor do, Tensor? dlast, "
-          "float scale, int C, bool has_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", gla_gradients)
-def gla_backward(q, k, v, g, qs, ks, A, decay, S, do, dlast, scale, C, has_state, dq, dk, dv, dg, first):
-    (B, T, H, K), V, n = q.shape, v.shape[-1], q.shape[1] // C
-    dot, limit = ("tf32x3", 30.0) if q.dtype == torch.float32 else (None, 90.0)
-    dS, dA, diagonal = torch.empty_like(S), torch.empty_like(A), g.new_empty(B, H, T)
-    dqs, dks, both = torch.empty_like(q), torch.empty_like(k), torch.empty_like(decay)
-    BK, BV, warps, stages = gla_scan_tile(K, V, B * H, 128, q.dtype)
-    launch(gla_scan, (K // BK, V // BV, B * H), qs, do, decay, dlast, dS, first, n, H, K, V, C, BK, BV, True, dlast is not None, has_state, dot,
-           num_warps=warps, num_stages=stages)
-    BK, BV, warps = gla_rows_tile(K, V, q.dtype)
-    launch(gla_rows, (V // BV, n, B * H), ks, dS, A, do, dv, n, H, K, V, C, BK, BV, True, dot, num_warps=warps, num_stages=3)
-    launch(gla_scores, (n, B * H), do, v, dA, diagonal, n, H, V, C, BV, dot, num_warps=4, num_stages=3)
-    BK, BV = pow2(K, 16, widest(q.dtype)), pow2(V, 16, 64)
-    launch(gla_through, (K // BK, n, B * H), do, v, S, dS, dqs, dks, both, n, H, K, V, C, BK, BV, dot, num_warps=8, num_stages=3)
-    BK = pow2(K, 16, 32)
-    for steep in (False, True):
-        gla_finish[(K // BK, n, B * H)](q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, scale, limit,
-                                        n, H, K, C, BK, steep, dot, num_warps=8)
+@operator("(Tensor q, Tensor k, Tensor v, Tensor g, Tensor q_start, Tensor k_end, Tensor q_seam, "
+          "Tensor k_seam, Tensor block_decay, Tensor decay, Tensor scores, Tensor states, "
+          "Tensor do, Tensor? dlast, float scale, int L, int R, bool has_state) -> "
+          "(Tensor, Tensor, Tensor, Tensor, Tensor)", gla_gradients)
+def gla_backward(q, k, v, g, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, states,
+                 do, dlast, scale, L, R, has_state, dq, dk, dv, dg, dstate):
+    B, T, H, K = q.shape
+    G = k.shape[2]
+    V = v.shape[3]
+    n = T // L
+    launches = gla_launches(K, V, B * H, L, R, q.dtype)
+    DOT = product_precision(q)
+    grad_states = torch.empty_like(states)
+    grad_scores = torch.empty_like(scores)
+    diagonal = g.new_empty(B, H, T)
+    dq_start = torch.empty_like(q)
+    dk_end = torch.empty_like(k)
+    state_pairs = torch.empty_like(decay)
+    around = torch.empty_like(block_decay)
+    if L == R:
+        q_seam = k_seam = around = None
+        block_decay = decay
+    launches.grad_scan(
+        B * H, q_start, do, None, decay, dlast, dstate if has_state else None, grad_states,
+        n=n, H=H, HX=H, HY=H, HD=G, K=K, V=V, L=L, R=R, PER_CHANNEL=True, REVERSE=True, DOT=DOT)
+    launches.grad_values(
+        B * H * n, k_end, grad_states, scores, do, dv,
+        n=n, H=H, G=G, K=K, V=V, L=L, R=R, DOT=DOT)
+    launches.grad_scores(
+        B * H * n * (3 if L > R else 1), do, v, grad_scores, diagonal,
+        n=n, H=H, V=V, L=L, R=R, DOT=DOT)
+    launches.grad_queries_keys(
+        B * G * T // R, do, v, states, grad_states, q_start, k_end, dq_start, dk_end,
+        state_pairs, around, n=n, H=H, G=G, K=K, V=V, L=L, R=R, DOT=DOT)
+    pointers = (q, k, g, q_seam, k_seam, block_decay, decay, grad_scores, diagonal,
+                dq_start, dk_end, state_pairs, around, dq, dk, dg)
+    launches.grad_decays(
+        B * G * T // R, *pointers, scale=scale, n=n, H=H, G=G, K=K, L=L, R=R, DOT=DOT)
+    launches.grad_decays_steep(
+        B * G * T // R, *pointers, scale=scale, LIMIT=steep_limit(q), n=n,
+        H=H, G=G, K=K, L=L, R=R, DOT=DOT)
 
 
-def gla_save(ctx, inputs, output):
+def gla_save(ctx, inputs, results):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:4], *output[2:])
-    ctx.has_state, ctx.scale, ctx.C = inputs[4] is not None, *inputs[5:]
+    ctx.save_for_backward(*inputs[:4], *results[2:])
+    ctx.has_state = inputs[4] is not None
+    ctx.scale, ctx.L, ctx.R = inputs[5:]
 
 
 def gla_chain(backward, ctx, do, dlast, *_):
     v = ctx.saved_tensors[2]
-    do, dlast = torch.zeros_like(v) if do is None else do.contiguous(), None if dlast is None else dlast.contiguous()
-    *grads, first = backward(*ctx.saved_tensors, do, dlast, ctx.scale, ctx.C, ctx.has_state)
-    return *grads, first if ctx.has_state else None, None, None
+    do = torch.zeros_like(v) if do is None else do.contiguous()
+    dlast = None if dlast is None else dlast.contiguous()
+    *gradients, dstate = backward(
+        *ctx.saved_tensors, do, dlast, ctx.scale, ctx.L, ctx.R, ctx.has_state)
+    return *gradients, dstate if ctx.has_state else None, None, None, None
 
 
 gla_kernels = differentiable(gla_forward, gla_save, gla_backward, gla_chain)
 
 
-@triton.jit
-def gla_step(q, k, v, g, S, o, new, scale, K, V, BK: tl.constexpr, BV: tl.constexpr):
-    """One program: BV columns of one head's state, one token: read once, written once."""
-    vb, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    val = vb * BV + tl.arange(0, BV)
-    vt = tl.load(v + bh * V + val, val < V, 0.0).to(tl.float32)
-    acc = tl.zeros((BV,), tl.float32)
-    for k0 in range(0, K, BK):
-        col = k0 + tl.arange(0, BK)
-        tile, inside = bh * K * V + col[:, None] * V + val[None, :], (col < K)[:, None] & (val < V)[None, :]
-        a = tl.exp2(tl.load(g + bh * K + col, col < K, 0.0) * LOG2E)
-        kt, qt = tl.load(k + bh * K + col, col < K, 0.0).to(tl.float32), tl.load(q + bh * K + col, col < K, 0.0).to(tl.float32)
-        s = a[:, None] * tl.load(S + tile, inside, 0.0) + kt[:, None] * vt[None, :]
-        tl.store(new + tile, s, inside)
-        acc += tl.sum(qt[:, None] * s, axis=0)
-    tl.store(o + bh * V + val, (acc * scale).to(o.dtype.element_ty), val < V)
-
-
-def needs_grad(*tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def gla_triton(q, k, v, g, scale, state):
-    (B, T, H, K), V = q.shape, v.shape[-1]
-    k, g = (t.repeat_interleave(H // t.shape[2], dim=2) for t in (k, g))
-    with on_device(q):
-        if T == 1 and state is not None and not needs_grad(q, k, v, g, state):
-            o, new = v.new_empty(v.shape), g.new_empty(state.shape, dtype=torch.float32)
-            BV = pow2(V, 16, 64)
-            gla_step[(-(-V // BV), B * H)](*(t.contiguous() for t in (q, k, v, g.float(), state.float())), o, new, scale, K, V,
-                                           pow2(K, 16, 64), BV, num_warps=4)
-            return o, new
-        dtype = torch.bfloat16 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else torch.float32
-        C, BK, BV = chunk(T), whole_tile(K, q), whole_tile(V, q)
-        q, k, g = (pad(x, {1: C, 3: BK}).contiguous() for x in (q.to(dtype), k.to(dtype), g.float()))
-        state = None if state is None else pad(state.float(), {2: BK, 3: BV}).contiguous()
-        o, last, *_ = gla_kernels(q, k, pad(v.to(dtype), {1: C, 3: BV}).contiguous(), g, state, scale, C)
+    B, T, H, K = q.shape
+    G = k.shape[2]
+    V = v.shape[3]
+    if T == 1 and state is not None and not needs_grad(q, k, v, g, state):
+        q, k, v, g, state = (t.contiguous() for t in (q, k, v, g.float(), state.float()))
+        o = torch.empty_like(v)
+        new = torch.empty_like(state)
+        BV = power_of_two(V, 16, 64)
+        with on_device(q):
+            step_state[(B * H * -(-V // BV),)](
+                q, k, v, g, None, None, None, state, new, o, scale=scale, H=H, HQ=H, G=G, K=K, V=V,
+                BK=power_of_two(K, 16, 64), BV=BV, VALUES_FIRST=False, num_warps=4)
+        return o, new
+    narrow = q.dtype == k.dtype == v.dtype == torch.bfloat16
+    dtype = torch.bfloat16 if narrow else torch.float32
+    L, R = gla_chunk(T, K, V, dtype)
+    BK = whole_tile(K, q)
+    BV = whole_tile(V, q)
+    q, k, g = (pad(x, {1: L, 3: BK}).contiguous() for x in (q.to(dtype), k.to(dtype), g.float()))
+    v = pad(v.to(dtype), {1: L, 3: BV}).contiguous()
+    if state is not None:
+        state = pad(state.float(), {2: BK, 3: BV}).contiguous()
+    o, last, *_ = gla_kernels(q, k, v, g, state, scale, L, R)
     return o[:, :T, :, :V], last[:, :, :K, :V]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Triton, Mamba2's state space recurrence
-#
-# Three launches forward, five backward; a large state takes one more each. One decay a head, so the scores inside a chunk are
-# a table C B^T, shared by all heads of a group, times a table of decays W_ij = exp(g_{j+1} + ... + g_i) for each head, with
-# g = dt A and v = dt x.
-#
-#   ssd_prepare   CB_c = C_c B_c^T, and cum = LOG2E x the sums of g from the chunk's start, as hi + lo
-#   ssd_scan      S_0 = state,  S_{c+1} = decay_c S_c + (to_end v)^T B         stores S_c, the state before chunk c
-#   ssd_read      y_S = C S_c^T, where N > 128
-#   ssd_rows      y = exp(cum) (C S_c^T) + (CB W) v + D x
-#
-#   ssd_scan      dS_{c-1} = decay_c dS_c + (exp(cum) dy)^T C                  stores dS_c, the gradient after chunk c
-#   ssd_read      B dS_c^T, where N > 128
-#   ssd_rows      dv = to_end (B dS_c^T) + (CB W)^T dy; from it dx, D's and dt's parts
-#   ssd_scores    dCB = sum over heads of W (dy v^T), and for each head its sums along rows and columns
-#   ssd_through   dC = sum over heads of exp(cum) dy S_c + dCB B,  dB = the same of to_end v dS_c + dCB^T C
-#                 with queries = sum_n C (dC through the state), which is exp(cum) sum_p dy y_S too
-#   ssd_finish    dg from the sums over all pairs that span a token, as in gla_finish; then d(dt) and dA
-#
-# Chunk length L. A stored state costs N P / L numbers a token and head, the tables of decays about L / 2 exponentials:
-# L = 128 for every N (256 was no faster at N = 512). A state of more than 128 columns is read apart, by a plain matrix product
-# over neighbouring heads. Its y_S is kept for the backward pass, P numbers a token and head beside the N P / L of the state:
-# ssd_through then needs no dy S for each head but adds up dC in the matrix unit, and has registers for tiles of 128 x 128, which
-# read S and dS half as often. Tables are worked on in blocks of R x R, those above the diagonal left out. A block below the
-# diagonal needs no table: its decays split at the seam s between the two blocks into exp(cum_i - cum_s) exp(cum_s - cum_j), a
-# factor for each row and one for each column, neither above 1.
-# cum is a float64 sum kept as two float32: a difference of two large sums then keeps the digits of the small decays
-# (bfloat16 inputs have fewer digits to keep: EXACT is off for them, and lo is left out).
-
-
-@chunk_kernel
-def ssd_prepare(B, C, dt, A, doc, CB, hi, lo, n, G: tl.constexpr, N: tl.constexpr, H: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-                BN: tl.constexpr, BH: tl.constexpr, DOT: tl.constexpr):
-    """One program: R rows of CB in one chunk of one group. dt is (B,T,H); hi, lo are (B,H,T); CB is (B,T,G,L)."""
-    block, b, group = tl.program_id(0), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
-    c, r, T = block // (L // R), block % (L // R), n * L
-    i, start = tl.arange(0, R), (b * T + c * L) * G + group                # token i of the chunk is row start + i G
-    for jb in range(r + 1):
-        acc = tl.zeros((R, R), tl.float32)
-        for n0 in range(0, N, BN):
-            at = start * N + i[:, None] * (G * N) + n0 + tl.arange(0, BN)[None, :]
-            acc = tl.dot(tl.load(C + at + r * R * G * N), tl.trans(tl.load(B + at + jb * R * G * N)), acc, input_precision=DOT)
-        tl.store(CB + start * L + (r * R + i)[:, None] * (G * L) + jb * R + i[None, :], acc.to(CB.dtype.element_ty))
-    if r == 0:
-        t = c * L + tl.arange(0, L)
-        for h0 in range(0, H // G, BH):
-            of_group = h0 + tl.arange(0, BH)
-            h = group * (H // G) + of_group
-            inside = (of_group < H // G)[None, :]
-            g = tl.load(dt + b * T * H + t[:, None] * H + h[None, :], inside, 0.0) * tl.load(A + h, of_group < H // G, 0.0)[None, :]
-            g = tl.maximum(g, CUT)
-            if doc is not None:
-                g = tl.where(tl.load(doc + b * T + t)[:, None] != 0, CUT, g)
-            cum = tl.cumsum(g.to(tl.float64), 0) * LOG2E
-            at = b * H * T + h[None, :] * T + t[:, None]
-            tl.store(hi + at, cum.to(tl.float32), inside)
-            if DOT is not None:
-                tl.store(lo + at, (cum - cum.to(tl.float32).to(tl.float64)).to(tl.float32), inside)
+# ---------------------------------------------------------------------------------------
+# Triton: Mamba2's recurrence
 
 
 @triton.jit
-def ssd_between(hi, lo, t, u, EXACT: tl.constexpr):
-    """The base-2 logarithm of the decay from token u to token t of one head's hi, lo; t or u a vector, the other a number."""
-    between = tl.load(hi + t) - tl.load(hi + u)
-    if EXACT:
-        between += tl.load(lo + t) - tl.load(lo + u)
-    return between
+def decay_table(cum_ptr, low_ptr, query, key):
+    """exp(g_{key+1} + ... + g_query) for query >= key, else 0; tokens of one head's chunk.
 
-
-@triton.jit
-def ssd_table(hi, lo, t, EXACT: tl.constexpr):
-    """W_ij = exp(g_{j+1} + ... + g_i) for i >= j, else 0, for tokens t (R,) of one head."""
-    cum = tl.load(hi + t)
-    between = cum[:, None] - cum[None, :]
-    if EXACT:
-        rest = tl.load(lo + t)
-        between += rest[:, None] - rest[None, :]
-    return tl.exp2(tl.where(t[:, None] >= t[None, :], between, float("-inf")))
+    In float32 the running sum is a float64 cut in two: a difference of two large sums then
+    keeps the digits of the small decays. bfloat16 has fewer digits to keep, low_ptr is None."""
+    between = tl.load(cum_ptr + query)[:, None] - tl.load(cum_ptr + key)[None, :]
+    if low_ptr is not None:
+        between += tl.load(low_ptr + query)[:, None] - tl.load(low_ptr + key)[None, :]
+    return tl.exp2(tl.where(query[:, None] >= key[None, :], between, float("-inf")))
 
 
 @chunk_kernel
-def ssd_scan(x, y, dt, hi, lo, first, S, last, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-             L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr,
-             LAST: tl.constexpr, DOT: tl.constexpr):
-    """One program: BN columns of one head's state, carried over all tokens in registers, stored before each chunk.
-    x is x or dy (B,T,H,P), y is B or C (B,T,G,N)."""
-    nb, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    p, col, i, T = tl.arange(0, P), nb * BN + tl.arange(0, BN), tl.arange(0, R), n * L
-    tile = p[:, None] * N + col[None, :]
-    hi, lo, dt = hi + (b * H + h) * T, lo + (b * H + h) * T, dt + b * T * H + h
-    carry = tl.zeros((P, BN), tl.float32)
-    if FIRST:
-        carry += tl.load(first + (b * H + h) * P * N + tile)
-    for step in range(n * (L // R)):
-        piece = n * (L // R) - 1 - step if REVERSE else step
-        c, enter = piece // (L // R), step % (L // R) == 0                   # enter: this piece is its chunk's first
-        if enter:
-            tl.store(S + ((b * H + h) * n + c) * P * N + tile, carry.to(S.dtype.element_ty))
-        t, end = piece * R + i, c * L + L - 1
-        if REVERSE:
-            weight = tl.exp2(tl.load(hi + t))
-        else:
-            weight = tl.exp2(ssd_between(hi, lo, end, t, DOT is not None)) * tl.load(dt + t * H)
-        xt = tl.load(x + ((b * T + piece * R) * H + h) * P + i[None, :] * (H * P) + p[:, None])
-        yt = tl.load(y + ((b * T + piece * R) * G + h // (H // G)) * N + i[:, None] * (G * N) + col[None, :])
-        whole = tl.where(enter, tl.exp2(tl.load(hi + end)), 1.0)
-        carry = tl.dot((xt.to(tl.float32) * weight[None, :]).to(yt.dtype), yt, carry * whole, input_precision=DOT)
-    if LAST:
-        tl.store(last + (b * H + h) * P * N + tile, carry)
+def ssd_decays(
+    dt_ptr, A_ptr, first_ptr,   # (B,T,H), (H,), (B,T) int8 or None
+    cum_ptr, low_ptr,           # (B,H,T)  log2 of the decay from the chunk's start to each token
+    read_ptr, write_ptr,        # (B,H,T)  exp(upto) for queries, exp(after) dt for keys
+    decay_ptr,                  # (B,H,n)  log2 of what a chunk leaves of the state
+    n,
+    H: tl.constexpr, L: tl.constexpr, BH: tl.constexpr,
+):
+    """The decays g = dt A inside a chunk. One program owns one chunk of BH heads."""
+    head_block, rest = split(tl.program_id(0), tl.cdiv(H, BH))
+    chunk, batch = split(rest, n)
+    batch = batch.to(tl.int64)
+    head = head_block * BH + tl.arange(0, BH)
+    inside = (head < H)[None, :]
+    i = tl.arange(0, L)
+    token = batch * n * L + chunk * L
+
+    dt = tl.load(dt_ptr + token * H + i[:, None] * H + head[None, :], inside, 0.0)
+    g = dt * tl.load(A_ptr + head, head < H, 0.0)[None, :]
+    g = tl.maximum(g, FORGOTTEN_32)
+    if first_ptr is not None:
+        g = tl.where(tl.load(first_ptr + token + i)[:, None] != 0, FORGOTTEN_32, g)
+    g = g.to(tl.float64) * LOG2E
+    cum = tl.cumsum(g, 0)
+    total = tl.sum(g, 0)
+
+    at = (batch * H + head[None, :]) * n * L + chunk * L + i[:, None]
+    high = cum.to(tl.float32)
+    tl.store(cum_ptr + at, high, inside)
+    if low_ptr is not None:
+        tl.store(low_ptr + at, (cum - high.to(tl.float64)).to(tl.float32), inside)
+    tl.store(read_ptr + at, tl.exp2(high), inside)
+    tl.store(write_ptr + at, tl.exp2((total[None, :] - cum).to(tl.float32)) * dt, inside)
+    tl.store(decay_ptr + (batch * H + head) * n + chunk, total.to(tl.float32), head < H)
 
 
 @chunk_kernel
-def ssd_read(z, S, out, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BV: tl.constexpr,
-             BN: tl.constexpr, DOT: tl.constexpr):
-    """One program: what a chunk reads from the state in BV channels, of neighbouring heads of one group: out (B,T,H,P) = z S^T, where z is
-    C or B (B,T,G,N) and S is S or dS (B,H,n,P,N)."""
-    vb, c, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    i, val = tl.arange(0, L), vb * BV + tl.arange(0, BV)
-    token, group = b * n * L + c * L, vb * BV // (H // G * P)
-    rows = ((b * H + val // P) * n + c) * P * N + val % P * N
-    acc = tl.zeros((L, BV), tl.float32)
+def ssd_scores(
+    B_ptr, C_ptr,   # (B,T,G,N)
+    scores_ptr,     # (B,T,G,L)
+    n,
+    G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """scores_ij = C_i . B_j, shared by all heads of a group, the decays left out.
+
+    One program owns R queries and R keys of one chunk of one group, query block >= key
+    block: a chunk is one block or two."""
+    pair, rest = split(tl.program_id(0), 3 if L > R else 1)
+    group, rest = split(rest, G)
+    chunk, batch = split(rest, n)
+    batch = batch.to(tl.int64)
+    query = tl.minimum(pair, 1) * R + tl.arange(0, R)
+    key = pair % 2 * R + tl.arange(0, R)
+    token = batch * n * L + chunk * L
+    B_ptr += (token * G + group) * N
+    C_ptr += (token * G + group) * N
+    scores_ptr += (token * G + group) * L
+
+    scores = tl.zeros((R, R), tl.float32)
     for n0 in range(0, N, BN):
-        col = n0 + tl.arange(0, BN)
-        zt = tl.load(z + (token * G + group) * N + i[:, None] * (G * N) + col[None, :])
-        acc = tl.dot(zt, tl.load(S + rows[None, :] + col[:, None]), acc, input_precision=DOT)
-    tl.store(out + token * H * P + i[:, None] * (H * P) + val[None, :], acc.to(out.dtype.element_ty))
+        channel = n0 + tl.arange(0, BN)[None, :]
+        c = tl.load(C_ptr + query[:, None] * (G * N) + channel)
+        b = tl.load(B_ptr + key[:, None] * (G * N) + channel)
+        scores = tl.dot(c, tl.trans(b), scores, input_precision=DOT)
+    at = query[:, None] * (G * L) + key[None, :]
+    tl.store(scores_ptr + at, scores.to(scores_ptr.dtype.element_ty))
 
 
 @chunk_kernel
-def ssd_rows(z, S, CB, x, dy, dt, hi, lo, D, read, y_S, out, ddt, keys, queries, dD, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-             N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BACKWARD: tl.constexpr,
-             SKIP: tl.constexpr, APART: tl.constexpr, DOT: tl.constexpr):
-    """One program: R tokens of one chunk of one head; R is L or L / 2. Forward z is C and out is y; backward z is B, S is dS and
-    out is dx, with ddt = sum_p x dv (B,H,T), keys = sum_p v (dv through the state) (B,H,T), dD = sum_tp dy x (B,H,blocks).
-    APART: read (B,T,H,P) has z S^T already (backward it is out's own buffer), and backward y_S gives queries = exp(cum) sum_p dy y_S
-    (B,H,T).
+def read_states(
+    c_ptr,        # (B,T,G,N)    C, or B
+    states_ptr,   # (B,H,n,P,N)  the states, or their gradients
+    read_ptr,     # (B,T,H,P)
+    n,
+    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
+    BV: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+):
+    """read = S c, for states of more than 128 columns: neighbouring heads share the tile of c.
 
-    The other block of the chunk is read in any case and weighs nothing where it is not an earlier one (forward) or a later one
-    (backward): without a branch its loads are under way early."""
-    h, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    c, r, i, p, T = block // (L // R), block % (L // R), tl.arange(0, R), tl.arange(0, P), n * L
-    t, token = block * R + i, b * T + block * R                             # token i is t in its sequence, token + i in all
-    zs = z + (token * G + h // (H // G)) * N + i[:, None] * (G * N)
-    cbs = CB + ((b * T + c * L) * G + h // (H // G)) * L + i[:, None] * (G * L) + i[None, :]
-    cb = tl.load(cbs + r * R * (G * L + 1)).to(tl.float32)                  # the block on the diagonal, and below it
-    other, there = (c * L + L - R, r + 1 < L // R) if BACKWARD else (c * L, r > 0)
-    if L > R:
-        below = tl.load(cbs + R * G * L)
-    his, los, dts = hi + (b * H + h) * T, lo + (b * H + h) * T, dt + b * T * H + h
-    at = h * P + i[:, None] * (H * P) + p[None, :]
-    if BACKWARD and APART:                                              # before all else: later, it costs registers
-        seen = tl.load(y_S + token * H * P + at).to(tl.float32) * tl.load(dy + token * H * P + at).to(tl.float32)
-        tl.store(queries + (b * H + h) * T + t, tl.exp2(tl.load(his + t)) * tl.sum(seen, axis=1))
-    xt, dt_t = tl.load(x + token * H * P + at), tl.load(dts + t * H)
-    if APART:                                                           # through the state
-        acc = tl.load(read + token * H * P + at).to(tl.float32)
+    One program owns BV channels, of one head or several of one group, of one chunk."""
+    v_block, rest = split(tl.program_id(0), H * P // BV)
+    chunk, batch = split(rest, n)
+    batch = batch.to(tl.int64)
+    group = v_block * BV // (H // G * P)
+    i = tl.arange(0, L)
+    v = v_block * BV + tl.arange(0, BV)
+    token = batch * n * L + chunk * L
+    c_ptr += (token * G + group) * N
+    read_ptr += token * H * P
+    rows = ((batch * H + v // P) * n + chunk) * P * N + v % P * N
+
+    read = tl.zeros((L, BV), tl.float32)
+    for n0 in range(0, N, BN):
+        channel = n0 + tl.arange(0, BN)
+        c = tl.load(c_ptr + i[:, None] * (G * N) + channel[None, :])
+        s = tl.load(states_ptr + rows[None, :] + channel[:, None])
+        read = tl.dot(c, s, read, input_precision=DOT)
+    at = i[:, None] * (H * P) + v[None, :]
+    tl.store(read_ptr + at, read.to(read_ptr.dtype.element_ty))
+
+
+@chunk_kernel
+def ssd_outputs(
+    C_ptr, states_ptr,       # (B,T,G,N), (B,H,n,P,N)
+    state_read_ptr,          # (B,T,H,P)  S C where it was read apart, else None
+    scores_ptr,              # (B,T,G,L)
+    x_ptr, dt_ptr, D_ptr,    # (B,T,H,P), (B,T,H), (H,) or None
+    cum_ptr, low_ptr,        # (B,H,T)
+    y_ptr,                   # (B,T,H,P)
+    n,
+    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+):
+    """y_i = exp(cum_i) S C_i + sum_{j <= i} scores_ij exp(cum_i - cum_j) dt_j x_j + D x_i.
+
+    One program owns R queries of one chunk of one head."""
+    head, rest = split(tl.program_id(0), H)
+    block, batch = split(rest, n * (L // R))
+    batch = batch.to(tl.int64)
+    chunk, block = block // (L // R), block % (L // R)
+    group = head // (H // G)
+    i = tl.arange(0, R)
+    query = block * R + i
+    p = tl.arange(0, P)
+    token = batch * n * L + chunk * L
+    C_ptr += (token * G + group) * N
+    scores_ptr += (token * G + group) * L
+    x_ptr += (token * H + head) * P
+    dt_ptr += token * H + head
+    cum_ptr += (batch * H + head) * n * L + chunk * L
+    if low_ptr is not None:
+        low_ptr += (batch * H + head) * n * L + chunk * L
+    states_ptr += ((batch * H + head) * n + chunk) * P * N
+    mine = query[:, None] * (H * P) + p[None, :]
+
+    # what my queries read from the state
+    if state_read_ptr is not None:
+        y = tl.load(state_read_ptr + (token * H + head) * P + mine).to(tl.float32)
     else:
-        acc = tl.zeros((R, P), tl.float32)
+        y = tl.zeros((R, P), tl.float32)
         for n0 in range(0, N, BN):
-            col = n0 + tl.arange(0, BN)
-            s = tl.load(S + ((b * H + h) * n + c) * P * N + p[None, :] * N + col[:, None])
-            acc = tl.dot(tl.load(zs + col[None, :]), s, acc, input_precision=DOT)
-    w = cb * ssd_table(his, los, t, DOT is not None)
-    if BACKWARD:                                                        # the seam: the last token of this block
-        seam, end = block * R + R - 1, c * L + L - 1
-        after = tl.exp2(ssd_between(his, los, seam, t, DOT is not None))
-        acc = acc * tl.exp2(ssd_between(his, los, end, seam, DOT is not None))
-        tl.store(keys + (b * H + h) * T + t, dt_t * after * tl.sum(xt.to(tl.float32) * acc, axis=1))
-        dyt = tl.load(dy + token * H * P + at)
-        if L > R:
-            upto = tl.exp2(tl.where(there, ssd_between(his, los, other + i, seam, DOT is not None), float("-inf")))
-            dyo = tl.load(dy + (b * T + other) * H * P + at).to(tl.float32) * upto[:, None]
-            acc = tl.dot(tl.trans(below), dyo.to(dyt.dtype), acc, input_precision=DOT)
-        acc = tl.dot(tl.trans(w.to(dyt.dtype)), dyt, acc * after[:, None], input_precision=DOT)
-        tl.store(ddt + (b * H + h) * T + t, tl.sum(xt.to(tl.float32) * acc, axis=1))          # acc is dv
-        acc = acc * dt_t[:, None]
-        if SKIP:
-            acc += tl.load(D + h) * dyt.to(tl.float32)
-            tl.store(dD + (b * H + h) * tl.num_programs(1) + block, tl.sum(xt.to(tl.float32) * dyt.to(tl.float32)))
-    else:                                                               # the seam: the last token before this block
-        seam = c * L + R - 1
-        upto = tl.where(there, ssd_between(his, los, t, seam, DOT is not None), tl.load(his + t))
-        if L > R:
-            after = tl.exp2(tl.where(there, ssd_between(his, los, seam, other + i, DOT is not None), float("-inf")))
-            xo = tl.load(x + (b * T + other) * H * P + at).to(tl.float32) * (after * tl.load(dts + (other + i) * H))[:, None]
-            acc = tl.dot(below, xo.to(xt.dtype), acc * tl.exp2(tl.where(there, tl.load(his + seam), 0.0)), input_precision=DOT)
-        acc = tl.dot((w * dt_t[None, :]).to(xt.dtype), xt, acc * tl.exp2(upto)[:, None], input_precision=DOT)
-        if SKIP:
-            acc += tl.load(D + h) * xt.to(tl.float32)
-    tl.store(out + token * H * P + at, acc.to(out.dtype.element_ty))
+            channel = n0 + tl.arange(0, BN)
+            c = tl.load(C_ptr + query[:, None] * (G * N) + channel[None, :])
+            s = tl.load(states_ptr + p[None, :] * N + channel[:, None])
+            y = tl.dot(c, s, y, input_precision=DOT)
+    y *= tl.exp2(tl.load(cum_ptr + query))[:, None]
+
+    # what they read from the keys of their own chunk, block by block up to the diagonal
+    for key_block in range(block + 1):
+        key = key_block * R + i
+        scores = tl.load(scores_ptr + query[:, None] * (G * L) + key[None, :]).to(tl.float32)
+        scores *= decay_table(cum_ptr, low_ptr, query, key) * tl.load(dt_ptr + key * H)[None, :]
+        x = tl.load(x_ptr + key[:, None] * (H * P) + p[None, :])
+        y = tl.dot(scores.to(x.dtype), x, y, input_precision=DOT)
+
+    if D_ptr is not None:
+        y += tl.load(D_ptr + head) * tl.load(x_ptr + mine).to(tl.float32)
+    tl.store(y_ptr + (token * H + head) * P + mine, y.to(y_ptr.dtype.element_ty))
 
 
 @chunk_kernel
-def ssd_scores(x, dy, dt, hi, lo, CB, dCB, ends, begins, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-               L: tl.constexpr, R: tl.constexpr, DOT: tl.constexpr):
-    """One program: queries of block ib and keys of block jb of one chunk of one group, its heads in turn. dCB (B,T,G,L)
-    sums over the heads; for each head, ends[jb] (blocks,B,H,T) is the sum of weight x gradient over the pairs that end at
-    a token, begins[ib] over those that begin there."""
-    jb, block, b, group = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
-    c, ib, T, heads = block // (L // R), block % (L // R), n * L, tl.num_programs(2) // G * H
-    if jb > ib:
-        return
-    r, p = tl.arange(0, R), tl.arange(0, P)
-    t, u = c * L + ib * R + r, c * L + jb * R + r                           # queries, keys
-    table = ((b * T + c * L) * G + group) * L + (ib * R + r)[:, None] * (G * L) + jb * R + r[None, :]
-    cb = tl.load(CB + table).to(tl.float32)
-    acc = tl.zeros((R, R), tl.float32)
-    for m in range(H // G):
-        h = group * (H // G) + m
-        his, los = hi + (b * H + h) * T, lo + (b * H + h) * T
-        at = (b * T * H + h) * P + p[None, :]
-        dyt, xt = tl.load(dy + at + t[:, None] * (H * P)), tl.load(x + at + u[:, None] * (H * P))
-        d = tl.dot(dyt, tl.trans(xt), input_precision=DOT) * tl.load(dt + b * T * H + u * H + h)[None, :]
-        if jb == ib:
-            d = d * ssd_table(his, los, t, DOT is not None)
+def ssd_grad_values(
+    B_ptr, grad_states_ptr,      # (B,T,G,N), (B,H,n,P,N)  the gradient of the state after a chunk
+    grad_read_ptr,               # (B,T,H,P)  dS B where it was read apart (dx's buffer), else None
+    state_read_ptr,              # (B,T,H,P)  S C, as in ssd_outputs
+    scores_ptr,                  # (B,T,G,L)
+    x_ptr, dy_ptr, dt_ptr, D_ptr,   # (B,T,H,P), (B,T,H,P), (B,T,H), (H,) or None
+    cum_ptr, low_ptr, write_ptr,    # (B,H,T)
+    dx_ptr, ddt_ptr,             # (B,T,H,P), (B,H,T)  the part of dt that scales x
+    writes_ptr, reads_ptr,       # (B,H,T)  weight x gradient of keys and the state after, of
+                                 #          queries and the state before (where read apart)
+    dD_ptr,                      # (B,H,T/R)
+    n,
+    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+):
+    """The gradient of v = dt x, dv_j = exp(after_j) dS B_j + sum_{i >= j} scores_ij
+    exp(cum_i - cum_j) dy_i; from it dx = dt dv + D dy and a part of ddt.
+
+    One program owns R keys of one chunk of one head."""
+    head, rest = split(tl.program_id(0), H)
+    block, batch = split(rest, n * (L // R))
+    batch = batch.to(tl.int64)
+    chunk, block = block // (L // R), block % (L // R)
+    group = head // (H // G)
+    i = tl.arange(0, R)
+    key = block * R + i
+    p = tl.arange(0, P)
+    token = batch * n * L + chunk * L
+    B_ptr += (token * G + group) * N
+    scores_ptr += (token * G + group) * L
+    x_ptr += (token * H + head) * P
+    dy_ptr += (token * H + head) * P
+    dx_ptr += (token * H + head) * P
+    dt_ptr += token * H + head
+    of_head = (batch * H + head) * n * L + chunk * L
+    cum_ptr += of_head
+    if low_ptr is not None:
+        low_ptr += of_head
+    grad_states_ptr += ((batch * H + head) * n + chunk) * P * N
+    mine = key[:, None] * (H * P) + p[None, :]
+
+    if state_read_ptr is not None:  # before all else: later, it costs registers
+        read = tl.load(state_read_ptr + (token * H + head) * P + mine).to(tl.float32)
+        read = tl.sum(read * tl.load(dy_ptr + mine).to(tl.float32), axis=1)
+        tl.store(reads_ptr + of_head + key, tl.exp2(tl.load(cum_ptr + key)) * read)
+
+    # what my keys write to the state
+    if grad_read_ptr is not None:
+        dv = tl.load(grad_read_ptr + (token * H + head) * P + mine).to(tl.float32)
+    else:
+        dv = tl.zeros((R, P), tl.float32)
+        for n0 in range(0, N, BN):
+            channel = n0 + tl.arange(0, BN)
+            b = tl.load(B_ptr + key[:, None] * (G * N) + channel[None, :])
+            ds = tl.load(grad_states_ptr + p[None, :] * N + channel[:, None])
+            dv = tl.dot(b, ds, dv, input_precision=DOT)
+    x = tl.load(x_ptr + mine).to(tl.float32)
+    dt = tl.load(dt_ptr + key * H)
+    write = tl.load(write_ptr + of_head + key)
+    tl.store(writes_ptr + of_head + key, write * tl.sum(x * dv, axis=1))
+    end = tl.load(cum_ptr + L - 1) - tl.load(cum_ptr + key)
+    if low_ptr is not None:
+        end += tl.load(low_ptr + L - 1) - tl.load(low_ptr + key)
+    dv *= tl.exp2(end)[:, None]
+
+    # what the queries of their own chunk read, block by block from the diagonal
+    for query_block in range(block, L // R):
+        query = query_block * R + i
+        scores = tl.load(scores_ptr + query[:, None] * (G * L) + key[None, :]).to(tl.float32)
+        scores *= decay_table(cum_ptr, low_ptr, query, key)
+        dy = tl.load(dy_ptr + query[:, None] * (H * P) + p[None, :])
+        dv = tl.dot(tl.trans(scores.to(dy.dtype)), dy, dv, input_precision=DOT)
+
+    tl.store(ddt_ptr + of_head + key, tl.sum(x * dv, axis=1))
+    dx = dv * dt[:, None]
+    if D_ptr is not None:
+        dy = tl.load(dy_ptr + mine).to(tl.float32)
+        dx += tl.load(D_ptr + head) * dy
+        tl.store(dD_ptr + ((batch * H + head) * n + chunk) * (L // R) + block, tl.sum(x * dy))
+    tl.store(dx_ptr + mine, dx.to(dx_ptr.dtype.element_ty))
+
+
+@chunk_kernel
+def ssd_grad_scores(
+    x_ptr, dy_ptr, dt_ptr,     # (B,T,H,P), (B,T,H,P), (B,T,H)
+    cum_ptr, low_ptr,          # (B,H,T)
+    scores_ptr,                # (B,T,G,L)
+    grad_scores_ptr,           # (B,T,G,L)
+    ends_ptr, begins_ptr,      # (L/R,B,H,T)  sums of weight x gradient over the pairs that
+                               #              end, and begin, at a token; by the other's block
+    n, heads,                  # heads: B H
+    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """grad_scores_ij = sum over the group's heads of exp(cum_i - cum_j) dt_j (dy_i . x_j).
+
+    One program owns R queries and R keys of one chunk of one group, its heads in turn."""
+    pair, rest = split(tl.program_id(0), 3 if L > R else 1)
+    group, rest = split(rest, G)
+    chunk, batch = split(rest, n)
+    batch = batch.to(tl.int64)
+    query_block = tl.minimum(pair, 1)
+    key_block = pair % 2
+    query = query_block * R + tl.arange(0, R)
+    key = key_block * R + tl.arange(0, R)
+    p = tl.arange(0, P)[None, :]
+    token = batch * n * L + chunk * L
+    at = (token * G + group) * L + query[:, None] * (G * L) + key[None, :]
+    below = query[:, None] > key[None, :]
+
+    scores = tl.load(scores_ptr + at).to(tl.float32)
+    grad_scores = tl.zeros((R, R), tl.float32)
+    for head_of_group in range(H // G):
+        head = group * (H // G) + head_of_group
+        of_head = (batch * H + head) * n * L + chunk * L
+        low_of_head = low_ptr
+        if low_ptr is not None:
+            low_of_head += of_head
+        row = token * H + head
+        dy = tl.load(dy_ptr + row * P + query[:, None] * (H * P) + p)
+        x = tl.load(x_ptr + row * P + key[:, None] * (H * P) + p)
+        dt = tl.load(dt_ptr + row + key * H)
+        pairs = tl.dot(dy, tl.trans(x), input_precision=DOT) * dt[None, :]
+        pairs *= decay_table(cum_ptr + of_head, low_of_head, query, key)
+        grad_scores += pairs
+
+        # The diagonal spans nothing. The two sums nearly cancel: float64 for float32 inputs.
+        pairs = tl.where(below, pairs * scores, 0.0).to(ends_ptr.dtype.element_ty)
+        of_query = (key_block * heads).to(tl.int64) * n * L + of_head + query
+        of_key = (query_block * heads).to(tl.int64) * n * L + of_head + key
+        tl.store(ends_ptr + of_query, tl.sum(pairs, axis=1))
+        tl.store(begins_ptr + of_key, tl.sum(pairs, axis=0))
+    tl.store(grad_scores_ptr + at, grad_scores.to(grad_scores_ptr.dtype.element_ty))
+
+
+@chunk_kernel
+def ssd_grad_queries_keys(
+    B_ptr, C_ptr,                  # (B,T,G,N)
+    x_ptr, dy_ptr,                 # (B,T,H,P)
+    read_ptr, write_ptr,           # (B,H,T)
+    states_ptr, grad_states_ptr,   # (B,H,n,P,N)
+    grad_scores_ptr,               # (B,T,G,L)
+    dB_ptr, dC_ptr,                # (B,T,G,N)
+    reads_ptr,                     # (N/BN,B,H,T)  parts of weight x gradient of the queries and
+                                   #               the state before; None where it is known
+    state_pairs_ptr,               # (N/BN,B,H,n)  parts of the sum of S dS
+    n, heads,                      # heads: B H
+    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    L: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+):
+    """dC_i = sum over heads of exp(cum_i) dy_i S + sum_j grad_scores_ij B_j, dB_j = the same
+    of exp(after_j) v_j dS + sum_i grad_scores_ij C_i.
+
+    One program owns BN columns of BR tokens of one chunk of one group, its heads in turn."""
+    n_block, rest = split(tl.program_id(0), N // BN)
+    group, rest = split(rest, G)
+    block, batch = split(rest, n * (L // BR))
+    batch = batch.to(tl.int64)
+    chunk, block = block // (L // BR), block % (L // BR)
+    mine = block * BR + tl.arange(0, BR)
+    p = tl.arange(0, P)
+    channel = n_block * BN + tl.arange(0, BN)
+    token = batch * n * L + chunk * L
+    B_ptr += (token * G + group) * N
+    C_ptr += (token * G + group) * N
+    grad_scores_ptr += (token * G + group) * L
+    at = (token * G + group) * N + mine[:, None] * (G * N) + channel[None, :]
+
+    # through the scores: the keys up to a query, the queries from a key on
+    dC = tl.zeros((BR, BN), tl.float32)
+    dB = tl.zeros((BR, BN), tl.float32)
+    for other_block in range(L // R):
+        other = other_block * R + tl.arange(0, R)
+        row = other[:, None] * (G * N) + channel[None, :]
+        scores = tl.load(grad_scores_ptr + mine[:, None] * (G * L) + other[None, :],
+                         mine[:, None] >= other[None, :], 0.0)
+        dC = tl.dot(scores, tl.load(B_ptr + row), dC, input_precision=DOT)
+        scores = tl.load(grad_scores_ptr + other[:, None] * (G * L) + mine[None, :],
+                         other[:, None] >= mine[None, :], 0.0)
+        dB = tl.dot(tl.trans(scores), tl.load(C_ptr + row), dB, input_precision=DOT)
+
+    # through the states
+    if reads_ptr is not None:
+        c = tl.load(C_ptr + mine[:, None] * (G * N) + channel[None, :]).to(tl.float32)
+    for head_of_group in range(H // G):
+        head = group * (H // G) + head_of_group
+        of_head = (batch * H + head) * n * L + chunk * L + mine
+        row = (token * H + head) * P + mine[:, None] * (H * P) + p[None, :]
+        tile = ((batch * H + head) * n + chunk) * P * N + p[:, None] * N + channel[None, :]
+        s = tl.load(states_ptr + tile)
+        ds = tl.load(grad_states_ptr + tile)
+        dy = tl.load(dy_ptr + row)
+        read = tl.load(read_ptr + of_head)
+        if reads_ptr is None:
+            dy = (dy.to(tl.float32) * read[:, None]).to(s.dtype)
+            dC = tl.dot(dy, s, dC, input_precision=DOT)
         else:
-            seam = c * L + ib * R - 1
-            d = d * (tl.exp2(ssd_between(his, los, t, seam, DOT is not None))[:, None] *
-                     tl.exp2(ssd_between(his, los, seam, u, DOT is not None))[None, :])
-        acc += d
-        # The diagonal spans nothing. The two sums nearly cancel in ssd_finish: float64 for float32 inputs.
-        d = tl.where(t[:, None] > u[None, :], d * cb, 0.0).to(ends.dtype.element_ty)
-        tl.store(ends + (jb * heads + b * H + h) * T + t, tl.sum(d, axis=1))
-        tl.store(begins + (ib * heads + b * H + h) * T + u, tl.sum(d, axis=0))
-    tl.store(dCB + table, acc.to(dCB.dtype.element_ty))
+            of_state = tl.dot(dy, s, input_precision=DOT) * read[:, None]
+            dC += of_state
+            part = (n_block * heads).to(tl.int64) * n * L
+            tl.store(reads_ptr + part + of_head, tl.sum(of_state * c, axis=1))
+        v = tl.load(x_ptr + row).to(tl.float32) * tl.load(write_ptr + of_head)[:, None]
+        dB = tl.dot(v.to(ds.dtype), ds, dB, input_precision=DOT)
+        dC = finished(dC)
+        dB = finished(dB)
+        if block == 0:
+            state_pairs = tl.sum(s.to(tl.float32) * ds.to(tl.float32))
+            part = (n_block * heads + batch * H + head) * n
+            tl.store(state_pairs_ptr + part + chunk, state_pairs)
+    tl.store(dC_ptr + at, dC.to(dC_ptr.dtype.element_ty))
+    tl.store(dB_ptr + at, dB.to(dB_ptr.dtype.element_ty))
 
 
 @chunk_kernel
-def ssd_through(x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-                N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, APART: tl.constexpr,
-                DOT: tl.constexpr):
-    """One program: BN columns of BR tokens of one chunk of one group, its heads in turn; dCB is read in R x R. For every head also
-    the part of both = sum S dS (blocks of N, B,H,n) and, unless APART (ssd_rows has it from y_S), of queries = sum_n C (dC through the
-    state) (blocks of N, B,H,T)."""
-    nb, block, b, group = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
-    c, r, T, heads = block // (L // BR), block % (L // BR), n * L, tl.num_programs(2) // G * H
-    i, j, p, col = tl.arange(0, BR), tl.arange(0, R), tl.arange(0, P), nb * BN + tl.arange(0, BN)
-    t, end, token, start = block * BR + i, c * L + L - 1, b * T + block * BR, b * T + c * L
-    wide = (token * G + group) * N + i[:, None] * (G * N) + col[None, :]
-    dc, db = tl.zeros((BR, BN), tl.float32), tl.zeros((BR, BN), tl.float32)
-    for k in range(L // R):                                                 # the chunk's keys, those after a query left out
-        row, key = r * BR + i[:, None], k * R + j[None, :]
-        pairs = tl.load(dCB + (start * G + group) * L + row * (G * L) + key, row >= key, 0.0)
-        bt = tl.load(B + ((start + k * R) * G + group) * N + j[:, None] * (G * N) + col[None, :])
-        dc = tl.dot(pairs, bt, dc, input_precision=DOT)
-    for k in range(L // R):                                                 # and its queries
-        row, key = k * R + j[:, None], r * BR + i[None, :]
-        pairs = tl.load(dCB + (start * G + group) * L + row * (G * L) + key, row >= key, 0.0)
-        ct = tl.load(C + ((start + k * R) * G + group) * N + j[:, None] * (G * N) + col[None, :])
-        db = tl.dot(tl.trans(pairs), ct, db, input_precision=DOT)
-    if not APART:
-        c_own = tl.load(C + wide).to(tl.float32)
-    for m in range(H // G):
-        h = group * (H // G) + m
-        his, los = hi + (b * H + h) * T, lo + (b * H + h) * T
-        at = (token * H + h) * P + i[:, None] * (H * P) + p[None, :]
-        tile = ((b * H + h) * n + c) * P * N + p[:, None] * N + col[None, :]
-        s, ds, dyt = tl.load(S + tile), tl.load(dS + tile), tl.load(dy + at)
-        upto, to_end = tl.exp2(tl.load(his + t)), tl.exp2(ssd_between(his, los, end, t, DOT is not None))
-        if APART:
-            dc = tl.dot((dyt.to(tl.float32) * upto[:, None]).to(s.dtype), s, dc, input_precision=DOT)
-        else:
-            read = tl.dot(dyt, s, input_precision=DOT)
-            dc += read * upto[:, None]
-            tl.store(queries + (nb * heads + b * H + h) * T + t, upto * tl.sum(read * c_own, axis=1))
-        v = tl.load(x + at).to(tl.float32) * (to_end * tl.load(dt + b * T * H + t * H + h))[:, None]
-        db = tl.dot(v.to(ds.dtype), ds, db, input_precision=DOT)
-        dc, db = finished(dc), finished(db)
-        if r == 0:
-            tl.store(both + (nb * heads + b * H + h) * n + c, tl.sum(s.to(tl.float32) * ds.to(tl.float32)))
-    tl.store(dC + wide, dc.to(dC.dtype.element_ty))
-    tl.store(dB + wide, db.to(dB.dtype.element_ty))
+def ssd_grad_decays(
+    reads_ptr, writes_ptr,            # (READS,B,H,T), (B,H,T)
+    ends_ptr, begins_ptr,             # (L/R,B,H,T)
+    state_pairs_ptr, decay_ptr,       # (PARTS,B,H,n), (B,H,n)
+    dt_ptr, A_ptr, first_ptr,         # (B,T,H), (H,), (B,T) or None
+    ddt_of_x_ptr,                     # (B,H,T)
+    ddt_ptr, dA_ptr,                  # (B,T,H), (B,H,n)
+    n, heads,                         # heads: B H
+    H: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    READS: tl.constexpr, PARTS: tl.constexpr,
+):
+    """dg by the sums over all pairs that span a token, as in gla_grad_decays; from g = dt A
+    the gradients of dt and A. One program owns one chunk of one head."""
+    head, rest = split(tl.program_id(0), H)
+    chunk, batch = split(rest, n)
+    batch = batch.to(tl.int64)
+    i = tl.arange(0, L)
+    T = n * L
+    mine = (batch * H + head) * T + chunk * L + i
+    all_heads = heads.to(tl.int64) * T
+
+    # pairs that end at a token, less those that begin there; a block that is later has none
+    ended = tl.zeros((L,), ends_ptr.dtype.element_ty)
+    for block in range(L // R):
+        ended += tl.load(ends_ptr + block * all_heads + mine, block <= i // R, 0.0)
+        ended -= tl.load(begins_ptr + block * all_heads + mine, block >= i // R, 0.0)
+    for part in range(READS):
+        ended += tl.load(reads_ptr + part * all_heads + mine)
+    always = 0.0
+    for part in range(PARTS):
+        always += tl.load(state_pairs_ptr + (part * heads + batch * H + head) * n + chunk)
+    always *= tl.exp2(tl.load(decay_ptr + (batch * H + head) * n + chunk))
+    begun = tl.cumsum(tl.load(writes_ptr + mine - 1, i > 0, 0.0), 0)
+    dg = tl.cumsum(ended, 0, reverse=True) + begun + always
+
+    row = batch * T + chunk * L + i
+    dt = tl.load(dt_ptr + row * H + head)
+    A = tl.load(A_ptr + head)
+    dg = tl.where(dt * A > FORGOTTEN_32, dg, 0.0)
+    if first_ptr is not None:
+        dg = tl.where(tl.load(first_ptr + row) != 0, 0.0, dg)
+    tl.store(ddt_ptr + row * H + head, tl.load(ddt_of_x_ptr + mine) + dg * A)
+    tl.store(dA_ptr + (batch * H + head) * n + chunk, tl.sum(dg * dt, axis=0))
 
 
-@chunk_kernel
-def ssd_finish(queries, keys, ends, begins, both, hi, dt, A, doc, ddt_x, ddt, dA, n, H: tl.constexpr, READS: tl.constexpr,
-               BLOCKS: tl.constexpr, L: tl.constexpr, R: tl.constexpr):
-    """One program: one chunk of one head: dg, and from g = dt A the gradients of dt (B,T,H) and A (B,H,n)."""
-    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i, T, heads = tl.arange(0, L), n * L, tl.num_programs(1)
-    here = bh * T + c * L + i
-    ended, always = tl.zeros((L,), ends.dtype.element_ty), 0.0
-    for k in range(L // R):                                                 # blocks that do not exist hold nothing
-        ended += tl.load(ends + k * heads * T + here, k <= i // R, 0.0)
-        ended -= tl.load(begins + k * heads * T + here, k >= i // R, 0.0)
-    for nb in range(READS):                                                 # the parts of queries, and those of both
-        ended += tl.load(queries + nb * heads * T + here)
-    for nb in range(BLOCKS):
-        always += tl.load(both + (nb * heads + bh) * n + c)
-    always = always * tl.exp2(tl.load(hi + bh * T + c * L + L - 1))
-    dg = tl.cumsum(ended, 0, reverse=True) + tl.cumsum(tl.load(keys + here - 1, i > 0, 0.0), 0) + always
-    at = ((bh // H) * T + c * L + i) * H + bh % H
-    dg = tl.where(tl.load(dt + at) * tl.load(A + bh % H) > CUT, dg, 0.0)
-    if doc is not None:
-        dg = tl.where(tl.load(doc + (bh // H) * T + c * L + i) != 0, 0.0, dg)
-    tl.store(ddt + at, tl.load(ddt_x + here) + dg * tl.load(A + bh % H))
-    tl.store(dA + bh * n + c, tl.sum(dg * tl.load(dt + at), axis=0))
+def ssd_chunk(T, N, dtype):
+    """Tokens of a chunk, and of its one or two blocks."""
+    L = power_of_two(T, 16) if T <= 32 else 128
+    return L, min(L, 64)
 
 
-def ssd_results(x, dt, A, B, C, D, state, doc, L):
-    """y (B,T,H,P), the last state (B,H,P,N), CB (B,T,G,L), hi and lo (B,H,T), lo empty in bfloat16, S (B,H,T/L,P,N),
-    y_S (B,T,H,P), empty where the state is not read apart."""
-    (b, T, H, P), (G, N) = x.shape, B.shape[2:]
-    lo = dt.new_empty(b, H, T) if x.dtype == torch.float32 else dt.new_empty(0)
-    return (torch.empty_like(x), dt.new_empty(b, H, P, N), x.new_empty(b, T, G, L), dt.new_empty(b, H, T), lo,
-            x.new_empty(b, H, T // L, P, N), x.new_empty(b if N > 128 else 0, T, H, P))
+@functools.cache
+def ssd_launches(P, N, heads, shared, L, R, dtype):
+    """The kernels with their tiles; heads: of all sequences, shared: heads of a group."""
+    narrow = dtype == torch.bfloat16
+    apart = N > 128
+    BN = power_of_two(N, 16, 64)
+    wide_n = power_of_two(N, 16, 128 if narrow else 64)
+    scan_n = power_of_two(N, 16, 128)
+    # A program for each of a large GPU's processors; fewer of them must each be quick.
+    if N // scan_n * heads < 128:
+        scan_n = min(scan_n, 32)
+    read = 128 if narrow and shared * P % 128 == 0 else P
+    if apart and narrow and L == 128:
+        through = dict(BR=L, BN=128, num_warps=8, num_stages=3)
+    else:
+        through = dict(BR=R, BN=BN, num_warps=4, num_stages=3)
+    scan = dict(BK=P, BV=scan_n, num_warps=4)
+    return types.SimpleNamespace(
+        decays=Launch(ssd_decays, BH=16, num_warps=4),
+        scores=Launch(ssd_scores, BN=BN, num_warps=4),
+        scan=Launch(scan_states, cut="KV", num_stages=4 if narrow else 3, **scan),
+        read=Launch(read_states, BV=read, BN=BN, num_warps=8, num_stages=3),
+        outputs=Launch(
+            ssd_outputs, BN=wide_n, num_warps=4, num_stages=2 if narrow else 3,
+            maxnreg=(128 if apart else 168) if narrow else None),
+        grad_scan=Launch(scan_states, cut="KV", num_stages=3, **scan),
+        grad_values=Launch(
+            ssd_grad_values, BN=wide_n, num_warps=4, num_stages=2,
+            maxnreg=168 if narrow else None),
+        grad_scores=Launch(ssd_grad_scores, num_warps=4, num_stages=3),
+        grad_queries_keys=Launch(ssd_grad_queries_keys, cut="N", **through),
+        grad_decays=Launch(ssd_grad_decays, num_warps=4),
+    )
 
 
-def ssd_scan_tile(N, heads, L, R):
-    """Columns and tokens of a tile of ssd_scan: 128 in pieces of R where that makes a program for each of a large GPU's processors. Of
-    fewer programs (one sequence) each must be quick: 32 columns, a whole chunk at a time."""
-    BN = pow2(N, 16, 128)
-    return (BN, R) if N // BN * heads >= 128 else (min(BN, 32), L)
+def ssd_results(x, dt, A, B, C, D, state, first, L, R):
+    """y (B,T,H,P), the last state (B,H,P,N), and for the backward pass cum, low (empty in
+    bfloat16), read_weight, write_weight (B,H,T), decay (B,H,n), scores (B,T,G,L), states
+    (B,H,n,P,N), state_read (B,T,H,P), empty where the states are not read apart."""
+    batch, T, H, P = x.shape
+    G, N = B.shape[2:]
+    cum = dt.new_empty(batch, H, T)
+    low = torch.empty_like(cum) if x.dtype == torch.float32 else dt.new_empty(0)
+    return (torch.empty_like(x), dt.new_empty(batch, H, P, N),
+            cum, low, torch.empty_like(cum), torch.empty_like(cum), dt.new_empty(batch, H, T // L),
+            x.new_empty(batch, T, G, L), x.new_empty(batch, H, T // L, P, N),
+            x.new_empty(batch if N > 128 else 0, T, H, P))
 
 
-def read_apart(z, S, out, dot):
-    """out (B,T,H,P) = z S^T with z (B,T,G,N) and S (B,H,chunks,P,N). A tile of 128 x 128, or half as wide where a group's heads end."""
-    (b, T, G, N), (_, H, n, P, _) = z.shape, S.shape
-    BV = P if dot or H // G * P % 128 else 128
-    launch(ssd_read, (H * P // BV, n, b), z, S, out, n, H, G, P, N, T // n, BV, 64, dot, num_warps=8, num_stages=3)
+@operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, "
+          "Tensor? first, int L, int R) -> "
+          "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+          ssd_results)
+def ssd_forward(x, dt, A, B, C, D, state, first, L, R, y, last,
+                cum, low, read_weight, write_weight, decay, scores, states, state_read):
+    """T a multiple of L; P 16, 32 or 64; N a multiple of 128, or a power of two from 16."""
+    batch, T, H, P = x.shape
+    G, N = B.shape[2:]
+    n = T // L
+    launches = ssd_launches(P, N, batch * H, H // G, L, R, x.dtype)
+    DOT = product_precision(x)
+    low = low if low.numel() else None
+    launches.decays(
+        batch * n * -(-H // launches.decays.options["BH"]), dt, A, first,
+        cum, low, read_weight, write_weight, decay, n=n, H=H, L=L)
+    launches.scores(
+        batch * n * G * (3 if L > R else 1), B, C, scores, n=n, G=G, N=N, L=L, R=R, DOT=DOT)
+    launches.scan(
+        batch * H, x, B, write_weight, decay, state, last, states,
+        n=n, H=H, HX=H, HY=G, HD=H, K=P, V=N, L=L, R=min(L, 128), PER_CHANNEL=False, REVERSE=False,
+        DOT=DOT)
+    if N > 128:
+        read(launches.read, C, states, state_read, DOT)
+    launches.outputs(
+        batch * H * T // R, C, states, state_read if N > 128 else None, scores, x, dt, D,
+        cum, low, y, n=n, H=H, G=G, P=P, N=N, L=L, R=R, DOT=DOT)
 
 
-@operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, Tensor? doc, int L) -> "
-          "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", ssd_results)
-def ssd_forward(x, dt, A, B, C, D, state, doc, L, y, last, CB, hi, lo, S, y_S):
-    """T a multiple of L = 16, 32 or 128; P 16, 32 or 64; N a multiple of 128, or a power of two from 16."""
-    (b, T, H, P), (G, N), n, R = x.shape, B.shape[2:], x.shape[1] // L, min(L, 64)
-    dot, apart = "tf32x3" if x.dtype == torch.float32 else None, N > 128
-    ssd_prepare[(T // R, b * G)](B, C, dt, A, doc, CB, hi, lo, n, G, N, H, L, R, pow2(N, 16, 64), 16, dot, num_warps=4)
-    BN, piece = ssd_scan_tile(N, b * H, L, R)
-    launch(ssd_scan, (N // BN, H, b), x, B, dt, hi, lo, state, S, last, n, H, G, P, N, L, piece, BN, False, state is not None, True, dot,
-           num_warps=4, num_stages=3 if dot else 4)
+def read(launch, c, states, out, DOT):
+    batch, T, G, N = c.shape
+    _, H, n, P, _ = states.shape
+    launch(batch * n * (H * P // launch.options["BV"]), c, states, out,
+           n=n, H=H, G=G, P=P, N=N, L=T // n, DOT=DOT)
+
+
+def ssd_gradients(x, dt, A, B, C, D, first, cum, low, read_weight, write_weight, decay, scores,
+                  states, state_read, dy, dlast, L, R, has_state):
+    """Of x, dt, A, B, C, D, and of the incoming state (B,H,P,N); the last two empty where
+    they were not given."""
+    batch, _, H, P = x.shape
+    dD = torch.empty_like(A) if D is not None else A.new_empty(0)
+    dstate = dt.new_empty(batch, H, P, B.shape[3]) if has_state else dt.new_empty(0)
+    return (*(torch.empty_like(t) for t in (x, dt, A, B, C)), dD, dstate)
+
+
+@operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? first, "
+          "Tensor cum, Tensor low, Tensor read_weight, Tensor write_weight, Tensor decay, "
+          "Tensor scores, Tensor states, Tensor state_read, Tensor dy, Tensor? dlast, "
+          "int L, int R, bool has_state) -> "
+          "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", ssd_gradients)
+def ssd_backward(x, dt, A, B, C, D, first, cum, low, read_weight, write_weight, decay, scores,
+                 states, state_read, dy, dlast, L, R, has_state,
+                 dx, ddt, dA, dB, dC, dD, dstate):
+    batch, T, H, P = x.shape
+    G, N = B.shape[2:]
+    n = T // L
+    heads = batch * H
+    apart = N > 128
+    launches = ssd_launches(P, N, heads, H // G, L, R, x.dtype)
+    DOT = product_precision(x)
+    low = low if low.numel() else None
+    parts = N // launches.grad_queries_keys.options["BN"]
+    wide = torch.float32 if DOT is None else torch.float64
+    grad_states = torch.empty_like(states)
+    grad_scores = torch.empty_like(scores)
+    ddt_of_x = torch.empty_like(cum)
+    writes = torch.empty_like(cum)
+    reads = cum.new_empty(1 if apart else parts, batch, H, T)
+    ends = cum.new_empty(L // R, batch, H, T, dtype=wide)
+    begins = torch.empty_like(ends)
+    state_pairs = cum.new_empty(parts, batch, H, n)
+    dA_parts = cum.new_empty(batch, H, n)
+    dD_parts = cum.new_empty(batch, H, T // R)
+    launches.grad_scan(
+        heads, dy, C, read_weight, decay, dlast, dstate if has_state else None, grad_states,
+        n=n, H=H, HX=H, HY=G, HD=H, K=P, V=N, L=L, R=min(L, 128), PER_CHANNEL=False, REVERSE=True,
+        DOT=DOT)
     if apart:
-        read_apart(C, S, y_S, dot)
-    # 168 registers let three programs run on a processor, 128 four.
-    launch(ssd_rows, (H, T // R, b), C, S, CB, x, None, dt, hi, lo, D, y_S, None, y, None, None, None, None, n, H, G, P, N, L, R,
-           pow2(N, 16, widest(x.dtype)), False, D is not None, apart, dot, num_warps=4, num_stages=3 if dot else 2,
-           maxnreg=None if dot else 128 if apart else 168)
-
-
-def ssd_gradients(x, dt, A, B, C, D, doc, CB, hi, lo, S, y_S, dy, dlast, L, has_state):
-    """Of x, dt, A, B, C, D, and of the incoming state (B,H,P,N); the last two empty where they were not given."""
-    (b, T, H, P), N = x.shape, B.shape[-1]
-    return (*(torch.empty_like(t) for t in (x, dt, A, B, C)), torch.empty_like(A) if D is not None else A.new_empty(0),
-            dt.new_empty(b, H, P, N) if has_state else dt.new_empty(0))
-
-
-@operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? doc, Tensor CB, Tensor hi, Tensor lo, Tensor S, Tensor y_S, Tensor dy, "
-          "Tensor? dlast, int L, bool has_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", ssd_gradients)
-def ssd_backward(x, dt, A, B, C, D, doc, CB, hi, lo, S, y_S, dy, dlast, L, has_state, dx, ddt, dA, dB, dC, dD, first):
-    (b, T, H, P), (G, N), n, R = x.shape, B.shape[2:], x.shape[1] // L, min(L, 64)
-    dot, apart = "tf32x3" if x.dtype == torch.float32 else None, N > 128
-    BR, BN, warps = (L, 128, 8) if apart and not dot and L == 128 else (R, pow2(N, 16, 64), 4)    # tokens, columns and warps of ssd_through
-    blocks, reads, wide = N // BN, 1 if apart else N // BN, torch.float64 if dot else torch.float32
-    dS, dCB, ddt_x, keys, queries = torch.empty_like(S), torch.empty_like(CB), *(hi.new_empty(m * b, H, T) for m in (1, 1, reads))
-    ends, begins = (torch.empty(L // R, b, H, T, dtype=wide, device=x.device) for _ in range(2))
-    both, dA_parts, dD_parts = (hi.new_empty(b, H, m) for m in (blocks * n, n, T // R))
-    BS, piece = ssd_scan_tile(N, b * H, L, R)
-    launch(ssd_scan, (N // BS, H, b), dy, C, dt, hi, lo, dlast, dS, first, n, H, G, P, N, L, piece, BS, True, dlast is not None, has_state, dot,
-           num_warps=4, num_stages=3)
-    if apart:
-        read_apart(B, dS, dx, dot)
-    launch(ssd_rows, (H, T // R, b), B, dS, CB, x, dy, dt, hi, lo, D, dx, y_S, dx, ddt_x, keys, queries, dD_parts, n, H, G, P, N, L, R,
-           pow2(N, 16, widest(x.dtype)), True, D is not None, apart, dot, num_warps=4, num_stages=2, maxnreg=None if dot else 168)
-    launch(ssd_scores, (L // R, T // R, b * G), x, dy, dt, hi, lo, CB, dCB, ends, begins, n, H, G, P, L, R, dot, num_warps=4, num_stages=3)
-    launch(ssd_through, (blocks, T // BR, b * G), x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H, G, P, N, L, R, BR, BN,
-           apart, dot, num_warps=warps, num_stages=3)
-    ssd_finish[(n, b * H)](queries, keys, ends, begins, both, hi, dt, A, doc, ddt_x, ddt, dA_parts, n, H, reads, blocks, L, R, num_warps=4)
+        read(launches.read, B, grad_states, dx, DOT)
+    launches.grad_values(
+        heads * T // R, B, grad_states, dx if apart else None, state_read if apart else None,
+        scores, x, dy, dt, D, cum, low, write_weight, dx, ddt_of_x, writes, reads, dD_parts,
+        n=n, H=H, G=G, P=P, N=N, L=L, R=R, DOT=DOT)
+    launches.grad_scores(
+        batch * n * G * (3 if L > R else 1), x, dy, dt, cum, low, scores, grad_scores,
+        ends, begins, n=n, heads=heads, H=H, G=G, P=P, L=L, R=R, DOT=DOT)
+    launches.grad_queries_keys(
+        batch * G * T // launches.grad_queries_keys.options["BR"], B, C, x, dy,
+        read_weight, write_weight, states, grad_states, grad_scores, dB, dC,
+        None if apart else reads, state_pairs,
+        n=n, heads=heads, H=H, G=G, P=P, N=N, L=L, R=R, DOT=DOT)
+    launches.grad_decays(
+        heads * n, reads, writes, ends, begins, state_pairs, decay, dt, A, first, ddt_of_x,
+        ddt, dA_parts, n=n, heads=heads, H=H, L=L, R=R, READS=len(reads), PARTS=parts)
     torch.sum(dA_parts, (0, 2), out=dA)
     if D is not None:
         torch.sum(dD_parts, (0, 2), out=dD)
 
 
-def ssd_save(ctx, inputs, output):
+def ssd_save(ctx, inputs, results):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6], inputs[7], *output[2:])
-    ctx.has_state, ctx.L = inputs[6] is not None, inputs[8]
+    ctx.save_for_backward(*inputs[:6], inputs[7], *results[2:])
+    ctx.has_state = inputs[6] is not None
+    ctx.L, ctx.R = inputs[8:]
 
 
 def ssd_chain(backward, ctx, dy, dlast, *_):
-    x, D = ctx.saved_tensors[0], ctx.saved_tensors[5]
-    dy, dlast = torch.zeros_like(x) if dy is None else dy.contiguous(), None if dlast is None else dlast.contiguous()
-    *grads, dD, first = backward(*ctx.saved_tensors, dy, dlast, ctx.L, ctx.has_state)
-    return *grads, None if D is None else dD, first if ctx.has_state else None, None, None
+    x = ctx.saved_tensors[0]
+    D = ctx.saved_tensors[5]
+    dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+    dlast = None if dlast is None else dlast.contiguous()
+    *gradients, dD, dstate = backward(*ctx.saved_tensors, dy, dlast, ctx.L, ctx.R, ctx.has_state)
+    return (*gradients, None if D is None else dD, dstate if ctx.has_state else None,
+            None, None, None)
 
 
 ssd_kernels = differentiable(ssd_forward, ssd_save, ssd_backward, ssd_chain)
 
 
-@triton.jit
-def ssd_step(x, dt, A, B, C, D, S, y, new, H, G, P, N, BP: tl.constexpr, BN: tl.constexpr, SKIP: tl.constexpr):
-    """One program: BP rows of one head's state, one token: read once, written once."""
-    pb, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    p, row = pb * BP + tl.arange(0, BP), b * G + h // (H // G)
-    xt = tl.load(x + (b * H + h) * P + p, p < P, 0.0).to(tl.float32)
-    dtt = tl.load(dt + b * H + h)
-    a = tl.exp2(dtt * tl.load(A + h) * LOG2E)
-    acc = tl.zeros((BP,), tl.float32)
-    for n0 in range(0, N, BN):
-        col = n0 + tl.arange(0, BN)
-        tile, inside = (b * H + h) * P * N + p[:, None] * N + col[None, :], (p < P)[:, None] & (col < N)[None, :]
-        bt, ct = tl.load(B + row * N + col, col < N, 0.0).to(tl.float32), tl.load(C + row * N + col, col < N, 0.0).to(tl.float32)
-        s = a * tl.load(S + tile, inside, 0.0) + (dtt * xt)[:, None] * bt[None, :]
-        tl.store(new + tile, s, inside)
-        acc += tl.sum(s * ct[None, :], axis=1)
-    if SKIP:
-        acc += tl.load(D + h) * xt
-    tl.store(y + (b * H + h) * P + p, acc.to(y.dtype.element_ty), p < P)
-
-
 def ssd_triton(x, dt, A, B, C, D, state, first):
-    if D is not None and D.dim() == 2:                  # a skip for every channel is added outside of the kernels
+    batch, T, H, P = x.shape
+    G, N = B.shape[2:]
+    if D is not None and D.dim() == 2:  # a skip of every channel is added outside of the kernels
         y, state = ssd_triton(x, dt, A, B, C, None, state, first)
         return y + D * x, state
-    with on_device(x):
-        if x.shape[1] == 1 and state is not None and not needs_grad(x, dt, A, B, C, D, state):
-            (b, _, H, P), (G, N) = x.shape, B.shape[2:]
-            if first is not None:
-                state = state.masked_fill(first[:, :, None, None], 0.0)
-            y, new = x.new_empty(x.shape), x.new_empty(state.shape, dtype=torch.float32)
-            dt, A, D, state = (None if t is None else t.float().contiguous() for t in (dt, A, D, state))
-            BP, BN = pow2(P, 16, 32), pow2(N, 16, 128)
-            ssd_step[(-(-P // BP), H, b)](x.contiguous(), dt, A, B.contiguous(), C.contiguous(), D, state, y, new,
-                                          H, G, P, N, BP, BN, D is not None, num_warps=4)
-            return y, new
-        dtype = torch.bfloat16 if x.dtype == B.dtype == C.dtype == torch.bfloat16 else torch.float32
-        (_, T, _, P), N = x.shape, B.shape[-1]
-        parts = -(-P // 64)                              # a tile has all channels of a head, 64 at most: a wider head is several of one decay
-        L, BP, BN = chunk(T), whole_tile(min(P, 64), x), whole_tile(N, x)
-        x = pad(x.to(dtype), {1: L, 3: parts * BP}).unflatten(3, (parts, BP)).flatten(2, 3).contiguous()
-        dt, A, D = (t if t is None or parts == 1 else t.repeat_interleave(parts, -1) for t in (pad(dt.float(), {1: L}), A, D))
-        B, C = (pad(t.to(dtype), {1: L, 3: BN}).contiguous() for t in (B, C))
-        if state is not None:
-            state = pad(state.float(), {2: parts * BP, 3: BN}).unflatten(2, (parts, BP)).flatten(1, 2).contiguous()
-        A, D = (None if t is None else t.float().contiguous() for t in (A, D))
-        first = None if first is None else pad(first.to(torch.int8), {1: L}).contiguous()
-        y, last, *_ = ssd_kernels(x, dt.contiguous(), A, B, C, D, state, first, L)
-    return y.unflatten(2, (-1, parts)).flatten(3)[:, :T, :, :P], last.unflatten(1, (-1, parts)).flatten(2, 3)[:, :, :P, :N]
+    if T == 1 and state is not None and not needs_grad(x, dt, A, B, C, D, state):
+        if first is not None:
+            state = state.masked_fill(first[:, :, None, None], 0.0)
+        x, B, C, state = (t.contiguous() for t in (x, B, C, state.float()))
+        dt, A, D = (None if t is None else t.float().contiguous() for t in (dt, A, D))
+        y = torch.empty_like(x)
+        new = torch.empty_like(state)
+        BV = power_of_two(P, 16, 32)
+        with on_device(x):
+            step_state[(batch * H * -(-P // BV),)](
+                C, B, x, None, dt, A, D, state, new, y, scale=1.0, H=H, HQ=G, G=G, K=N, V=P,
+                BK=power_of_two(N, 16, 128), BV=BV, VALUES_FIRST=True, num_warps=4)
+        return y, new
+    narrow = x.dtype == B.dtype == C.dtype == torch.bfloat16
+    dtype = torch.bfloat16 if narrow else torch.float32
+    # A tile has all channels of a head, 64 at most: a wider head is several of one decay.
+    parts = -(-P // 64)
+    L, R = ssd_chunk(T, N, dtype)
+    BP = whole_tile(min(P, 64), x)
+    BN = whole_tile(N, x)
+    x = pad(x.to(dtype), {1: L, 3: parts * BP}).unflatten(3, (parts, BP)).flatten(2, 3).contiguous()
+    dt = pad(dt.float(), {1: L})
+    A, D = (None if t is None else t.float() for t in (A, D))
+    if parts > 1:
+        dt, A, D = (None if t is None else t.repeat_interleave(parts, -1) for t in (dt, A, D))
+    B, C = (pad(t.to(dtype), {1: L, 3: BN}).contiguous() for t in (B, C))
+    if state is not None:
+        state = pad(state.float(), {2: parts * BP, 3: BN}).unflatten(2, (parts, BP)).flatten(1, 2)
+        state = state.contiguous()
+    if first is not None:
+        first = pad(first.to(torch.int8), {1: L}).contiguous()
+    dt, A, D = (None if t is None else t.contiguous() for t in (dt, A, D))
+    y, last, *_ = ssd_kernels(x, dt, A, B, C, D, state, first, L, R)
+    y = y.unflatten(2, (-1, parts)).flatten(3)
+    last = last.unflatten(1, (-1, parts)).flatten(2, 3)
+    return y[:, :T, :, :P], last[:, :, :P, :N]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1421,7 +2250,7 @@ def conv_dx(dpre, w, dx, T, width: tl.constexpr, TAPS: tl.constexpr, BT: tl.cons
 
 def conv_tile(x):
     """Tokens and channels of a tile."""
-    return (64, 64) if x.is_cuda else (pow2(x.shape[1], 4, 32), pow2(x.shape[2], 4, 32))
+    return (64, 64) if x.is_cuda else (power_of_two(x.shape[1], 4, 32), power_of_two(x.shape[2], 4, 32))
 
 
 @torch.library.custom_op("statex::conv_forward", mutates_args=(), schema="(Tensor x, Tensor w, Tensor? bias) -> Tensor")
