@@ -27,6 +27,7 @@ from data.options import BadInput
 # isort: split
 import contextlib
 import functools
+import math
 import types
 
 import torch
@@ -522,8 +523,8 @@ def scan_states(
 
         # load R tokens; x comes in transposed, (BK, R)
         token = piece.to(tl.int64) * R
-        x = tl.load(x_ptr + token * HX * K + i[None, :] * (HX * K) + k[:, None])
-        y = tl.load(y_ptr + token * HY * V + i[:, None] * (HY * V) + v[None, :])
+        x = tl.load(x_ptr + token * HX * K + (i[None, :] * (HX * K) + k[:, None]))
+        y = tl.load(y_ptr + token * HY * V + (i[:, None] * (HY * V) + v[None, :]))
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + token + i)
             x = (x.to(tl.float32) * weight[None, :]).to(y.dtype)
@@ -598,20 +599,21 @@ def step_state(
 
 
 class Launch:
-    """A kernel with its tile. `cut` names the sizes that programs share out: with cut "V" and
-    BV = 64 there are V / 64 times as many.
+    """A kernel with its tile. `cut` says which sizes programs share out: {"BV": "HP"} is one
+    program for every BV of H P channels.
 
     It has as many stages of the software pipeline as asked for, or as the GPU's shared memory
     holds, which it finds once. (An H100's 227 KiB hold all that are asked for here.)"""
 
-    def __init__(self, kernel, cut="", **options):
+    def __init__(self, kernel, cut=None, **options):
         self.kernel = kernel
-        self.cut = cut
+        self.cut = cut or {}
         self.options = options
 
     def __call__(self, programs, *pointers, **named):
-        for size in self.cut:
-            programs *= named[size] // self.options["B" + size]
+        for tile, sizes in self.cut.items():
+            total = math.prod(named[size] for size in sizes)
+            programs *= -(-total // self.options[tile])
         while True:
             try:  # all programs on the grid's first axis: the others end at 65,535
                 return self.kernel[(programs,)](*pointers, **named, **self.options)
@@ -1027,14 +1029,16 @@ def gla_grad_scores(
 ):
     """grad_scores_ij = do_i . v_j for j < i.
 
-    One program owns a block of queries and one of keys of one chunk of one head: each block
-    with itself, and where there are two the second with the first."""
-    pair, rest = split(tl.program_id(0), 3 if L > R else 1)
+    One program owns a block of queries and one of keys, no later, of one chunk of one head."""
+    key_block, rest = split(tl.program_id(0), L // R)
+    query_block, rest = split(rest, L // R)
     head, rest = split(rest, H)
     chunk, batch = split(rest, n)
     batch = batch.to(tl.int64)
-    query = tl.minimum(pair, 1) * R + tl.arange(0, R)
-    key = pair % 2 * R + tl.arange(0, R)
+    if key_block > query_block:
+        return
+    query = query_block * R + tl.arange(0, R)
+    key = key_block * R + tl.arange(0, R)
     token = batch * n * L + chunk * L
     do_ptr += (token * H + head) * V
     v_ptr += (token * H + head) * V
@@ -1047,7 +1051,7 @@ def gla_grad_scores(
         v = tl.load(v_ptr + key[:, None] * (H * V) + channel)
         scores = tl.dot(do, tl.trans(v), scores, input_precision=DOT)
 
-    if pair < 2:
+    if key_block == query_block:
         diagonal = tl.sum(tl.where(query[:, None] == key[None, :], scores, 0.0), axis=1)
         tl.store(diagonal_ptr + (batch * H + head) * n * L + chunk * L + query, diagonal)
     scores = tl.where(query[:, None] > key[None, :], scores, 0.0)
@@ -1081,9 +1085,11 @@ def gla_grad_queries_keys(
     i = tl.arange(0, R)
     k = k_block * BK + tl.arange(0, BK)
     token = batch * n * L + block * R
+    k_end_ptr += (token * G + group) * K
+    dk_end_ptr += (token * G + group) * K
     at_v = i[:, None] * (H * V)
     at_q = i[:, None] * (H * K) + k[None, :]
-    at_k = (token * G + group) * K + i[:, None] * (G * K) + k[None, :]
+    at_k = i[:, None] * (G * K) + k[None, :]
     dtype = dq_start_ptr.dtype.element_ty
 
     dk = tl.zeros((R, BK), tl.float32)
@@ -1097,10 +1103,10 @@ def gla_grad_queries_keys(
         dq = tl.zeros((R, BK), tl.float32)
         for v0 in range(0, V, BV):
             channel = v0 + tl.arange(0, BV)[None, :]
-            s = tl.load(states_ptr + of_head + k[:, None] * V + channel)
-            ds = tl.load(grad_states_ptr + of_head + k[:, None] * V + channel)
-            do = tl.load(do_head + at_v + channel)
-            v = tl.load(v_head + at_v + channel)
+            s = tl.load(states_ptr + of_head + (k[:, None] * V + channel))
+            ds = tl.load(grad_states_ptr + of_head + (k[:, None] * V + channel))
+            do = tl.load(do_head + (at_v + channel))
+            v = tl.load(v_head + (at_v + channel))
             dq = tl.dot(do, tl.trans(s), dq, input_precision=DOT)
             dk = tl.dot(v, tl.trans(ds), dk, input_precision=DOT)
             state_pairs += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
@@ -1163,7 +1169,13 @@ def gla_grad_decays(
     channel = k_block * BK + tl.arange(0, BK)
     token = batch * n * L + block * R
     at_q = i * (H * K) + channel[None, :]
-    at_k = (token * G + group) * K + i * (G * K) + channel[None, :]
+    at_k = i * (G * K) + channel[None, :]
+    for_group = (token * G + group) * K
+    k_ptr += for_group
+    g_ptr += for_group
+    dk_end_ptr += for_group
+    dk_ptr += for_group
+    dg_ptr += for_group
     of_block = ((batch * G + group) * n * (L // R) + block) * K + channel
     of_state = ((batch * G + group) * n + block // (L // R)) * K + channel
     dtype = q_ptr.dtype.element_ty
@@ -1181,19 +1193,17 @@ def gla_grad_decays(
     k = tl.load(k_ptr + at_k).to(tl.float32)
     k_mid = (k * to_k).to(dtype)
     dk = tl.zeros((R, BK), tl.float32)
-    dk_after = tl.load(dk_end_ptr + at_k).to(tl.float32)
+    dk_after = tl.zeros((R, BK), tl.float32)
     pairs = tl.zeros((R, BK), tl.float32)
-    if L > R:
-        if of_chunk == 0:
-            dk_after *= other
     for head_of_group in range(H // G):
         head = group * (H // G) + head_of_group
         row = token * H + head
+        scores_ptr = grad_scores_ptr + row * L
         q = tl.load(q_ptr + row * K + at_q).to(tl.float32) * scale
         q_mid = (q * to_q).to(dtype)
 
         # within the block; the rounded factors make the pairs of both ends cancel exactly
-        scores = tl.load(grad_scores_ptr + (row + i * H) * L + of_chunk * R + j)
+        scores = tl.load(scores_ptr + of_chunk * R + (i * (H * L) + j))
         dq_mid = tl.dot(scores, k_mid, input_precision=DOT)
         dk_mid = tl.dot(tl.trans(scores), q_mid, input_precision=DOT)
         pairs += q_mid.to(tl.float32) * dq_mid - k_mid.to(tl.float32) * dk_mid
@@ -1203,22 +1213,26 @@ def gla_grad_decays(
         if L > R:
             seam = (batch * n + block // 2) * R
             if of_chunk == 1:
-                scores = tl.load(grad_scores_ptr + (row + i * H) * L + j)
-                keys = tl.load(k_seam_ptr + (seam * G + group) * K + i * (G * K) + channel[None, :])
+                scores = tl.load(scores_ptr + (i * (H * L) + j))
+                keys = tl.load(k_seam_ptr + (seam * G + group) * K + at_k)
                 dq_before = tl.dot(scores, keys, dq_before * other, input_precision=DOT)
             else:
-                scores = tl.load(grad_scores_ptr + (row + (R + i) * H) * L + j)
+                scores = tl.load(scores_ptr + R * H * L + (i * (H * L) + j))
                 queries = tl.load(q_seam_ptr + (seam * H + head) * K + at_q)
                 dk_after = tl.dot(tl.trans(scores), queries, dk_after, input_precision=DOT)
         dq_before *= to_q * half
         pairs += q * dq_before
 
-        diagonal = tl.load(diagonal_ptr + (batch * H + head) * n * L + block * R + i)
+        diagonal = tl.load(diagonal_ptr + (batch * H + head) * n * L + block * R + tl.arange(0, R))[:, None]
         dq = (dq_mid * to_q + diagonal * k + dq_before) * scale
         dk += dk_mid * to_k + diagonal * q
         tl.store(dq_ptr + row * K + at_q, dq.to(dtype))
 
-    dk_after *= to_k * half
+    dk_end = tl.load(dk_end_ptr + at_k).to(tl.float32)
+    if L > R:
+        if of_chunk == 0:
+            dk_end *= other
+    dk_after = (dk_after + dk_end) * (to_k * half)
     tl.store(dk_ptr + at_k, (dk + dk_after).to(dtype))
     always = tl.load(state_pairs_ptr + of_state) * tl.exp2(tl.load(decay_ptr + of_state))
     if L > R:
@@ -1254,7 +1268,13 @@ def gla_grad_decays_steep(
     channel = k_block * BK + tl.arange(0, BK)
     token = batch * n * L + block * R
     at_q = i * (H * K) + channel[None, :]
-    at_k = (token * G + group) * K + i * (G * K) + channel[None, :]
+    at_k = i * (G * K) + channel[None, :]
+    for_group = (token * G + group) * K
+    k_ptr += for_group
+    g_ptr += for_group
+    dk_end_ptr += for_group
+    dk_ptr += for_group
+    dg_ptr += for_group
     of_block = blocks * K + channel
     of_state = ((batch * G + group) * n + block // (L // R)) * K + channel
     dtype = q_ptr.dtype.element_ty
@@ -1274,8 +1294,9 @@ def gla_grad_decays_steep(
     for head_of_group in range(H // G):
         head = group * (H // G) + head_of_group
         row = token * H + head
+        scores_ptr = grad_scores_ptr + row * L
         q = tl.load(q_ptr + row * K + at_q).to(tl.float32) * scale
-        diagonal = tl.load(diagonal_ptr + (batch * H + head) * n * L + block * R + i)
+        diagonal = tl.load(diagonal_ptr + (batch * H + head) * n * L + block * R + tl.arange(0, R))[:, None]
         dq = diagonal * k
         dk += diagonal * q
         for bit in range(7):
@@ -1283,7 +1304,7 @@ def gla_grad_decays_steep(
             to_q = tl.exp2(to_q)
             to_k = tl.exp2(to_k)
             of_bit = (i ^ j) >> bit == 1
-            at = grad_scores_ptr + (row + i * H) * L + of_chunk * R + j
+            at = scores_ptr + of_chunk * R + (i * (H * L) + j)
             scores = tl.load(at, of_bit, 0.0)
             q_bit = (q * to_q).to(dtype)
             k_bit = (k * to_k).to(dtype)
@@ -1297,11 +1318,11 @@ def gla_grad_decays_steep(
         if L > R:
             seam = (batch * n + block // 2) * R
             if of_chunk == 1:
-                scores = tl.load(grad_scores_ptr + (row + i * H) * L + j)
-                keys = tl.load(k_seam_ptr + (seam * G + group) * K + i * (G * K) + channel[None, :])
+                scores = tl.load(scores_ptr + (i * (H * L) + j))
+                keys = tl.load(k_seam_ptr + (seam * G + group) * K + at_k)
                 dq_before = tl.dot(scores, keys, dq_before * other, input_precision=DOT)
             else:
-                scores = tl.load(grad_scores_ptr + (row + (R + i) * H) * L + j)
+                scores = tl.load(scores_ptr + R * H * L + (i * (H * L) + j))
                 queries = tl.load(q_seam_ptr + (seam * H + head) * K + at_q)
                 dk_after = tl.dot(tl.trans(scores), queries, dk_after, input_precision=DOT)
         dq_before *= upto
@@ -1334,26 +1355,26 @@ def gla_launches(K, V, heads, L, R, dtype):
     wide_k = power_of_two(K, 16, 128 if narrow else 64)
     wide_v = power_of_two(V, 16, 128 if narrow else 64)
     if narrow and V % 256 == 0 and (K // wide_k) * (V // 256) * heads >= 128:
-        scan = dict(BK=wide_k, BV=256, num_warps=8, num_stages=2)
+        scan = dict(BK=wide_k, BV=256, R=min(R, 64), num_warps=8, num_stages=3)
     elif narrow and (K // wide_k) * (V // wide_v) * heads >= 128:
-        scan = dict(BK=wide_k, BV=wide_v, num_warps=8, num_stages=2)
+        scan = dict(BK=wide_k, BV=wide_v, R=R, num_warps=8, num_stages=2)
     else:
-        scan = dict(BK=BK, BV=BV, num_warps=4, num_stages=3)
+        scan = dict(BK=BK, BV=BV, R=R, num_warps=4, num_stages=3)
     rows = dict(BK=BK, BV=wide_v, num_warps=8 if K > 256 or L > R else 4, num_stages=3)
     finish = dict(BK=power_of_two(K, 16, 32), num_warps=8)
     return types.SimpleNamespace(
         scores=Launch(gla_scores, BK=BK, num_warps=8, num_stages=1),
         scores_steep=Launch(gla_scores_steep, BK=finish["BK"], num_warps=8, num_stages=1),
         scores_across=Launch(gla_scores_across, BK=BK, num_warps=8, num_stages=2),
-        scan=Launch(scan_states, cut="KV", **scan),
-        outputs=Launch(gla_outputs, cut="V", **rows),
-        grad_scan=Launch(scan_states, cut="KV", **scan),
-        grad_values=Launch(gla_grad_values, cut="V", **rows),
-        grad_scores=Launch(gla_grad_scores, BV=BV, num_warps=4, num_stages=3),
+        scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, **scan),
+        outputs=Launch(gla_outputs, cut={"BV": "V"}, **rows),
+        grad_scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, **scan),
+        grad_values=Launch(gla_grad_values, cut={"BV": "V"}, **rows),
+        grad_scores=Launch(gla_grad_scores, BV=BV, num_warps=8, num_stages=3),
         grad_queries_keys=Launch(
-            gla_grad_queries_keys, cut="K", BK=wide_k, BV=BV, num_warps=8, num_stages=3),
-        grad_decays=Launch(gla_grad_decays, cut="K", **finish),
-        grad_decays_steep=Launch(gla_grad_decays_steep, cut="K", **finish),
+            gla_grad_queries_keys, cut={"BK": "K"}, BK=wide_k, BV=BV, num_warps=8, num_stages=3),
+        grad_decays=Launch(gla_grad_decays, cut={"BK": "K"}, num_stages=1, **finish),
+        grad_decays_steep=Launch(gla_grad_decays_steep, cut={"BK": "K"}, num_stages=1, **finish),
     )
 
 
@@ -1411,7 +1432,7 @@ def gla_forward(q, k, v, g, state, scale, L, R,
             n=n, H=H, G=G, K=K, L=L, R=R, DOT=DOT)
     launches.scan(
         B * H, k_end, v, None, decay, state, last, states,
-        n=n, H=H, HX=G, HY=H, HD=G, K=K, V=V, L=L, R=R, PER_CHANNEL=True, REVERSE=False, DOT=DOT)
+        n=n, H=H, HX=G, HY=H, HD=G, K=K, V=V, L=L, PER_CHANNEL=True, REVERSE=False, DOT=DOT)
     launches.outputs(
         B * H * n, q_start, states, scores, v, o, n=n, H=H, K=K, V=V, L=L, R=R, DOT=DOT)
 
@@ -1448,12 +1469,12 @@ def gla_backward(q, k, v, g, q_start, k_end, q_seam, k_seam, block_decay, decay,
         block_decay = decay
     launches.grad_scan(
         B * H, q_start, do, None, decay, dlast, dstate if has_state else None, grad_states,
-        n=n, H=H, HX=H, HY=H, HD=G, K=K, V=V, L=L, R=R, PER_CHANNEL=True, REVERSE=True, DOT=DOT)
+        n=n, H=H, HX=H, HY=H, HD=G, K=K, V=V, L=L, PER_CHANNEL=True, REVERSE=True, DOT=DOT)
     launches.grad_values(
         B * H * n, k_end, grad_states, scores, do, dv,
         n=n, H=H, G=G, K=K, V=V, L=L, R=R, DOT=DOT)
     launches.grad_scores(
-        B * H * n * (3 if L > R else 1), do, v, grad_scores, diagonal,
+        B * H * n * (L // R) ** 2, do, v, grad_scores, diagonal,
         n=n, H=H, V=V, L=L, R=R, DOT=DOT)
     launches.grad_queries_keys(
         B * G * T // R, do, v, states, grad_states, q_start, k_end, dq_start, dk_end,
@@ -1576,14 +1597,16 @@ def ssd_scores(
 ):
     """scores_ij = C_i . B_j, shared by all heads of a group, the decays left out.
 
-    One program owns R queries and R keys of one chunk of one group, query block >= key
-    block: a chunk is one block or two."""
-    pair, rest = split(tl.program_id(0), 3 if L > R else 1)
+    One program owns R queries and R keys, no later, of one chunk of one group."""
+    key_block, rest = split(tl.program_id(0), L // R)
+    query_block, rest = split(rest, L // R)
     group, rest = split(rest, G)
     chunk, batch = split(rest, n)
     batch = batch.to(tl.int64)
-    query = tl.minimum(pair, 1) * R + tl.arange(0, R)
-    key = pair % 2 * R + tl.arange(0, R)
+    if key_block > query_block:
+        return
+    query = query_block * R + tl.arange(0, R)
+    key = key_block * R + tl.arange(0, R)
     token = batch * n * L + chunk * L
     B_ptr += (token * G + group) * N
     C_ptr += (token * G + group) * N
@@ -1788,18 +1811,22 @@ def ssd_grad_scores(
 ):
     """grad_scores_ij = sum over the group's heads of exp(cum_i - cum_j) dt_j (dy_i . x_j).
 
-    One program owns R queries and R keys of one chunk of one group, its heads in turn."""
-    pair, rest = split(tl.program_id(0), 3 if L > R else 1)
+    One program owns R queries and R keys, no later, of one chunk of one group, its heads in
+    turn."""
+    key_block, rest = split(tl.program_id(0), L // R)
+    query_block, rest = split(rest, L // R)
     group, rest = split(rest, G)
     chunk, batch = split(rest, n)
     batch = batch.to(tl.int64)
-    query_block = tl.minimum(pair, 1)
-    key_block = pair % 2
+    if key_block > query_block:
+        return
     query = query_block * R + tl.arange(0, R)
     key = key_block * R + tl.arange(0, R)
     p = tl.arange(0, P)[None, :]
     token = batch * n * L + chunk * L
-    at = (token * G + group) * L + query[:, None] * (G * L) + key[None, :]
+    scores_ptr += (token * G + group) * L
+    grad_scores_ptr += (token * G + group) * L
+    at = query[:, None] * (G * L) + key[None, :]
     below = query[:, None] > key[None, :]
 
     scores = tl.load(scores_ptr + at).to(tl.float32)
@@ -1811,8 +1838,8 @@ def ssd_grad_scores(
         if low_ptr is not None:
             low_of_head += of_head
         row = token * H + head
-        dy = tl.load(dy_ptr + row * P + query[:, None] * (H * P) + p)
-        x = tl.load(x_ptr + row * P + key[:, None] * (H * P) + p)
+        dy = tl.load(dy_ptr + row * P + (query[:, None] * (H * P) + p))
+        x = tl.load(x_ptr + row * P + (key[:, None] * (H * P) + p))
         dt = tl.load(dt_ptr + row + key * H)
         pairs = tl.dot(dy, tl.trans(x), input_precision=DOT) * dt[None, :]
         pairs *= decay_table(cum_ptr + of_head, low_of_head, query, key)
@@ -1858,42 +1885,43 @@ def ssd_grad_queries_keys(
     B_ptr += (token * G + group) * N
     C_ptr += (token * G + group) * N
     grad_scores_ptr += (token * G + group) * L
-    at = (token * G + group) * N + mine[:, None] * (G * N) + channel[None, :]
+    at = mine[:, None] * (G * N) + channel[None, :]
+    row = mine[:, None] * (H * P) + p[None, :]
+    tile = p[:, None] * N + channel[None, :]
 
     # through the scores: the keys up to a query, the queries from a key on
     dC = tl.zeros((BR, BN), tl.float32)
     dB = tl.zeros((BR, BN), tl.float32)
     for other_block in range(L // R):
         other = other_block * R + tl.arange(0, R)
-        row = other[:, None] * (G * N) + channel[None, :]
+        theirs = other[:, None] * (G * N) + channel[None, :]
         scores = tl.load(grad_scores_ptr + mine[:, None] * (G * L) + other[None, :],
                          mine[:, None] >= other[None, :], 0.0)
-        dC = tl.dot(scores, tl.load(B_ptr + row), dC, input_precision=DOT)
+        dC = tl.dot(scores, tl.load(B_ptr + theirs), dC, input_precision=DOT)
         scores = tl.load(grad_scores_ptr + other[:, None] * (G * L) + mine[None, :],
                          other[:, None] >= mine[None, :], 0.0)
-        dB = tl.dot(tl.trans(scores), tl.load(C_ptr + row), dB, input_precision=DOT)
+        dB = tl.dot(tl.trans(scores), tl.load(C_ptr + theirs), dB, input_precision=DOT)
 
     # through the states
     if reads_ptr is not None:
-        c = tl.load(C_ptr + mine[:, None] * (G * N) + channel[None, :]).to(tl.float32)
+        c = tl.load(C_ptr + at).to(tl.float32)
     for head_of_group in range(H // G):
         head = group * (H // G) + head_of_group
         of_head = (batch * H + head) * n * L + chunk * L + mine
-        row = (token * H + head) * P + mine[:, None] * (H * P) + p[None, :]
-        tile = ((batch * H + head) * n + chunk) * P * N + p[:, None] * N + channel[None, :]
-        s = tl.load(states_ptr + tile)
-        ds = tl.load(grad_states_ptr + tile)
-        dy = tl.load(dy_ptr + row)
+        of_state = ((batch * H + head) * n + chunk) * P * N
+        s = tl.load(states_ptr + of_state + tile)
+        ds = tl.load(grad_states_ptr + of_state + tile)
+        dy = tl.load(dy_ptr + (token * H + head) * P + row)
         read = tl.load(read_ptr + of_head)
         if reads_ptr is None:
             dy = (dy.to(tl.float32) * read[:, None]).to(s.dtype)
             dC = tl.dot(dy, s, dC, input_precision=DOT)
         else:
-            of_state = tl.dot(dy, s, input_precision=DOT) * read[:, None]
-            dC += of_state
+            through_state = tl.dot(dy, s, input_precision=DOT) * read[:, None]
+            dC += through_state
             part = (n_block * heads).to(tl.int64) * n * L
-            tl.store(reads_ptr + part + of_head, tl.sum(of_state * c, axis=1))
-        v = tl.load(x_ptr + row).to(tl.float32) * tl.load(write_ptr + of_head)[:, None]
+            tl.store(reads_ptr + part + of_head, tl.sum(through_state * c, axis=1))
+        v = tl.load(x_ptr + (token * H + head) * P + row).to(tl.float32) * tl.load(write_ptr + of_head)[:, None]
         dB = tl.dot(v.to(ds.dtype), ds, dB, input_precision=DOT)
         dC = finished(dC)
         dB = finished(dB)
@@ -1901,8 +1929,8 @@ def ssd_grad_queries_keys(
             state_pairs = tl.sum(s.to(tl.float32) * ds.to(tl.float32))
             part = (n_block * heads + batch * H + head) * n
             tl.store(state_pairs_ptr + part + chunk, state_pairs)
-    tl.store(dC_ptr + at, dC.to(dC_ptr.dtype.element_ty))
-    tl.store(dB_ptr + at, dB.to(dB_ptr.dtype.element_ty))
+    tl.store(dC_ptr + (token * G + group) * N + at, dC.to(dC_ptr.dtype.element_ty))
+    tl.store(dB_ptr + (token * G + group) * N + at, dB.to(dB_ptr.dtype.element_ty))
 
 
 @chunk_kernel
@@ -1973,21 +2001,23 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
         through = dict(BR=L, BN=128, num_warps=8, num_stages=3)
     else:
         through = dict(BR=R, BN=BN, num_warps=4, num_stages=3)
-    scan = dict(BK=P, BV=scan_n, num_warps=4)
+    # A whole chunk at a time where programs are few.
+    scan = dict(BK=P, BV=scan_n, R=min(L, 64 if scan_n > 32 else 128), num_warps=4)
     return types.SimpleNamespace(
-        decays=Launch(ssd_decays, BH=16, num_warps=4),
+        decays=Launch(ssd_decays, cut={"BH": "H"}, BH=16, num_warps=4),
         scores=Launch(ssd_scores, BN=BN, num_warps=4),
-        scan=Launch(scan_states, cut="KV", num_stages=4 if narrow else 3, **scan),
-        read=Launch(read_states, BV=read, BN=BN, num_warps=8, num_stages=3),
+        scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, num_stages=4 if narrow else 3, **scan),
+        read=Launch(read_states, cut={"BV": "HP"}, BV=read, BN=BN, num_warps=8, num_stages=3),
         outputs=Launch(
             ssd_outputs, BN=wide_n, num_warps=4, num_stages=2 if narrow else 3,
             maxnreg=(128 if apart else 168) if narrow else None),
-        grad_scan=Launch(scan_states, cut="KV", num_stages=3, **scan),
+        grad_scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, num_stages=3, **scan),
         grad_values=Launch(
             ssd_grad_values, BN=wide_n, num_warps=4, num_stages=2,
             maxnreg=168 if narrow else None),
         grad_scores=Launch(ssd_grad_scores, num_warps=4, num_stages=3),
-        grad_queries_keys=Launch(ssd_grad_queries_keys, cut="N", **through),
+        grad_queries_keys=Launch(
+            ssd_grad_queries_keys, cut={"BN": "N", "BR": "L"}, **through),
         grad_decays=Launch(ssd_grad_decays, num_warps=4),
     )
 
@@ -2020,13 +2050,12 @@ def ssd_forward(x, dt, A, B, C, D, state, first, L, R, y, last,
     DOT = product_precision(x)
     low = low if low.numel() else None
     launches.decays(
-        batch * n * -(-H // launches.decays.options["BH"]), dt, A, first,
-        cum, low, read_weight, write_weight, decay, n=n, H=H, L=L)
+        batch * n, dt, A, first, cum, low, read_weight, write_weight, decay, n=n, H=H, L=L)
     launches.scores(
-        batch * n * G * (3 if L > R else 1), B, C, scores, n=n, G=G, N=N, L=L, R=R, DOT=DOT)
+        batch * n * G * (L // R) ** 2, B, C, scores, n=n, G=G, N=N, L=L, R=R, DOT=DOT)
     launches.scan(
         batch * H, x, B, write_weight, decay, state, last, states,
-        n=n, H=H, HX=H, HY=G, HD=H, K=P, V=N, L=L, R=min(L, 128), PER_CHANNEL=False, REVERSE=False,
+        n=n, H=H, HX=H, HY=G, HD=H, K=P, V=N, L=L, PER_CHANNEL=False, REVERSE=False,
         DOT=DOT)
     if N > 128:
         read(launches.read, C, states, state_read, DOT)
@@ -2038,8 +2067,7 @@ def ssd_forward(x, dt, A, B, C, D, state, first, L, R, y, last,
 def read(launch, c, states, out, DOT):
     batch, T, G, N = c.shape
     _, H, n, P, _ = states.shape
-    launch(batch * n * (H * P // launch.options["BV"]), c, states, out,
-           n=n, H=H, G=G, P=P, N=N, L=T // n, DOT=DOT)
+    launch(batch * n, c, states, out, n=n, H=H, G=G, P=P, N=N, L=T // n, DOT=DOT)
 
 
 def ssd_gradients(x, dt, A, B, C, D, first, cum, low, read_weight, write_weight, decay, scores,
@@ -2082,7 +2110,7 @@ def ssd_backward(x, dt, A, B, C, D, first, cum, low, read_weight, write_weight, 
     dD_parts = cum.new_empty(batch, H, T // R)
     launches.grad_scan(
         heads, dy, C, read_weight, decay, dlast, dstate if has_state else None, grad_states,
-        n=n, H=H, HX=H, HY=G, HD=H, K=P, V=N, L=L, R=min(L, 128), PER_CHANNEL=False, REVERSE=True,
+        n=n, H=H, HX=H, HY=G, HD=H, K=P, V=N, L=L, PER_CHANNEL=False, REVERSE=True,
         DOT=DOT)
     if apart:
         read(launches.read, B, grad_states, dx, DOT)
@@ -2091,10 +2119,10 @@ def ssd_backward(x, dt, A, B, C, D, first, cum, low, read_weight, write_weight, 
         scores, x, dy, dt, D, cum, low, write_weight, dx, ddt_of_x, writes, reads, dD_parts,
         n=n, H=H, G=G, P=P, N=N, L=L, R=R, DOT=DOT)
     launches.grad_scores(
-        batch * n * G * (3 if L > R else 1), x, dy, dt, cum, low, scores, grad_scores,
+        batch * n * G * (L // R) ** 2, x, dy, dt, cum, low, scores, grad_scores,
         ends, begins, n=n, heads=heads, H=H, G=G, P=P, L=L, R=R, DOT=DOT)
     launches.grad_queries_keys(
-        batch * G * T // launches.grad_queries_keys.options["BR"], B, C, x, dy,
+        batch * G * n, B, C, x, dy,
         read_weight, write_weight, states, grad_states, grad_scores, dB, dC,
         None if apart else reads, state_pairs,
         n=n, heads=heads, H=H, G=G, P=P, N=N, L=L, R=R, DOT=DOT)
