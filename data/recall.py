@@ -311,19 +311,20 @@ def token_scores(lm, windows, batch_tokens=0):
     if not batch_tokens:
         batch_tokens = 1 << 17 if on_gpu else 1 << 14
     rows = max(1, batch_tokens // T)
-    # In slices of a multiple of 128 tokens, a matrix product on a CPU rounds as it does whole.
-    logits_at_once = 1 << 27 if on_gpu else 1 << 20
-    slice_tokens = max(128, logits_at_once // vocab_size // 128 * 128)
+    # On a CPU a part's logits fit a cache, and the losses are bit for bit those of a
+    # cross-entropy over the whole (windows, vocabulary, T): a window at a time, cut where
+    # a vector of elements ends.
+    part_tokens = max(128, (1 << 27 if on_gpu else 1 << 20) // vocab_size // 128 * 128)
     losses, hits = [], []
     for start in range(0, n, rows):
         batch = torch.from_numpy(windows[start:start + rows]).to(device)
         features, _ = lm.features(batch[:, :-1])
-        features = features.flatten(0, 1).split(slice_tokens)
-        expected = batch[:, 1:].flatten().split(slice_tokens)
-        for x, y in zip(features, expected, strict=True):
-            logits = lm.lm_head(x)[:, :vocab_size].float()
-            losses.append(F.cross_entropy(logits.mT[None], y[None], reduction="none")[0])
-            hits.append(logits.argmax(-1) == y)
+        for window, expected in zip(features, batch[:, 1:], strict=True):
+            parts = zip(window.split(part_tokens), expected.split(part_tokens), strict=True)
+            for x, y in parts:
+                logits = lm.lm_head(x)[:, :vocab_size].float()
+                losses.append(F.cross_entropy(logits.mT[None], y[None], reduction="none")[0])
+                hits.append(logits.argmax(-1) == y)
     losses = torch.cat(losses).view(n, T)
     hits = torch.cat(hits).view(n, T)
     return losses.cpu().numpy(), hits.cpu().numpy()
@@ -365,7 +366,7 @@ class BigramCounts:
         self.counts = counts
 
     @classmethod
-    def of(cls, tokens, vocab_size, at_once=1 << 25):
+    def of(cls, tokens, vocab_size, at_once=1 << 24):
         """Count those of tokens (n,), at_once tokens at a time: 100M take some seconds and,
         of 4,096 kinds, 1 GiB."""
         pairs = bigrams(tokens[:1], vocab_size)
@@ -617,8 +618,8 @@ def without_nan(value):
 
 
 def print_scores(result, T):
-    print(f"\nloss {result['val_loss']:.4f} +- {result['val_loss_se']:.4f} nats per token, in-context "
-          f"score {result['icl_score']:+.4f}, windows of {T} tokens")
+    print(f"\nloss {result['val_loss']:.4f} +- {result['val_loss_se']:.4f} nats per token, "
+          f"in-context score {result['icl_score']:+.4f}, windows of {T} tokens")
     print("\naccuracy (chance)")
     for task, table in result["recall"].items():
         cells = []
@@ -635,7 +636,8 @@ def print_repeats(repeats):
               "far": f"{FAR} or more", "repeats": "all repeats", "new": "as rare, but new",
               "other": "everything else"}
     print(f"\nrare repeats: bigrams that training has at most {repeats['at_most']} times; "
-          f"{repeats['windows']} windows of {repeats['T']} tokens, {repeats['documents']} documents")
+          f"{repeats['windows']} windows of {repeats['T']} tokens, "
+          f"{repeats['documents']} documents")
     print(f"  {'':23s}{'tokens':>9s}   {'loss +- over windows, documents':34s}accuracy, likewise")
     for name, group in repeats["groups"].items():
         cells = [f"{group[m]:.4f} +- {group[m + '_se']:.4f}, {group[m + '_se_documents']:.4f}"
