@@ -390,26 +390,27 @@ def wheel_documents(pins, folder):
         with zipfile.ZipFile(wheels[package]) as wheel:
             for name in sorted(wheel.namelist()):
                 text = written_by_people(wheel, name)
-                if text and hash(text) not in seen:
-                    seen.add(hash(text))
+                digest = hashlib.sha256(text.encode()).digest()
+                if text and digest not in seen:
+                    seen.add(digest)
                     yield text, int(held_out)
 
 
 def written_by_people(wheel, name):
-    """The text of a wheel's file, None where it is no Python source in UTF-8, or a test, or
-    made by a program: its head says so, a line is over 1,000 characters, a tenth of it is
-    digits, or it is over a megabyte."""
+    """The text of a wheel's file, "" where it is no Python source in UTF-8, or a test, or
+    made by a program: its head says so, it is over a megabyte, a line is over 1,000
+    characters, or more than a tenth of it is digits."""
     if not is_source(name) or wheel.getinfo(name).file_size > 1_000_000:
-        return None
+        return ""
     try:
         text = wheel.read(name).decode()
     except UnicodeDecodeError:
-        return None
+        return ""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     digits = sum(text.count(digit) for digit in "0123456789")
     generated = "do not edit" in text[:2000].lower() or digits > len(text) / 10
     if generated or text.isspace() or max(map(len, text.split("\n"))) > 1000:
-        return None
+        return ""
     return text
 
 
