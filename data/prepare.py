@@ -549,12 +549,15 @@ def source(options, left_out):
     chosen = [bool(words), options.site_packages, bool(options.packages)]
     if sum(chosen) > 1:
         raise BadInput("name one source: --site-packages, --packages=FILE, or files and folders")
+    if options.ext and not words:
+        raise BadInput("--ext chooses among the files of folders; name a folder")
     if options.packages:
         return wheel_documents(options.packages, options.wheels), "packages"
     if len(words) == 1 and words[0] in DATASETS:
         return download(words[0]), words[0]
     if words:
-        endings = tuple(ending.strip().lower() for ending in options.ext.split(",") if ending)
+        names = filter(None, options.ext.lower().split(","))
+        endings = tuple("." + name.strip(" .") for name in names)
         return read_documents(text_files(words, endings), left_out), "text"
     folder = "python-all" if options.site_packages else "python"
     return read_documents(python_files(options.site_packages), left_out), folder
@@ -574,7 +577,7 @@ def main():
     for path in left_out[:10]:
         print(f"left out, not UTF-8: {path}", file=sys.stderr)
     if left_out:
-        print(f"left out: {len(left_out)} files that are not UTF-8", file=sys.stderr)
+        print(f"files left out because they are not UTF-8: {len(left_out)}", file=sys.stderr)
     print(f"{out}: {meta['documents']:,} documents, {meta['train_tokens']:,} tokens to train on, "
           f"{meta['val_tokens']:,} held out")
 
