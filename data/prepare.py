@@ -359,6 +359,10 @@ def fetch_wheels(pins, folder):
                    "--require-hashes", "--no-deps", "--only-binary=:all:", "--platform=any",
                    "--implementation=py", "--abi=none", "--python-version=3.13",
                    "--ignore-requires-python", f"--dest={folder}"]
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as e:
+            raise BadInput(f"cannot write the wheels into {folder}: {e.strerror}") from e
         pip = subprocess.run(command, capture_output=True, text=True)
         wheels = wheels_by_digest(folder)
         missing = set(digests.values()) - set(wheels)
