@@ -224,8 +224,9 @@ def take(options, names, kind, default, where):
         if default is REQUIRED:
             raise BadInput(f"{where} lacks {names[0]}; expected a complete configuration")
         return default
-    name, value = next(iter(given.items()))
-    if any(other != value for other in given.values()):
+    name, *others = given
+    value = given[name]
+    if any(given[other] != value for other in others):
         raise BadInput(f"{where} says {given}; expected one value for the same thing")
     expected = {int: "a whole number from 1 up", float: "a number above 0", bool: "true or false"}
     if kind is bool:
@@ -248,6 +249,9 @@ def finish_gla(config, options):
     for name in ("num_kv_heads", "num_key_value_heads"):
         if options.get(name) in (None, config["n_head"]):
             options.pop(name, None)
+    attention = options.get("attn")
+    if isinstance(attention, dict) and attention.get("layers") == []:
+        options.pop("attn")
 
 
 def finish_mamba2(config, options, where):
@@ -467,8 +471,9 @@ def public_config(config, tensors, end_of_text):
                    "use_short_conv": config["conv_size"] > 0, "conv_size": config["conv_size"] or 4}
     else:
         heads = config["d_model"] * config["expand"] // config["headdim"]
+        # flash-linear-attention, once imported, takes over this model_type; it reads norm_eps
         public |= {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2",
-                   "num_heads": heads}
+                   "num_heads": heads, "norm_eps": config["norm_eps"]}
     name = config["tokenizer"]
     if not os.path.exists(name.removeprefix("hf:")):       # what is a path here is none elsewhere
         public["statex_tokenizer"] = name
