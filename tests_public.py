@@ -54,7 +54,8 @@ SAME = [
     (SSM, ssm(use_mem_eff_path=False, chunk_size=64, sequence_parallel=False)),
     (SSM, ssm(rmsnorm=True, norm_before_gate=False, D_has_hdim=False, bias=False, conv_bias=True)),
     (SSM, ssm(A_init_range=[1, 4], dt_min=0.01, dt_max=0.2, dt_init_floor=1e-3, conv_init=0.1)),
-    (SSM, ssm(dt_limit=[0.0, math.inf], d_ssm=1536, ngroups=1, d_state=128, expand=2, d_conv=4)),
+    (SSM, ssm(dt_limit=[0.0, {"__float__": "Infinity"}])),
+    (SSM, ssm(dt_limit=(0.0, math.inf), d_ssm=1536, ngroups=1, d_state=128, expand=2, d_conv=4)),
     (SSM, {"attn_cfg": {"num_heads": 8}, "attn_layer_idx": None, "residual_in_fp32": False}),
     (HF, {"norm_before_gate": True, "rms_norm": True, "intermediate_size": 8192,
           "time_step_scale": 1.0, "time_step_init_scheme": "random"}),
@@ -816,7 +817,8 @@ def test_bad_options_of_the_harness(lm_eval, tmp_path):
                           ({"tasks": "statex_text"}, "cannot run statex_text"),
                           ({"metadata": "{"}, "is not JSON"),
                           ({"metadata": "[1]"}, "is not an object")):
-        options = harness.Options(**{"tasks": "statex_text", "include_path": str(tmp_path)} | changes)
+        options = {"tasks": "statex_text", "include_path": str(tmp_path)} | changes
+        options = harness.Options(**options)
         with pytest.raises(BadInput, match=says) as error:
             harness.evaluate(lm, options)
         assert "\n" not in str(error.value)
