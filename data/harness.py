@@ -9,6 +9,10 @@ that a public format holds has the same numbers here and, exported, in the harne
     python model.py --ckpt=out/run/statex.pt --export=FOLDER
     lm_eval run --model hf --model_args pretrained=FOLDER --tasks swde fda squad_completion
 
+An exported GLA is read by flash-linear-attention, which the harness has to import first:
+`python -c "import fla; from lm_eval.__main__ import cli_evaluate; cli_evaluate()" run ...`
+(with transformers 5.24.0 and fla 0.6.0 its generate() loses the state; 5.23.0 is right).
+
 Tasks are called as in the harness (`lm_eval ls tasks`); --include_path adds a folder of
 your own. Needs: pip install "lm_eval[hf]"
 """
