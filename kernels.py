@@ -1,21 +1,33 @@
-"""The two recurrences of StateX, each spelled three ways: recurrent, chunked, Triton.
+"""The two recurrences of StateX: the definition, chunked PyTorch, Triton.
 
-Both model families are one recurrence. Per head, with a state S of K x V numbers:
+Both model families are one recurrence. Per head, with a state S of K x V elements:
 
     S_t = diag(a_t) S_{t-1} + k_t v_t^T          o_t = S_t^T q_t
 
-    gla   Gated linear attention (Yang et al., arXiv 2312.06635, eq. 3): a_t in (0,1]^K, one decay per key channel.
-    ssd   Mamba2's state space dual (Dao & Gu, arXiv 2405.21060, eq. 1): a_t one number per head, k = B and q = C are
-          shared by all heads of a group, v = dt * x, and a skip D * x is added to the output.
+    gla   Gated linear attention (Yang et al., arXiv 2312.06635, eq. 3): a_t in (0,1]^K,
+          one decay per key channel. Neighbouring heads may share their keys and decays.
+    ssd   Mamba2's state space dual (Dao and Gu, arXiv 2405.21060, eq. 1): a_t is one
+          number per head, k = B and q = C are shared by the heads of a group, v = dt x,
+          and a skip D x is added to the output.
 
-"recurrent" is the definition: a loop over time. "chunked" does the same sums with matrix products and is the fast path
-on a CPU. Decays travel as logarithms g = log a <= 0, and recurrent and chunked never take the exponential of a positive
-number; the Triton kernel of gla does, up to a bound (see gla_prepare). Any decay is safe: none at all (g = 0) or a state that
-forgets everything at every step (g = -60). At the end: the short convolution before Mamba2's recurrence, for GPUs.
+    o, state = gla(q, k, v, g)           y, state = ssd(x, dt, A, B, C)
+    python kernels.py                    checks every implementation, then times it
+
+"recurrent" is the definition: a loop over time. "chunked" does the same sums with matrix
+products and is the fast path on a CPU. "triton" is the fast path on a GPU. Decays travel
+as logarithms g = log a <= 0. Any decay is safe: none at all (g = 0), a state that forgets
+everything at every step (g = -60), and a reset (g = -inf, or `first` of ssd), which keeps
+packed documents apart.
 """
-from __future__ import annotations               # so that tl.constexpr below needs no Triton until a kernel runs
+from __future__ import annotations  # so that tl.constexpr below needs no Triton until a kernel runs
 
-import functools, types
+# isort: split
+from data.options import BadInput
+
+# isort: split
+import contextlib
+import functools
+import types
 
 import torch
 import torch.nn.functional as F
@@ -24,158 +36,388 @@ try:
     import triton
     import triton.language as tl
     triton_installed = True
-except ImportError:                              # not on this platform: recurrent and chunked still work
-    triton, triton_installed = types.SimpleNamespace(jit=lambda f=None, **options: f or (lambda g: g)), False
+except ImportError:  # not on this platform: recurrent and chunked still work
+    triton = types.SimpleNamespace(jit=lambda f=None, **options: f or (lambda g: g))
+    triton_installed = False
 
 
 def gla(q, k, v, g, scale=None, state=None, impl="auto"):
-    """Gated linear attention.
+    """Gated linear attention (arXiv 2312.06635, eq. 3).
 
-    q, k (B,T,H,K); v (B,T,H,V); g (B,T,H,K) log decays <= 0; state (B,H,K,V) or None for zeros.
-    scale multiplies q; K**-0.5 when None.  impl: "recurrent" | "chunked" | "triton" | "auto".
-    Returns o (B,T,H,V) in v's dtype and the final state (B,H,K,V) in float32 (float64 when the inputs are).
-    Differentiable in q, k, v, g and state, through both results.
+    q (B,T,H,K); v (B,T,H,V); k, g (B,T,G,K), where g are log decays <= 0, -inf for a reset;
+    state (B,H,K,V) or None for zeros. G divides H: head h reads the keys and decays of
+    group h // (H / G). Any dimension but T may be 1 where another argument has more.
+    scale multiplies q; K**-0.5 when None.
+    impl: "recurrent" | "chunked" | "triton" | "auto", which is triton on a GPU that it
+    supports, else chunked. Triton has no float64: there it is chunked too.
+
+    Returns o (B,T,H,V) in v's dtype and the final state (B,H,K,V) in float32 (float64 where
+    any input is). Differentiable in q, k, v, g and state, through both results: recurrent
+    and chunked any number of times, triton once (a second derivative raises RuntimeError).
+    Raises BadInput where shapes, dtypes or devices do not fit.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, state = {"recurrent": gla_recurrent, "chunked": gla_chunked, "triton": gla_triton}[pick(impl, q)](
-        q, k, v, g, scale, state)
+    q, k, v, g, state = check_gla(q, k, v, g, state)
+    impl = pick(impl, q, k, v, g, state)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if v.numel() == 0:
+        return no_tokens(v, state, (v.shape[0], v.shape[2], q.shape[3], v.shape[3]), (q, k, g))
+    path = {"recurrent": gla_recurrent, "chunked": gla_chunked, "triton": gla_triton}
+    with without_autocast(q.device.type):
+        o, state = path[impl](q, k, v, g, scale, state)
     return o.to(v.dtype), state
 
 
-def ssd(x, dt, A, B, C, D=None, state=None, impl="auto"):
-    """Mamba2's state space recurrence: S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t.
+def ssd(x, dt, A, B, C, D=None, state=None, impl="auto", first=None):
+    """Mamba2's recurrence: S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t
+    (arXiv 2405.21060, eq. 1).
 
-    x (B,T,H,P); dt (B,T,H) > 0, already through softplus; A (H,) < 0; B, C (B,T,G,N) with G dividing H;
-    D (H,) or None; state (B,H,P,N) or None for zeros.  impl as in gla.
-    Returns y (B,T,H,P) in x's dtype and the final state (B,H,P,N) in float32 (float64 when the inputs are).
-    Differentiable in every tensor, through both results.
+    x (B,T,H,P); dt (B,T,H) > 0, already through softplus; A (H,) < 0; B, C (B,T,G,N), where
+    G divides H; D (H,) or (H,P) or None; state (B,H,P,N) or None for zeros; first (B,T) bool
+    or None: a document begins at this token, the state before it is forgotten. Any
+    dimension but T may be 1 where another argument has more. impl as in gla.
+
+    Returns y (B,T,H,P) in x's dtype and the final state (B,H,P,N) in float32 (float64 where
+    any input is). Differentiable in every floating tensor, as gla. Raises BadInput.
     """
-    y, state = {"recurrent": ssd_recurrent, "chunked": ssd_chunked, "triton": ssd_triton}[pick(impl, x)](
-        x, dt, A, B, C, D, state)
+    x, dt, A, B, C, D, state, first = check_ssd(x, dt, A, B, C, D, state, first)
+    impl = pick(impl, x, dt, A, B, C, D, state)
+    if x.numel() == 0:
+        sizes = (x.shape[0], x.shape[2], x.shape[3], B.shape[3])
+        return no_tokens(x, state, sizes, [t for t in (dt, A, B, C, D) if t is not None])
+    path = {"recurrent": ssd_recurrent, "chunked": ssd_chunked, "triton": ssd_triton}
+    with without_autocast(x.device.type):
+        y, state = path[impl](x, dt, A, B, C, D, state, first)
     return y.to(x.dtype), state
 
 
-def pick(impl, x):
+# ---------------------------------------------------------------------------------------
+# In front of every implementation: shapes, dtypes, devices, and which one it is
+
+
+SHAPES = {
+    "gla": {"q": "BTHK", "k": "BTGK", "v": "BTHV", "g": "BTGK", "state": "BHKV"},
+    "ssd": {"x": "BTHP", "dt": "BTH", "A": "H", "B": "BTGN", "C": "BTGN", "D": "H",
+            "state": "BHPN", "first": "BT"},
+}
+
+
+def check_gla(q, k, v, g, state):
+    """The arguments, broadcast. Where nothing is to be done this takes a few microseconds:
+    small layers wait for the processor."""
+    if all_floating(q, k, v, g, state) and q.dim() == k.dim() == v.dim() == 4:
+        batch, T, H, K = q.shape
+        G = k.shape[2]
+        V = v.shape[3]
+        keys = (batch, T, G, K)
+        if (k.shape == keys and g.shape == keys and v.shape == (batch, T, H, V)
+                and (state is None or state.shape == (batch, H, K, V)) and G and H % G == 0):
+            return q, k, v, g, state
+    return broadcast("gla", q=q, k=k, v=v, g=g, state=state)
+
+
+def check_ssd(x, dt, A, B, C, D, state, first):
+    """As check_gla."""
+    if all_floating(x, dt, A, B, C, D, state) and first is None and x.dim() == B.dim() == 4:
+        batch, T, H, P = x.shape
+        G, N = B.shape[2:]
+        if (dt.shape == (batch, T, H) and A.shape == (H,) and (D is None or D.shape == (H,))
+                and B.shape == (batch, T, G, N) and C.shape == B.shape
+                and (state is None or state.shape == (batch, H, P, N)) and G and H % G == 0):
+            return x, dt, A, B, C, D, state, first
+    return broadcast("ssd", x=x, dt=dt, A=A, B=B, C=C, D=D, state=state, first=first)
+
+
+def all_floating(first, *others):
+    """Whether all are floating tensors on the device of the first, or None."""
+    try:
+        device = first.device
+        if not first.is_floating_point():
+            return False
+        for tensor in others:
+            if tensor is not None and (tensor.device != device or not tensor.is_floating_point()):
+                return False
+        return True
+    except AttributeError:
+        return False
+
+
+def broadcast(op, **tensors):
+    """The tensors of `op`, expanded to the sizes that they share. Raises BadInput."""
+    sizes = {}
+    named = {}
+    for name, tensor in tensors.items():
+        if tensor is None and name in ("D", "state", "first"):
+            continue
+        letters = SHAPES[op][name]
+        check_kind(op, name, tensor, next(iter(tensors.items())))
+        if name in ("A", "D") and tensor.dim() == 0:
+            tensor = tensor.reshape(1)
+        if name == "D" and tensor.dim() == 2:
+            letters = "HP"
+        shape = tuple(tensor.shape)
+        said = f"{op}: {name} has shape {tuple(tensors[name].shape)}; expected ({','.join(letters)})"
+        if len(shape) != len(letters):
+            raise BadInput(said)
+        for letter, size in zip(letters, shape, strict=True):
+            if size == 0 and letter not in "BT":
+                raise BadInput(f"{said} with {letter} of at least 1")
+            known, source = sizes.get(letter, (1, name))
+            if letter == "T" and letter in sizes and size != known:
+                raise BadInput(f"{said} with T = {known} as in {source}")
+            if size != known and known != 1 and size != 1:
+                raise BadInput(f"{said} with {letter} = {known} as in {source}, or 1")
+            if known == 1:
+                sizes[letter] = (size, name)
+        named[name] = (tensor, letters)
+    H = sizes["H"][0]
+    G, keys = sizes["G"]
+    if op == "gla" and H == 1:
+        H = G
+    if H % G:
+        raise BadInput(f"{op}: {keys} has shape {tuple(tensors[keys].shape)}, of G = {G} heads; "
+                       f"expected a G that divides the H = {H} heads of {sizes['H'][1]}")
+    final = {letter: size for letter, (size, _) in sizes.items()} | {"H": H}
+    for name, (tensor, letters) in named.items():
+        tensors[name] = tensor.expand([final[letter] for letter in letters])
+    return tuple(tensors.values())
+
+
+def check_kind(op, name, tensor, reference):
+    """That this argument is a tensor of the right dtype, on the device of the first one."""
+    if not isinstance(tensor, torch.Tensor):
+        raise BadInput(f"{op}: {name} is of type {type(tensor).__name__}; expected a tensor")
+    if name == "first" and tensor.dtype != torch.bool:
+        raise BadInput(f"{op}: first, of shape {tuple(tensor.shape)}, is {tensor.dtype}; "
+                       "expected torch.bool")
+    if name != "first" and not tensor.is_floating_point():
+        raise BadInput(f"{op}: {name}, of shape {tuple(tensor.shape)}, is {tensor.dtype}; "
+                       "expected a floating dtype")
+    if tensor.device != reference[1].device:
+        raise BadInput(f"{op}: {name}, of shape {tuple(tensor.shape)}, is on {tensor.device}; "
+                       f"expected {reference[1].device}, where {reference[0]} is")
+
+
+def pick(impl, *tensors):
+    """The implementation that computes these tensors when `impl` is asked for."""
     if impl not in ("auto", "recurrent", "chunked", "triton"):
-        raise ValueError(f"impl is {impl!r}; expected 'recurrent', 'chunked', 'triton' or 'auto'")
-    return impl if impl != "auto" else "triton" if x.is_cuda else "chunked"
+        raise BadInput(f"impl is {impl!r}; expected 'recurrent', 'chunked', 'triton' or 'auto'")
+    if impl == "triton" and not triton_installed:
+        raise BadInput("impl is 'triton', which is not installed here; pip install triton, or "
+                       "use impl='auto'")
+    if impl == "auto":
+        impl = "triton" if tensors[0].is_cuda and triton_supports(tensors[0].device) else "chunked"
+    if impl == "triton" and wide_dtype(tensors) == torch.float64:
+        return "chunked"
+    return impl
+
+
+@torch.compiler.assume_constant_result
+def triton_supports(device):
+    """Whether "auto" may take the Triton kernels there: NVIDIA from capability 8.0 on, the
+    first with bfloat16 matrix products."""
+    return triton_installed and torch.version.hip is None and capability(device) >= (8, 0)
+
+
+capability = functools.cache(torch.cuda.get_device_capability)
+
+
+def without_autocast(device):
+    """A context in which the caller's autocast does not narrow our matrix products."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def wide_dtype(tensors):
+    """The dtype of the arithmetic: float64 if any tensor has it, else float32."""
+    if any(t is not None and t.dtype == torch.float64 for t in tensors):
+        return torch.float64
+    return torch.float32
 
 
 def widen(*tensors):
-    """The tensors in the arithmetic's dtype: float64 if any of them is, else float32. None stays None."""
-    dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    """The tensors in the dtype of the arithmetic. None stays None."""
+    dtype = wide_dtype(tensors)
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def no_tokens(v, state, sizes, others):
+    """The results where T or B is 0: no output, the state as it came. The sums are zero and
+    keep every argument in the graph."""
+    dtype = wide_dtype((v, state, *others))
+    nothing = sum(t.to(dtype).sum() * 0 for t in (v, *others))
+    if state is None:
+        state = v.new_zeros(sizes, dtype=dtype)
+    return (v + nothing).to(v.dtype), state.to(dtype) + nothing
+
+
+# ---------------------------------------------------------------------------------------
 # recurrent: the definition
 
 
 def gla_recurrent(q, k, v, g, scale, state):
+    """A group's heads stand beside each other, (G, H/G), and its keys are (G, 1)."""
     q, k, v, g, S = widen(q, k, v, g, state)
+    G = k.shape[2]
+    q = q.unflatten(2, (G, -1))
+    v = v.unflatten(2, (G, -1))
     if S is None:
-        S = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1])                      # (B,H,K,V)
-    o = []
+        S = q.new_zeros(*q[:, 0].shape, v.shape[-1])
+    else:
+        S = S.unflatten(1, (G, -1))
+    outputs = []
     for t in range(q.shape[1]):
-        S = g[:, t, :, :, None].exp() * S + k[:, t, :, :, None] * v[:, t, :, None, :]
-        o.append(torch.einsum("bhkv,bhk->bhv", S, scale * q[:, t]))
-    return torch.stack(o, dim=1), S
+        decay = g[:, t, :, None, :, None].exp()
+        S = decay * S + k[:, t, :, None, :, None] * v[:, t, ..., None, :]
+        outputs.append(torch.einsum("bghkv,bghk->bghv", S, scale * q[:, t]))
+    return torch.stack(outputs, dim=1).flatten(2, 3), S.flatten(1, 2)
 
 
-def ssd_recurrent(x, dt, A, B, C, D, state):
+def ssd_recurrent(x, dt, A, B, C, D, state, first):
     x, dt, A, B, C, D, S = widen(x, dt, A, B, C, D, state)
-    heads = x.shape[2] // B.shape[2]                                                # heads that share one B and C
-    B, C = B.repeat_interleave(heads, dim=2), C.repeat_interleave(heads, dim=2)     # (B,T,H,N)
+    H = x.shape[2]
+    G = B.shape[2]
     if S is None:
-        S = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])                      # (B,H,P,N)
+        S = x.new_zeros(*x[:, 0].shape, B.shape[-1])
     y = []
     for t in range(x.shape[1]):
-        a = torch.exp(dt[:, t] * A)[:, :, None, None]
-        S = a * S + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None, :]
-        y.append(torch.einsum("bhpn,bhn->bhp", S, C[:, t]))
+        decay = torch.exp(dt[:, t] * A)
+        if first is not None:
+            decay = decay.masked_fill(first[:, t, None], 0.0)
+        v = dt[:, t, :, None] * x[:, t]
+        write = v.unflatten(1, (G, -1))[..., None] * B[:, t, :, None, None, :]
+        S = decay[:, :, None, None] * S + write.flatten(1, 2)
+        y.append(torch.einsum("bghpn,bgn->bghp", S.unflatten(1, (G, -1)), C[:, t]).flatten(1, 2))
     y = torch.stack(y, dim=1)
-    return y if D is None else y + D[:, None] * x, S
+    return y if D is None else y + D.view(H, -1) * x, S
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# chunked: matrix products inside chunks of C tokens, one state handed from chunk to chunk
+# ---------------------------------------------------------------------------------------
+# chunked: matrix products inside chunks, one state handed from chunk to chunk
 
 
-def gla_chunked(q, k, v, g, scale, state, C=32):
-    """Inside a chunk, o_i sums q_i . k_j exp(g_{j+1} + ... + g_i) v_j over j <= i, with a decay for every channel.
+# exp(FORGOTTEN) is 0 even in float64. Larger decays are cut off there, so that a sum over
+# several tokens stays finite, and keeps the small decays of the others.
+FORGOTTEN = -1000.0
 
-    Blocks of 1, 2, 4, ... C tokens are merged in pairs. When two neighbours of h tokens merge, the queries of the right
-    one meet the keys of the left one, and the decay between them splits at the seam: from key j to the end of the left
-    block (`after`), and from the start of the right block to query i (`upto`). Both are sums of g over part of one block,
-    so both are <= 0 and exact however large the decay elsewhere is. log2(C) levels, one exponential a token each.
+
+def gla_chunked(q, k, v, g, scale, state, L=32):
+    """In a chunk of L tokens, o_i sums q_i . k_j exp(g_{j+1} + ... + g_i) v_j over j <= i,
+    with a decay of its own for every channel.
+
+    Blocks of 1, 2, 4, ... L tokens are merged in pairs. When two neighbours merge, the
+    queries of the right one meet the keys of the left one, and the decay between them splits
+    at the seam: from key j to the end of the left block (`after`), and from the start of the
+    right block to query i (`upto`). Both are sums of g over part of one block, so both are
+    <= 0, and exact however large the decay elsewhere is. That is log2(L) levels, with one
+    exponential per token, channel and level.
     """
     q, k, v, g, S = widen(q, k, v, g, state)
-    (b, T, H, K), V = q.shape, v.shape[-1]
-    C = min(C, 1 << (T - 1).bit_length())
-    n = -(-T // C)
+    batch, T, H, K = q.shape
+    G = k.shape[2]
+    V = v.shape[3]
+    L = min(L, 1 << (T - 1).bit_length())
+    n = -(-T // L)
 
-    def blocks(x):                                        # (B,T,H,D) -> (B,H,T',1,D): padding has k = v = 0 and g = 0
-        return F.pad(x, (0, 0, 0, 0, 0, n * C - T)).transpose(1, 2).unsqueeze(-2)
+    def blocks(x):
+        """(B,T,G or H,D) -> (B,G,T',1 or H/G,1,D), T' the tokens of n whole chunks. The
+        padding has k = v = 0 and g = 0, which leaves the state alone."""
+        x = F.pad(x, (0, 0, 0, 0, 0, n * L - T))
+        return x.unflatten(2, (G, -1)).transpose(1, 2).unsqueeze(-2)
 
-    q, k, v, upto = blocks(q * scale), blocks(k), blocks(v), blocks(g)
+    def pairs(x):
+        """The left and the right blocks."""
+        return x.unflatten(2, (-1, 2)).unbind(3)
+
+    def merge(x):
+        return x.unflatten(2, (-1, 2)).transpose(3, 4).flatten(4, 5)
+
+    q, k, v, upto = blocks(q * scale), blocks(k), blocks(v), blocks(g.clamp_min(FORGOTTEN))
     after = torch.zeros_like(upto)
     o = (q * k).sum(-1, keepdim=True) * v
-    for _ in range(C.bit_length() - 1):
-        (q0, q1), (k0, k1), (v0, v1), (o0, o1), (u0, u1), (a0, a1) = (
-            x.unflatten(2, (-1, 2)).unbind(3) for x in (q, k, v, o, upto, after))       # each (B,H,n,h,D): left, right
-        scores = (q1 * u1.exp()) @ (k0 * a0.exp()).mT                                   # (B,H,n,h,h)
-        o = torch.cat((o0, o1 + scores @ v0), dim=3)
-        upto = torch.cat((u0, u1 + u0[..., -1:, :]), dim=3)
-        after = torch.cat((a0 + u1[..., -1:, :], a1), dim=3)
-        q, k, v = (x.reshape(*o.shape[:4], -1) for x in (q, k, v))
+    for _ in range(L.bit_length() - 1):
+        q1 = pairs(q)[1]
+        k0 = pairs(k)[0]
+        v0 = pairs(v)[0]
+        o0, o1 = pairs(o)
+        upto0, upto1 = pairs(upto)
+        after0, after1 = pairs(after)
+        # the queries of all heads of a group are rows of one product with the group's keys
+        rows = (q1 * upto1.exp()).flatten(3, 4)
+        scores = rows @ (k0 * after0.exp()).squeeze(3).mT
+        o = torch.cat((o0, o1 + scores.view(*o1.shape[:-1], -1) @ v0), dim=-2)
+        upto = torch.cat((upto0, upto1 + upto0[..., -1:, :]), dim=-2)
+        after = torch.cat((after0 + upto1[..., -1:, :], after1), dim=-2)
+        q, k, v = merge(q), merge(k), merge(v)
 
-    q, writes = q * upto.exp(), (k * after.exp()).mT @ v                                    # (B,H,n,K,V) a chunk adds
-    decay = upto[..., -1, :, None].exp()                                                    # (B,H,n,K,1) a chunk forgets
-    S = q.new_zeros(b, H, K, V) if S is None else S
+    # what a chunk adds to the state of all heads of a group, side by side, and what it forgets
+    q = q * upto.exp()
+    values = v.transpose(3, 4).flatten(4, 5)
+    writes = (k * after.exp()).squeeze(3).mT @ values
+    decay = upto.squeeze(3)[..., -1, :, None].exp()
+    if S is None:
+        S = q.new_zeros(batch, G, K, H // G * V)
+    else:
+        S = S.unflatten(1, (G, -1)).transpose(2, 3).flatten(3, 4)
     before = []
-    for c in range(n):
-        before.append(S)
-        S = decay[:, :, c] * S + writes[:, :, c]
+    for chunk in range(n):
+        before.append(S.unflatten(3, (-1, V)).transpose(2, 3))
+        S = decay[:, :, chunk] * S + writes[:, :, chunk]
     o = o + q @ torch.stack(before, dim=2)
-    return o.flatten(2, 3)[:, :, :T].transpose(1, 2), S
+    o = o.transpose(3, 4).flatten(2, 3)[:, :, :T].transpose(1, 2).flatten(2, 3)
+    return o, S.unflatten(3, (-1, V)).transpose(2, 3).flatten(1, 2)
 
 
-def ssd_chunked(x, dt, A, B, C, D, state, L=64):
-    """Inside a chunk of L tokens, y_i sums (C_i . B_j) exp(g_{j+1} + ... + g_i) dt_j x_j over j <= i, g = dt A.
+def ssd_chunked(x, dt, A, B, C, D, state, first, L=64):
+    """In a chunk of L tokens, y_i sums (C_i . B_j) exp(g_{j+1} + ... + g_i) dt_j x_j over
+    j <= i, with g = dt A.
 
-    One decay a head: the exponents form an L x L table a head, and C B^T is computed once for all heads of a group.
-    The cumulative sums are taken in float64: differences of large float32 sums would lose the small decays.
+    There is one decay per head, so the exponents form one L x L table per head, and C B^T is
+    computed once for all heads of a group. The running sums are taken in float64:
+    differences of large float32 sums would lose the small decays.
     """
     x, dt, A, B, C, D, S = widen(x, dt, A, B, C, D, state)
-    (b, T, H, P), (G, N) = x.shape, B.shape[2:]
+    batch, T, H, P = x.shape
+    G, N = B.shape[2:]
+    heads = H // G
     L = min(L, T)
-    n, M = -(-T // L), H // G                                                       # chunks, heads in a group
-    pad = n * L - T
+    n = -(-T // L)
+    padding = n * L - T
 
-    steps = F.pad(dt * A, (0, 0, 0, pad)).double().view(b, n, L, G, M).permute(0, 3, 1, 4, 2)            # (B,G,n,M,L)
-    g, to_end = steps.cumsum(-1), F.pad(steps[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
-    v = F.pad(x * dt[..., None], (0, 0, 0, 0, 0, pad)).view(b, n, L, G, M, P).permute(0, 3, 1, 4, 2, 5)  # (B,G,n,M,L,P)
-    B, C = (F.pad(t, (0, 0, 0, 0, 0, pad)).view(b, n, L, G, N).permute(0, 3, 1, 2, 4) for t in (B, C))   # (B,G,n,L,N)
+    g = dt * A
+    if first is not None:
+        g = g.masked_fill(first[..., None], FORGOTTEN)
+    g = F.pad(g, (0, 0, 0, padding)).double().view(batch, n, L, G, heads)
+    g = g.permute(0, 3, 1, 4, 2).contiguous().clamp_min(FORGOTTEN)  # (B,G,n,heads,L)
+    upto = g.cumsum(-1)
+    to_end = F.pad(g[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+    v = F.pad(x * dt[..., None], (0, 0, 0, 0, 0, padding))
+    v = v.view(batch, n, L, G, heads, P).permute(0, 3, 1, 4, 2, 5)  # (B,G,n,heads,L,P)
+    B, C = (F.pad(t, (0, 0, 0, 0, 0, padding)).view(batch, n, L, G, N).permute(0, 3, 1, 2, 4)
+            for t in (B, C))  # (B,G,n,L,N)
 
-    # Keys after the query are not seen. The query's own key (the diagonal) has no decay: kept out of the exponentials,
-    # where its large gradient would cancel only to rounding.
+    # Keys after the query are not seen. The query's own key, on the diagonal, has no decay:
+    # it is kept out of the exponentials, where its large gradient would cancel only to
+    # rounding.
     unseen = torch.ones(L, L, dtype=torch.bool, device=x.device).triu()
-    between = (g[..., :, None] - g[..., None, :]).to(x.dtype).masked_fill(unseen, -torch.inf)            # i, j
-    y = ((C @ B.mT).unsqueeze(3) * between.exp()) @ v + (C * B).sum(-1)[:, :, :, None, :, None] * v      # (B,G,n,M,L,P)
+    between = (upto[..., :, None] - upto[..., None, :]).to(x.dtype).masked_fill(unseen, -torch.inf)
+    scores = (C @ B.mT).unsqueeze(3) * between.exp()
+    y = scores @ v + (C * B).sum(-1)[:, :, :, None, :, None] * v  # (B,G,n,heads,L,P)
 
-    rows = (to_end.to(x.dtype).exp()[..., None] * v).transpose(3, 4).reshape(b, G, n, L, M * P)
-    writes = (rows.mT @ B).view(b, G, n, M, P, N)
-    decay = g[..., -1].to(x.dtype).exp()[..., None, None]                           # (B,G,n,M,1,1)
-    S = x.new_zeros(b, G, M, P, N) if S is None else S.view(b, G, M, P, N)
+    rows = (to_end.to(x.dtype).exp()[..., None] * v).transpose(3, 4)
+    rows = rows.reshape(batch, G, n, L, heads * P)
+    writes = (rows.mT @ B).view(batch, G, n, heads, P, N)
+    decay = upto[..., -1].to(x.dtype).exp()[..., None, None]  # (B,G,n,heads,1,1)
+    S = x.new_zeros(batch, G, heads, P, N) if S is None else S.unflatten(1, (G, -1))
     before = []
-    for c in range(n):
+    for chunk in range(n):
         before.append(S)
-        S = decay[:, :, c] * S + writes[:, :, c]
-    before = torch.stack(before, dim=2).view(b, G, n, M * P, N)
-    carried = (C @ before.mT).view(b, G, n, L, M, P).transpose(3, 4)                # (B,G,n,M,L,P)
-    y = y + g.to(x.dtype).exp()[..., None] * carried
-    y = y.permute(0, 2, 4, 1, 3, 5).reshape(b, n * L, H, P)[:, :T]
-    return y if D is None else y + D[:, None] * x, S.view(b, H, P, N)
+        S = decay[:, :, chunk] * S + writes[:, :, chunk]
+    before = torch.stack(before, dim=2).view(batch, G, n, heads * P, N)
+    carried = (C @ before.mT).view(batch, G, n, L, heads, P).transpose(3, 4)
+    y = y + upto.to(x.dtype).exp()[..., None] * carried
+    y = y.permute(0, 2, 4, 1, 3, 5).reshape(batch, n * L, H, P)[:, :T]
+    return y if D is None else y + D.view(H, -1) * x, S.flatten(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,6 +448,12 @@ def ssd_chunked(x, dt, A, B, C, D, state, L=64):
 
 chunk_kernel = triton.jit(do_not_specialize=["n"])      # n, the number of chunks: one compilation for every T
 LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None      # the kernels take exp(x) as exp2(x LOG2E)
+CUT = tl.constexpr(-200.0) if triton_installed else None      # exp(CUT) is 0 in float32: a larger decay is cut off there, a reset (-inf) too
+
+
+@triton.jit
+def bits(g):
+    return tl.maximum(g, CUT) * LOG2E
 
 
 @triton.jit
@@ -257,7 +505,7 @@ def gla_prepare(q, k, g, qs, ks, decay, A, scale, n, H: tl.constexpr, K: tl.cons
     for k0 in range(0, K, BK):
         col = k0 + tl.arange(0, BK)
         at = start * K + i[:, None] * (H * K) + col[None, :]
-        qt, kt, gt = tl.load(q + at).to(tl.float32) * scale, tl.load(k + at).to(tl.float32), tl.load(g + at) * LOG2E
+        qt, kt, gt = tl.load(q + at).to(tl.float32) * scale, tl.load(k + at).to(tl.float32), bits(tl.load(g + at))
         diagonal += tl.sum(qt * kt, axis=1)
         whole = tl.sum(gt, 0)
         e = tl.cumsum(gt, 0) - 0.5 * whole[None, :]
@@ -289,7 +537,7 @@ def gla_prepare_steep(q, k, g, qs, ks, decay, A, scale, LIMIT, n, H: tl.constexp
         scores = tl.zeros((C, C), tl.float32)
         for k0 in range(0, K, BK):
             at = start * K + row * (H * K) + k0 + tl.arange(0, BK)[None, :]
-            gt = tl.load(g + at) * LOG2E
+            gt = bits(tl.load(g + at))
             upto, after = halves(gt, b, DOT)
             qt = tl.load(q + at).to(tl.float32) * scale * tl.exp2(upto)
             kt = tl.load(k + at).to(tl.float32) * tl.exp2(after)
@@ -396,7 +644,7 @@ def gla_finish(q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, sca
     qt, kt, gt, from_state, to_state = tl.load(q + at), tl.load(k + at), tl.load(g + at), tl.load(dqs + at), tl.load(dks + at)
     qt, kt = qt.to(tl.float32) * scale, kt.to(tl.float32)
     if not STEEP:
-        gt *= LOG2E
+        gt = bits(gt)
         whole = tl.sum(gt, 0)
         e = (tl.cumsum(gt, 0) if DOT is not None else sum_rows(i[:, None] >= i[None, :], gt, DOT)) - 0.5 * whole[None, :]
         half, to_q, to_k = tl.exp2(0.5 * whole)[None, :], tl.exp2(e), tl.exp2(-e)
@@ -406,7 +654,7 @@ def gla_finish(q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, sca
         pairs = qe.to(tl.float32) * dqt - ke.to(tl.float32) * dkt         # from the rounded factors: they cancel exactly
         dqt, dkt, to_q, to_k = dqt * to_q, dkt * to_k, to_q * half, to_k * half
     else:                                                                 # as in gla_prepare, bit by bit
-        gt *= LOG2E
+        gt = bits(gt)
         dqt, dkt, pairs = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
         for b in range(7):
             upto, after = halves(gt, b, DOT)
@@ -430,7 +678,7 @@ def gla_finish(q, k, g, ks, dA, diagonal, dqs, dks, both, decay, dq, dk, dg, sca
         total = tl.cumsum(pairs, 0, reverse=True) + tl.cumsum(before, 0)
     else:                                                                 # one sum for both: all pairs less those before t
         total = tl.sum(pairs, 0)[None, :] + sum_rows(i[:, None] > i[None, :], kt * to_state - pairs, DOT)
-    tl.store(dg + at, total + always[None, :])
+    tl.store(dg + at, tl.where(tl.load(g + at) > CUT, total + always[None, :], 0.0))
 
 
 def pow2(x, low, high=1 << 30):                           # not triton's next_power_of_2 (nor its cdiv): small layers wait for the processor
@@ -503,6 +751,19 @@ def operator(schema, buffers):
     return make
 
 
+class NotTwice(torch.autograd.Function):
+    """Hands on the first n tensors, the gradients that a backward pass made by hand. Whoever differentiates them, which is by what
+    they were made of, the other tensors, is told that it cannot be done. (once_differentiable says so only where the gradients that
+    came in depend on something.)"""
+    @staticmethod
+    def forward(ctx, n, *tensors):
+        return tuple(t if t is None else t.detach() for t in tensors[:n])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError("the Triton kernels have no second derivative; use impl='chunked'")
+
+
 def differentiable(forward, save, backward, chain):
     """Two operators as one differentiable function. save(ctx, inputs, output) keeps what chain(backward, ctx, *gradients) needs. Outside of
     torch.compile the plain functions are called: small layers wait for the processor, and the way through PyTorch's operators is long."""
@@ -516,9 +777,10 @@ def differentiable(forward, save, backward, chain):
             return output
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx, *gradients):
-            return chain(backward.plain, ctx, *gradients)
+            with torch.no_grad():
+                results = chain(backward.plain, ctx, *gradients)
+            return NotTwice.apply(len(results), *results, *ctx.saved_tensors, *gradients) if torch.is_grad_enabled() else results
     return lambda *inputs: forward(*inputs) if torch.compiler.is_compiling() else Plain.apply(*inputs)
 
 
@@ -612,17 +874,19 @@ def needs_grad(*tensors):
 
 def gla_triton(q, k, v, g, scale, state):
     (B, T, H, K), V = q.shape, v.shape[-1]
-    if T == 1 and state is not None and not needs_grad(q, k, v, g, state):
-        o, new = v.new_empty(v.shape), torch.empty(state.shape, device=v.device)
-        BV = pow2(V, 16, 64)
-        gla_step[(-(-V // BV), B * H)](*(t.contiguous() for t in (q, k, v, g.float(), state.float())), o, new, scale, K, V,
-                                       pow2(K, 16, 64), BV, num_warps=4)
-        return o, new
-    dtype = torch.bfloat16 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else torch.float32
-    C, BK, BV = chunk(T), whole_tile(K, q), whole_tile(V, q)
-    q, k, g = (pad(x, {1: C, 3: BK}).contiguous() for x in (q.to(dtype), k.to(dtype), g.float()))
-    state = None if state is None else pad(state.float(), {2: BK, 3: BV}).contiguous()
-    o, last, *_ = gla_kernels(q, k, pad(v.to(dtype), {1: C, 3: BV}).contiguous(), g, state, scale, C)
+    k, g = (t.repeat_interleave(H // t.shape[2], dim=2) for t in (k, g))
+    with torch.cuda.device_of(q):
+        if T == 1 and state is not None and not needs_grad(q, k, v, g, state):
+            o, new = v.new_empty(v.shape), g.new_empty(state.shape, dtype=torch.float32)
+            BV = pow2(V, 16, 64)
+            gla_step[(-(-V // BV), B * H)](*(t.contiguous() for t in (q, k, v, g.float(), state.float())), o, new, scale, K, V,
+                                           pow2(K, 16, 64), BV, num_warps=4)
+            return o, new
+        dtype = torch.bfloat16 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else torch.float32
+        C, BK, BV = chunk(T), whole_tile(K, q), whole_tile(V, q)
+        q, k, g = (pad(x, {1: C, 3: BK}).contiguous() for x in (q.to(dtype), k.to(dtype), g.float()))
+        state = None if state is None else pad(state.float(), {2: BK, 3: BV}).contiguous()
+        o, last, *_ = gla_kernels(q, k, pad(v.to(dtype), {1: C, 3: BV}).contiguous(), g, state, scale, C)
     return o[:, :T, :, :V], last[:, :, :K, :V]
 
 
@@ -658,7 +922,7 @@ def gla_triton(q, k, v, g, scale, state):
 
 
 @chunk_kernel
-def ssd_prepare(B, C, dt, A, CB, hi, lo, n, G: tl.constexpr, N: tl.constexpr, H: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+def ssd_prepare(B, C, dt, A, doc, CB, hi, lo, n, G: tl.constexpr, N: tl.constexpr, H: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
                 BN: tl.constexpr, BH: tl.constexpr, DOT: tl.constexpr):
     """One program: R rows of CB in one chunk of one group. dt is (B,T,H); hi, lo are (B,H,T); CB is (B,T,G,L)."""
     block, b, group = tl.program_id(0), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
@@ -677,6 +941,9 @@ def ssd_prepare(B, C, dt, A, CB, hi, lo, n, G: tl.constexpr, N: tl.constexpr, H:
             h = group * (H // G) + of_group
             inside = (of_group < H // G)[None, :]
             g = tl.load(dt + b * T * H + t[:, None] * H + h[None, :], inside, 0.0) * tl.load(A + h, of_group < H // G, 0.0)[None, :]
+            g = tl.maximum(g, CUT)
+            if doc is not None:
+                g = tl.where(tl.load(doc + b * T + t)[:, None] != 0, CUT, g)
             cum = tl.cumsum(g.to(tl.float64), 0) * LOG2E
             at = b * H * T + h[None, :] * T + t[:, None]
             tl.store(hi + at, cum.to(tl.float32), inside)
@@ -899,7 +1166,7 @@ def ssd_through(x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H
 
 
 @chunk_kernel
-def ssd_finish(queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, n, H: tl.constexpr, READS: tl.constexpr,
+def ssd_finish(queries, keys, ends, begins, both, hi, dt, A, doc, ddt_x, ddt, dA, n, H: tl.constexpr, READS: tl.constexpr,
                BLOCKS: tl.constexpr, L: tl.constexpr, R: tl.constexpr):
     """One program: one chunk of one head: dg, and from g = dt A the gradients of dt (B,T,H) and A (B,H,n)."""
     c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -916,11 +1183,14 @@ def ssd_finish(queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA, n, 
     always = always * tl.exp2(tl.load(hi + bh * T + c * L + L - 1))
     dg = tl.cumsum(ended, 0, reverse=True) + tl.cumsum(tl.load(keys + here - 1, i > 0, 0.0), 0) + always
     at = ((bh // H) * T + c * L + i) * H + bh % H
+    dg = tl.where(tl.load(dt + at) * tl.load(A + bh % H) > CUT, dg, 0.0)
+    if doc is not None:
+        dg = tl.where(tl.load(doc + (bh // H) * T + c * L + i) != 0, 0.0, dg)
     tl.store(ddt + at, tl.load(ddt_x + here) + dg * tl.load(A + bh % H))
     tl.store(dA + bh * n + c, tl.sum(dg * tl.load(dt + at), axis=0))
 
 
-def ssd_results(x, dt, A, B, C, D, state, L):
+def ssd_results(x, dt, A, B, C, D, state, doc, L):
     """y (B,T,H,P), the last state (B,H,P,N), CB (B,T,G,L), hi and lo (B,H,T), lo empty in bfloat16, S (B,H,T/L,P,N),
     y_S (B,T,H,P), empty where the state is not read apart."""
     (b, T, H, P), (G, N) = x.shape, B.shape[2:]
@@ -943,13 +1213,13 @@ def read_apart(z, S, out, dot):
     launch(ssd_read, (H * P // BV, n, b), z, S, out, n, H, G, P, N, T // n, BV, 64, dot, num_warps=8, num_stages=3)
 
 
-@operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, int L) -> "
+@operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, Tensor? doc, int L) -> "
           "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", ssd_results)
-def ssd_forward(x, dt, A, B, C, D, state, L, y, last, CB, hi, lo, S, y_S):
+def ssd_forward(x, dt, A, B, C, D, state, doc, L, y, last, CB, hi, lo, S, y_S):
     """T a multiple of L = 16, 32 or 128; P 16, 32 or 64; N a multiple of 128, or a power of two from 16."""
     (b, T, H, P), (G, N), n, R = x.shape, B.shape[2:], x.shape[1] // L, min(L, 64)
     dot, apart = "tf32x3" if x.dtype == torch.float32 else None, N > 128
-    ssd_prepare[(T // R, b * G)](B, C, dt, A, CB, hi, lo, n, G, N, H, L, R, pow2(N, 16, 64), 16, dot, num_warps=4)
+    ssd_prepare[(T // R, b * G)](B, C, dt, A, doc, CB, hi, lo, n, G, N, H, L, R, pow2(N, 16, 64), 16, dot, num_warps=4)
     BN, piece = ssd_scan_tile(N, b * H, L, R)
     launch(ssd_scan, (N // BN, H, b), x, B, dt, hi, lo, state, S, last, n, H, G, P, N, L, piece, BN, False, state is not None, True, dot,
            num_warps=4, num_stages=3 if dot else 4)
@@ -961,16 +1231,16 @@ def ssd_forward(x, dt, A, B, C, D, state, L, y, last, CB, hi, lo, S, y_S):
            maxnreg=None if dot else 128 if apart else 168)
 
 
-def ssd_gradients(x, dt, A, B, C, D, CB, hi, lo, S, y_S, dy, dlast, L, has_state):
+def ssd_gradients(x, dt, A, B, C, D, doc, CB, hi, lo, S, y_S, dy, dlast, L, has_state):
     """Of x, dt, A, B, C, D, and of the incoming state (B,H,P,N); the last two empty where they were not given."""
     (b, T, H, P), N = x.shape, B.shape[-1]
     return (*(torch.empty_like(t) for t in (x, dt, A, B, C)), torch.empty_like(A) if D is not None else A.new_empty(0),
             dt.new_empty(b, H, P, N) if has_state else dt.new_empty(0))
 
 
-@operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor CB, Tensor hi, Tensor lo, Tensor S, Tensor y_S, Tensor dy, "
+@operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? doc, Tensor CB, Tensor hi, Tensor lo, Tensor S, Tensor y_S, Tensor dy, "
           "Tensor? dlast, int L, bool has_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", ssd_gradients)
-def ssd_backward(x, dt, A, B, C, D, CB, hi, lo, S, y_S, dy, dlast, L, has_state, dx, ddt, dA, dB, dC, dD, first):
+def ssd_backward(x, dt, A, B, C, D, doc, CB, hi, lo, S, y_S, dy, dlast, L, has_state, dx, ddt, dA, dB, dC, dD, first):
     (b, T, H, P), (G, N), n, R = x.shape, B.shape[2:], x.shape[1] // L, min(L, 64)
     dot, apart = "tf32x3" if x.dtype == torch.float32 else None, N > 128
     BR, BN, warps = (L, 128, 8) if apart and not dot and L == 128 else (R, pow2(N, 16, 64), 4)    # tokens, columns and warps of ssd_through
@@ -988,7 +1258,7 @@ def ssd_backward(x, dt, A, B, C, D, CB, hi, lo, S, y_S, dy, dlast, L, has_state,
     launch(ssd_scores, (L // R, T // R, b * G), x, dy, dt, hi, lo, CB, dCB, ends, begins, n, H, G, P, L, R, dot, num_warps=4, num_stages=3)
     launch(ssd_through, (blocks, T // BR, b * G), x, dy, B, C, dt, hi, lo, S, dS, dCB, dB, dC, queries, both, n, H, G, P, N, L, R, BR, BN,
            apart, dot, num_warps=warps, num_stages=3)
-    ssd_finish[(n, b * H)](queries, keys, ends, begins, both, hi, dt, A, ddt_x, ddt, dA_parts, n, H, reads, blocks, L, R, num_warps=4)
+    ssd_finish[(n, b * H)](queries, keys, ends, begins, both, hi, dt, A, doc, ddt_x, ddt, dA_parts, n, H, reads, blocks, L, R, num_warps=4)
     torch.sum(dA_parts, (0, 2), out=dA)
     if D is not None:
         torch.sum(dD_parts, (0, 2), out=dD)
@@ -996,15 +1266,15 @@ def ssd_backward(x, dt, A, B, C, D, CB, hi, lo, S, y_S, dy, dlast, L, has_state,
 
 def ssd_save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6], *output[2:])
-    ctx.has_state, ctx.L = inputs[6] is not None, inputs[7]
+    ctx.save_for_backward(*inputs[:6], inputs[7], *output[2:])
+    ctx.has_state, ctx.L = inputs[6] is not None, inputs[8]
 
 
 def ssd_chain(backward, ctx, dy, dlast, *_):
     x, D = ctx.saved_tensors[0], ctx.saved_tensors[5]
     dy, dlast = torch.zeros_like(x) if dy is None else dy.contiguous(), None if dlast is None else dlast.contiguous()
     *grads, dD, first = backward(*ctx.saved_tensors, dy, dlast, ctx.L, ctx.has_state)
-    return *grads, None if D is None else dD, first if ctx.has_state else None, None
+    return *grads, None if D is None else dD, first if ctx.has_state else None, None, None
 
 
 ssd_kernels = differentiable(ssd_forward, ssd_save, ssd_backward, ssd_chain)
@@ -1031,26 +1301,33 @@ def ssd_step(x, dt, A, B, C, D, S, y, new, H, G, P, N, BP: tl.constexpr, BN: tl.
     tl.store(y + (b * H + h) * P + p, acc.to(y.dtype.element_ty), p < P)
 
 
-def ssd_triton(x, dt, A, B, C, D, state):
-    if x.shape[1] == 1 and state is not None and not needs_grad(x, dt, A, B, C, D, state):
-        (b, _, H, P), (G, N) = x.shape, B.shape[2:]
-        y, new = x.new_empty(x.shape), torch.empty(state.shape, device=x.device)
-        wide = lambda t: None if t is None else t.float().contiguous()
-        BP, BN = pow2(P, 16, 32), pow2(N, 16, 128)
-        ssd_step[(-(-P // BP), H, b)](x.contiguous(), wide(dt), wide(A), B.contiguous(), C.contiguous(), wide(D), wide(state), y, new,
-                                      H, G, P, N, BP, BN, D is not None, num_warps=4)
-        return y, new
-    dtype = torch.bfloat16 if x.dtype == B.dtype == C.dtype == torch.bfloat16 else torch.float32
-    (_, T, _, P), N = x.shape, B.shape[-1]
-    parts = -(-P // 64)                              # a tile has all channels of a head, 64 at most: a wider head is several of one decay
-    L, BP, BN = chunk(T), whole_tile(min(P, 64), x), whole_tile(N, x)
-    x = pad(x.to(dtype), {1: L, 3: parts * BP}).unflatten(3, (parts, BP)).flatten(2, 3).contiguous()
-    dt, A, D = (t if t is None or parts == 1 else t.repeat_interleave(parts, -1) for t in (pad(dt.float(), {1: L}), A, D))
-    B, C = (pad(t.to(dtype), {1: L, 3: BN}).contiguous() for t in (B, C))
-    if state is not None:
-        state = pad(state.float(), {2: parts * BP, 3: BN}).unflatten(2, (parts, BP)).flatten(1, 2).contiguous()
-    A, D = (None if t is None else t.float().contiguous() for t in (A, D))
-    y, last, *_ = ssd_kernels(x, dt.contiguous(), A, B, C, D, state, L)
+def ssd_triton(x, dt, A, B, C, D, state, first):
+    if D is not None and D.dim() == 2:                  # a skip for every channel is added outside of the kernels
+        y, state = ssd_triton(x, dt, A, B, C, None, state, first)
+        return y + D * x, state
+    with torch.cuda.device_of(x):
+        if x.shape[1] == 1 and state is not None and not needs_grad(x, dt, A, B, C, D, state):
+            (b, _, H, P), (G, N) = x.shape, B.shape[2:]
+            if first is not None:
+                state = state.masked_fill(first[:, :, None, None], 0.0)
+            y, new = x.new_empty(x.shape), x.new_empty(state.shape, dtype=torch.float32)
+            dt, A, D, state = (None if t is None else t.float().contiguous() for t in (dt, A, D, state))
+            BP, BN = pow2(P, 16, 32), pow2(N, 16, 128)
+            ssd_step[(-(-P // BP), H, b)](x.contiguous(), dt, A, B.contiguous(), C.contiguous(), D, state, y, new,
+                                          H, G, P, N, BP, BN, D is not None, num_warps=4)
+            return y, new
+        dtype = torch.bfloat16 if x.dtype == B.dtype == C.dtype == torch.bfloat16 else torch.float32
+        (_, T, _, P), N = x.shape, B.shape[-1]
+        parts = -(-P // 64)                              # a tile has all channels of a head, 64 at most: a wider head is several of one decay
+        L, BP, BN = chunk(T), whole_tile(min(P, 64), x), whole_tile(N, x)
+        x = pad(x.to(dtype), {1: L, 3: parts * BP}).unflatten(3, (parts, BP)).flatten(2, 3).contiguous()
+        dt, A, D = (t if t is None or parts == 1 else t.repeat_interleave(parts, -1) for t in (pad(dt.float(), {1: L}), A, D))
+        B, C = (pad(t.to(dtype), {1: L, 3: BN}).contiguous() for t in (B, C))
+        if state is not None:
+            state = pad(state.float(), {2: parts * BP, 3: BN}).unflatten(2, (parts, BP)).flatten(1, 2).contiguous()
+        A, D = (None if t is None else t.float().contiguous() for t in (A, D))
+        first = None if first is None else pad(first.to(torch.int8), {1: L}).contiguous()
+        y, last, *_ = ssd_kernels(x, dt.contiguous(), A, B, C, D, state, first, L)
     return y.unflatten(2, (-1, parts)).flatten(3)[:, :T, :, :P], last.unflatten(1, (-1, parts)).flatten(2, 3)[:, :, :P, :N]
 
 
