@@ -29,6 +29,7 @@ import json
 import multiprocessing
 import shutil
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -149,7 +150,7 @@ class Options:
                           "pilot and phase zero pilot.jsonl")
     pilot: str = option(f"{HERE}/pilot.jsonl", "the pilot's lines, for the learning rates")
     minutes: float = option(9.5, "after which nothing is waited for")
-    jobs: int = option(4, "runs side by side")
+    jobs: int = option(3, "runs side by side; one takes up to 25 GB")
     speed: float = option(1.2e6, "tokens per second of all runs together, for the prediction")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: the GPU if there is one")
     share: float = option(1.0, "of all steps, to try it in less time")
@@ -235,11 +236,10 @@ def arm_job(name, arm, lr, options, length=None):
 
 def equal_flops(options):
     """Steps of LPT over those of preserve-x16 that cost as many FLOPs."""
-    shape = (TINY_SHAPES if options.tiny else SHAPES)[options.family]
-    train_options = train.Options(**shape)
+    job = pre_job("pre", options)
     with torch.device("meta"):
-        lm = train.new_model(train_options, {"vocab_size": 4096, "tokenizer": "code4096"})
-        larger, _ = expand(lm, list(range(shape["n_layer"])), 16)
+        lm = small_model(job, options, "code4096", 4096)
+        larger, _ = expand(lm, list(range(lm.config.n_layer)), 16)
     return train.flops_per_token(larger) / train.flops_per_token(lm)
 
 
@@ -407,6 +407,24 @@ def mean_loss(repeats):
     return sum(part["tokens"] * part["loss"] for part in parts) / total
 
 
+def layer_kinds(job, options):
+    """The shapes of state in a job's model: layers alike in them are compiled once."""
+    with torch.device("meta"):
+        lm = small_model(job, options, "code4096", 4096)
+    config = lm.config
+    shapes = zip(config.n_head, config.n_key_head, config.d_state, strict=True)
+    return {(*shape, config.n_groups) for shape in shapes}
+
+
+def small_model(job, options, tokenizer, vocab_size):
+    """A model of the job's shape, with random weights."""
+    shape = train.Options(**pre_job("pre", options).training)
+    lm = train.new_model(shape, {"vocab_size": vocab_size, "tokenizer": tokenizer})
+    if job.expansion:
+        lm, _ = expand(lm, **job.expansion)
+    return lm
+
+
 def warm(job, options, folder):
     """Compile what a later job needs, with random weights and little text: two steps."""
     training = dict(job.training, steps=2, warmup=1)
@@ -416,10 +434,7 @@ def warm(job, options, folder):
     os.makedirs(place, exist_ok=True)
     training = train.Options(**training, name="ckpt", out_dir=place, data=options.data,
                              device=options.device, compile=options.device.startswith("cuda"))
-    shape = pre_job("pre", options).training
-    lm = train.new_model(train.Options(**shape), corpus[2])
-    if job.expansion:
-        lm, _ = expand(lm, **job.expansion)
+    lm = small_model(job, options, corpus[2]["tokenizer"], corpus[2]["vocab_size"])
     with open(f"{place}/log.txt", "w") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             train.train(lm, training, short)
@@ -501,16 +516,14 @@ class Block:
         return alone + 4 * SECONDS_PER_RUN < self.seconds_left()
 
     def start_warming(self, pool):
-        """While models are pre-trained, the free processes compile what comes next: one job of
-        each kind of layer."""
-        kinds = {}
+        """While models are pre-trained, the free processes compile what comes next: jobs that
+        have every kind of layer between them."""
+        compiled = set()
         for job in self.waiting:
-            if job.start == "pre":
-                expansion = job.expansion or {}
-                kind = (expansion.get("init"), expansion.get("factor"))
-                kinds.setdefault(kind, job)
-        for job in kinds.values():
-            self.running[pool.submit(warm, job, self.options, self.folder)] = None
+            kinds = layer_kinds(job, self.options) if job.start == "pre" else set()
+            if kinds - compiled:
+                compiled |= kinds
+                self.running[pool.submit(warm, job, self.options, self.folder)] = None
 
     def end_job(self, job, future):
         """Note the result. A run that failed is tried once more. -> whether to go on."""
@@ -562,15 +575,14 @@ def main():
     options.device = pick_device(options.device)
     name = "pilot" if options.phase in ("zero", "pilot") else "runs"
     options.out = options.out or f"{HERE}/{name}.jsonl"
-    tokens, text, meta = load_corpus(options.data)
+    tokens, _, meta = load_corpus(options.data)
     load_tokenizer(meta["tokenizer"])
     folder = tempfile.mkdtemp(prefix=f"block-{options.family}-{options.seed}-")
     say(f"{options.family} seed {options.seed}, {options.phase}, on {options.device}; logs in "
         f"{folder}")
     block = Block(options, folder)
-    counted = time.time()
-    recall.bigram_counts(options.data, tokens, meta)        # once, for all runs
-    say(f"{block.seconds():4.0f} s  bigrams counted in {time.time() - counted:.0f} s")
+    # What the runs' scores need is counted once, while the first of them train.
+    threading.Thread(target=recall.bigram_counts, args=(options.data, tokens, meta)).start()
     whole = block.run()
     if not whole:
         raise BadInput(f"the block is not whole after {block.seconds():.0f} s and nothing is "
