@@ -775,9 +775,7 @@ def check_corpus(lm, options, meta):
     if meta["vocab_size"] > c.vocab_size:
         raise BadInput(f"{options.data} has {meta['vocab_size']} token ids, the model "
                        f"{c.vocab_size}; prepare the text with the model's tokenizer")
-    if c.tokenizer and meta["tokenizer"] != c.tokenizer:
-        raise BadInput(f"{options.data} is cut by the tokenizer {meta['tokenizer']}, the model "
-                       f"reads {c.tokenizer}; prepare the text with --tokenizer={c.tokenizer}")
+    prepare.same_tokenizer(c.tokenizer, meta)
     half = min(recall.SYMBOLS, c.vocab_size) // 2
     if options.recall_tokens and max(pair_sizes(options)) > half:
         raise BadInput(f"--pairs={options.pairs} needs more symbols than a vocabulary of "

@@ -164,7 +164,11 @@ def fingerprint(tokenizer):
     else:
         vocabulary = {token.hex(): rank for token, rank in tokenizer._mergeable_ranks.items()}
     line = "def f(x_1, y):\n\n    return 'It\\'s' + x[1234567]  # naïve,\tÅngström: 漢字 🙂  \n"
-    facts = [sorted(vocabulary.items()), tokenizer.eot_token, tokenizer.encode_ordinary(line)]
+    try:
+        ids = tokenizer.encode_ordinary(line)
+    except BadInput:        # it has no id for a letter of the line, nor one for unknown letters
+        ids = []
+    facts = [sorted(vocabulary.items()), tokenizer.eot_token, ids]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -219,8 +223,7 @@ def train_bpe(documents, path):
             for token, rank in sorted(learner.get_vocab().items(), key=lambda item: item[1]):
                 spelling = base64.b64encode(bytes(byte_of[letter] for letter in token))
                 f.write(f"{spelling.decode()} {rank}\n")
-            f.flush()
-            os.fsync(f.fileno())
+            flush(f)
         os.replace(temporary, path)
     except OSError as e:
         raise BadInput(f"cannot write {path}: {e.strerror}") from e
@@ -359,6 +362,10 @@ def fetch_wheels(pins, folder):
                    "--require-hashes", "--no-deps", "--only-binary=:all:", "--platform=any",
                    "--implementation=py", "--abi=none", "--python-version=3.13",
                    "--ignore-requires-python", f"--dest={folder}"]
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as e:
+            raise BadInput(f"cannot write the wheels into {folder}: {e.strerror}") from e
         pip = subprocess.run(command, capture_output=True, text=True)
         wheels = wheels_by_digest(folder)
         missing = set(digests.values()) - set(wheels)
@@ -370,6 +377,7 @@ def fetch_wheels(pins, folder):
 
 
 def wheels_by_digest(folder):
+    """{sha256: path} of the wheels in a folder."""
     found = {}
     for path in glob.glob(f"{glob.escape(folder)}/*.whl"):
         with open(path, "rb") as f:
@@ -420,8 +428,8 @@ def written_by_people(wheel, name):
 
 def write_corpus(documents, out, tokenizer, max_tokens=math.inf):
     """Write (text, share) documents as the token files of the folder `out`, cut by the
-    tokenizer of that name, until there are max_tokens. All or nothing: the folder is written
-    beside its place and renamed. Returns meta.json's contents. Raises BadInput."""
+    tokenizer of that name, until there are max_tokens to train on. All or nothing: the folder
+    is written beside its place and renamed. Returns meta.json's contents. Raises BadInput."""
     encoder = load_tokenizer(tokenizer)
     out = os.path.realpath(out)
     if os.path.exists(out) and not os.path.isdir(out):
@@ -510,7 +518,8 @@ def replace_folder(new, place):
     there in between: of two runs that prepare one folder, the last one stays."""
     while True:
         try:
-            return os.rename(new, place)
+            os.rename(new, place)
+            return
         except OSError as e:
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
@@ -528,7 +537,9 @@ def load_corpus(folder):
             meta = json.load(f)
         dtype = np.dtype(meta["dtype"])
         expected = (meta["train_tokens"], meta["val_tokens"])
-        meta["tokenizer"], meta["vocab_size"]
+        for name in ("tokenizer", "vocab_size"):
+            if name not in meta:
+                raise KeyError(name)
         train = np.memmap(f"{folder}/train.bin", dtype=dtype, mode="r")
         val = np.memmap(f"{folder}/val.bin", dtype=dtype, mode="r")
     except (OSError, ValueError, KeyError, TypeError) as e:
