@@ -32,7 +32,7 @@ import tempfile
 import threading
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 # Several processes compile at once: a few helpers each are enough. Read when torch is loaded.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
@@ -172,6 +172,7 @@ class Job:
     start: str = ""             # the job that it goes on from; empty: scratch
     expansion: dict | None = None       # arguments of expand
     core: bool = True
+    own_rate: bool = True       # the arm's learning rate, or the control at that of another arm
 
     @property
     def tokens(self):
@@ -201,7 +202,8 @@ def plan(options):
     if options.phase == "block":            # the control at the rate of every arm
         others = {rates[name] for name, arm in arms.items() if arm.core} - {rates["lpt"]}
         at = next(i for i, job in enumerate(jobs) if not job.core and job.start)
-        jobs[at:at] = [arm_job("lpt", ARMS["lpt"], lr, options) for lr in sorted(others)]
+        jobs[at:at] = [replace(arm_job("lpt", ARMS["lpt"], lr, options), own_rate=False)
+                       for lr in sorted(others)]
     needed = {job.start for job in jobs}
     return [job for job in jobs if job.start or job.name in needed]
 
@@ -351,7 +353,7 @@ def train_and_score(job, options, folder, place):
         "family": options.family, "seed": options.seed, "phase": job.phase, "arm": job.arm,
         "lr": training.lr, "steps": training.steps, "tokens": trained["tokens"],
         "start": job.start, "expansion": job.expansion, "core": job.core,
-        **scores,
+        "own_rate": job.own_rate, **scores,
         "params": sum(p.numel() for p in lm.parameters()), "state_elements": elements,
         "state_bytes": 4 * elements, "flops": per_token * trained["tokens"],
         "peak_mem_mib": trained["peak_mem_mib"], "tokens_per_s": trained["tokens_per_s"],
@@ -455,6 +457,7 @@ class Block:
         self.options = options
         self.folder = folder
         self.begin = time.time()
+        self.began = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
         self.waiting = plan(options)
         self.running = {}               # future: job
         self.results = []
@@ -537,7 +540,7 @@ class Block:
             self.failed.append(job.name)
             self.waiting.insert(0, job)
             return True
-        self.results.append(line)
+        self.results.append({"began": self.began, **line})
         self.done.add(job.name)
         self.trained += job.tokens
         repeats = line["rare_repeats"]["groups"].get("repeats", {"loss": float("nan")})
