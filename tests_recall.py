@@ -26,7 +26,7 @@ def corpus(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("corpus") / "tokens")
     with open(f"{HERE}/kernels.py") as f:
         source = f.read()
-    documents = [source[i * 2000:(i + 1) * 2000] for i in range(30)]
+    documents = [(source[i * 2000:(i + 1) * 2000], float(i == 19)) for i in range(30)]
     prepare.write_corpus(documents, folder, "code4096")
     return folder
 
@@ -374,6 +374,10 @@ def test_score_and_its_check(corpus):
     assert result["recall"]["passkey"] == {}                 # only where it is asked for
     assert result["chance"]["mqar"] == {"2": 0.5, "4": 0.25}
     assert result["chance"]["fewshot"] == {"1": 0.25}
+    samples = result["samples"]
+    assert np.mean(samples["mqar"]["4"]) == pytest.approx(result["recall"]["mqar"]["4"])
+    assert len(samples["fewshot"]["1"]) == 8
+    assert np.mean(samples["text"]) == pytest.approx(result["val_loss"])
     recall.check_text(text[:64], tokenizer)
     recall.check_text(text, tokenizer, lengths=(64,))
     for bad in (dict(pairs=(4, 200)), dict(lengths=(8,)), dict(lengths=(10**6,))):
@@ -405,7 +409,7 @@ def test_script_prints_the_numbers_of_the_run(corpus, tmp_path, monkeypatch, cap
     assert {name: written[name] for name in expected} == expected
     assert written["rare_repeats"]["T"] == 48 and "repeats" in written["rare_repeats"]["groups"]
     assert set(written["needle_gain"]) == {"48"}
-    assert f"loss {expected['val_loss']:.3f}" in outputs[0] and "everything else" in outputs[0]
+    assert f"loss {expected['val_loss']:.4f}" in outputs[0] and "everything else" in outputs[0]
     assert "passkey" not in outputs[0]
 
 
@@ -418,7 +422,7 @@ def test_bad_input_of_the_script_is_one_line(corpus, tmp_path, monkeypatch, caps
     save_checkpoint(small, small_model(vocab_size=300))
     for expected, *arguments in (
             ("name a checkpoint",),
-            ("prepare the text with --tokenizer=gpt2", f"--ckpt={other}"),
+            ("prepare it with --tokenizer=gpt2", f"--ckpt={other}"),
             ("4096 token ids, the model 300", f"--ckpt={small}"),
             ("--pairs=4,x is not a list", f"--ckpt={ours}", "--pairs=4,x"),
             ("1000 pairs need 2000 symbols", f"--ckpt={ours}", "--pairs=1000"),

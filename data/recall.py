@@ -42,7 +42,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.prepare import load_corpus, load_tokenizer
+from data.prepare import load_corpus, load_tokenizer, same_tokenizer
 from model import LM, load_checkpoint
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -201,17 +201,21 @@ def asked_logits(lm, idx, targets, batch_tokens=16384):
         yield asked, logits, expected[asked]
 
 
-def accuracy(lm, idx, targets, all_right=False):
-    """-> (accuracy, standard error over sequences). A sequence scores the share of its
-    answers that are the model's likeliest token; with all_right 1 where every one is, else
-    0."""
+def answered(lm, idx, targets, all_right=False):
+    """What each sequence scores (n,): the share of its answers that are the model's likeliest
+    token; with all_right 1 where every one is, else 0."""
     scores = []
     for asked, logits, answers in asked_logits(lm, idx, targets):
         right = torch.zeros_like(asked)
         right[asked] = logits.argmax(-1) == answers
         share = right.sum(1) / asked.sum(1)
         scores.append((share == 1).float() if all_right else share)
-    return mean_and_error(torch.cat(scores))
+    return torch.cat(scores)
+
+
+def accuracy(lm, idx, targets, all_right=False):
+    """-> (mean, standard error over sequences) of what `answered` says."""
+    return mean_and_error(answered(lm, idx, targets, all_right))
 
 
 def mean_and_error(scores):
@@ -237,33 +241,39 @@ def score(lm, text, tokenizer, **sizes):
     """The scores of a model, on the same sequences for every model of its vocabulary.
 
     text: held-out token ids. sizes: fields of Sizes that are not to be the defaults.
-    Returns {"val_loss", "val_loss_se", "icl_score", "recall", "recall_se", "chance"}; the last
-    three are {task: {size: number}}, for the tasks mqar, fewshot and passkey. Raises BadInput."""
+    Returns a dict of val_loss, val_loss_se, icl_score (see text_loss); recall, recall_se and
+    chance, each {task: {size: number}} for the tasks mqar, fewshot and passkey; and samples,
+    what every sequence scored, {task: {size: list}}, and every window of text, {"text": list},
+    for differences between models on the same ones. Raises BadInput."""
     sizes = Sizes(**sizes)
     vocab_size = lm.config.vocab_size
-    means = {"mqar": {}, "passkey": {}, "fewshot": {}}
-    errors = {"mqar": {}, "passkey": {}, "fewshot": {}}
-    chance = {"mqar": {}, "passkey": {}, "fewshot": {}}
-
-    def put(task, size, scores, guessed):
-        means[task][str(size)], errors[task][str(size)] = scores
-        chance[task][str(size)] = guessed
+    samples = {"mqar": {}, "fewshot": {}, "passkey": {}}
+    chance = {"mqar": {str(pairs): 1 / pairs for pairs in sizes.pairs},
+              "fewshot": {str(shots): 1 / LABELS for shots in sizes.shots},
+              "passkey": {str(length): 10 ** -DIGITS for length in sizes.lengths}}
 
     def rng(size):
         return np.random.default_rng([sizes.seed, size])
 
     for pairs in sizes.pairs:
-        asked = mqar(rng(pairs), sizes.n, pairs, vocab_size)
-        put("mqar", pairs, accuracy(lm, *asked), 1 / pairs)
-    for length in sizes.lengths:
-        asked = passkey(rng(length), sizes.n, length, text, tokenizer)
-        put("passkey", length, accuracy(lm, *asked, all_right=True), 10 ** -DIGITS)
+        sequences = mqar(rng(pairs), sizes.n, pairs, vocab_size)
+        samples["mqar"][str(pairs)] = answered(lm, *sequences)
     for shots in sizes.shots:
-        asked = fewshot(rng(shots), sizes.n, shots, vocab_size)
-        put("fewshot", shots, accuracy(lm, *asked), 1 / LABELS)
-    loss, loss_error, in_context = text_loss(lm, text, sizes.T)
+        sequences = fewshot(rng(shots), sizes.n, shots, vocab_size)
+        samples["fewshot"][str(shots)] = answered(lm, *sequences)
+    for length in sizes.lengths:
+        sequences = passkey(rng(length), sizes.n, length, text, tokenizer)
+        samples["passkey"][str(length)] = answered(lm, *sequences, all_right=True)
+    means, errors = {}, {}
+    for task, of_task in samples.items():
+        means[task] = {size: mean_and_error(x)[0] for size, x in of_task.items()}
+        errors[task] = {size: mean_and_error(x)[1] for size, x in of_task.items()}
+        samples[task] = {size: x.tolist() for size, x in of_task.items()}
+    losses = text_losses(lm, text, sizes.T)
+    samples["text"] = losses.mean(1).tolist()
+    loss, loss_error, in_context = summary(losses)
     return {"val_loss": loss, "val_loss_se": loss_error, "icl_score": in_context,
-            "recall": means, "recall_se": errors, "chance": chance}
+            "recall": means, "recall_se": errors, "chance": chance, "samples": samples}
 
 
 def check_text(text, tokenizer, **sizes):
@@ -332,18 +342,29 @@ def token_scores(lm, windows, batch_tokens=0):
     return losses.cpu().numpy(), hits.cpu().numpy()
 
 
-def text_loss(lm, text, T, n=64):
-    """-> (loss, its standard error over windows, in-context score), in nats per token, on n
-    windows of T tokens, of all the text where it is shorter. The in-context score is the mean
-    loss of the last quarter of a window minus that of its second eighth: below 0 where the
-    context helps."""
-    T = min(T, len(text) - 1)
-    windows, _ = text_windows(text, T, n)
-    losses = torch.from_numpy(token_scores(lm, windows)[0])
+def text_losses(lm, text, T, n=64):
+    """The loss of every token (windows, T), in nats, a tensor, on at most n windows of T tokens;
+    of all the text where it is shorter."""
+    windows, _ = text_windows(text, min(T, len(text) - 1), n)
+    return torch.from_numpy(token_scores(lm, windows)[0])
+
+
+def summary(losses):
+    """losses (windows, T) -> (mean, standard error over windows, in-context score). That is the
+    mean of the last quarter of T minus that of the second eighth: below 0 where the context
+    helps."""
+    T = losses.shape[1]
+    mean = losses.mean().item()
     _, error = mean_and_error(losses.mean(1))
     early = losses[:, T // 8:max(T // 4, T // 8 + 1)].mean()
     late = losses[:, 3 * T // 4:].mean()
-    return losses.mean().item(), error, (late - early).item()
+    return mean, error, (late - early).item()
+
+
+def text_loss(lm, text, T, n=64):
+    """-> (loss, its standard error over windows, in-context score), in nats per token, of
+    text_losses."""
+    return summary(text_losses(lm, text, T, n))
 
 
 # ----------------------------------------------------------------------------------------
@@ -608,10 +629,8 @@ def chosen_sizes(options, trained, text):
 
 
 def check_tokens(config, text, meta, folder):
-    """Raises BadInput where the ids of a corpus do not mean to the model what it learned."""
-    if config.tokenizer and config.tokenizer != meta["tokenizer"]:
-        raise BadInput(f"{folder} has the ids of tokenizer {meta['tokenizer']}, the model those of "
-                       f"{config.tokenizer}; prepare the text with --tokenizer={config.tokenizer}")
+    """Raises BadInput where the ids of a corpus are not what the model learned."""
+    same_tokenizer(config.tokenizer, meta)
     ids = max(meta["vocab_size"], int(text.max()) + 1)
     if ids > config.vocab_size:
         raise BadInput(f"{folder} has {ids} token ids, the model {config.vocab_size}; prepare the "
