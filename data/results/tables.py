@@ -546,30 +546,32 @@ def draw_differences(path):
     plt.close(figure)
 
 
+MARKERS = {"lpt-equal-flops": "x", "preserve-x4-half": "v", "preserve-x4-later": "^",
+           "preserve-x4": "o", "preserve-x16": "s"}
+
+
 def draw_costs(path):
-    """The difference to LPT against the state's bytes and against FLOPs per token."""
+    """The difference to LPT against the state's bytes and the post-training's FLOPs."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.6), layout="constrained")
     for family, some in models("runs.jsonl").items():
-        for arm in ("preserve-x4-half", "preserve-x4-later", "preserve-x4", "preserve-x16",
-                    "lpt-equal-flops"):
+        for arm, marker in MARKERS.items():
             more = differences(some, arm, repeats_loss)
             if not more:
                 continue
             line = next(line for line in (model.get(arm) for model in some) if line)
             mean, half = interval(more)
-            half = 0 if math.isnan(half) else half
-            costs = (line["state_bytes"] / 1e6, line["flops"] / 1e15)
-            for axis, cost in zip(axes, costs, strict=True):
-                axis.errorbar(cost, mean, half, marker="o", ms=4, capsize=3,
-                              color=COLORS[family])
-                axis.annotate(arm, (cost, mean), fontsize=6, xytext=(4, 3),
-                              textcoords="offset points")
-    for axis, what in zip(axes, ("state per sequence, MB", "post-training PFLOPs"), strict=True):
+            for axis, cost in zip(axes, (line["state_bytes"], line["flops"]), strict=True):
+                axis.errorbar(cost, mean, 0 if math.isnan(half) else half, marker=marker, ms=5,
+                              capsize=3, color=COLORS[family], ls="",
+                              label=f"{FAMILIES[family]}, {arm}")
+    for axis, what in zip(axes, ("bytes of state per sequence", "post-training FLOPs"),
+                          strict=True):
         axis.axhline(0, color="0.4", lw=0.8)
-        axis.set(xlabel=what, ylabel="loss on rare repeats, arm - LPT, nats")
-    axes[0].set_xscale("log")
-    axes[0].set_title("GLA blue, Mamba2 red")
+        axis.set(xlabel=what)
+    axes[0].set(xscale="log", ylabel="loss on rare repeats, arm - LPT, nats")
+    axes[0].minorticks_off()
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
