@@ -102,87 +102,91 @@ SHAPES = {
 
 
 def check_gla(q, k, v, g, state):
-    """The arguments, broadcast. Where nothing is to be done this takes a few microseconds:
-    small layers wait for the processor."""
-    if all_floating(q, k, v, g, state) and q.dim() == k.dim() == v.dim() == 4:
+    """The arguments, broadcast. Where nothing is to be done this takes a few microseconds,
+    for small layers wait for the processor."""
+    try:
         batch, T, H, K = q.shape
-        G = k.shape[2]
+        keys = k.shape
+        G = keys[2]
         V = v.shape[3]
-        keys = (batch, T, G, K)
-        if (k.shape == keys and g.shape == keys and v.shape == (batch, T, H, V)
-                and (state is None or state.shape == (batch, H, K, V)) and G and H % G == 0):
-            return q, k, v, g, state
-    return broadcast("gla", q=q, k=k, v=v, g=g, state=state)
+        device = q.get_device()
+        plain = (
+            g.shape == keys == (batch, T, G, K) and v.shape == (batch, T, H, V) and H % G == 0
+            and q.is_floating_point() and k.is_floating_point()
+            and v.is_floating_point() and g.is_floating_point()
+            and device == k.get_device() == v.get_device() == g.get_device()
+            and (state is None or state.shape == (batch, H, K, V)
+                 and state.is_floating_point() and state.get_device() == device))
+    except (AttributeError, IndexError, ValueError, ZeroDivisionError):
+        plain = False
+    return (q, k, v, g, state) if plain else broadcast("gla", q=q, k=k, v=v, g=g, state=state)
 
 
 def check_ssd(x, dt, A, B, C, D, state, first):
     """As check_gla."""
-    if all_floating(x, dt, A, B, C, D, state) and first is None and x.dim() == B.dim() == 4:
-        batch, T, H, P = x.shape
-        G, N = B.shape[2:]
-        if (dt.shape == (batch, T, H) and A.shape == (H,) and (D is None or D.shape == (H,))
-                and B.shape == (batch, T, G, N) and C.shape == B.shape
-                and (state is None or state.shape == (batch, H, P, N)) and G and H % G == 0):
-            return x, dt, A, B, C, D, state, first
-    return broadcast("ssd", x=x, dt=dt, A=A, B=B, C=C, D=D, state=state, first=first)
-
-
-def all_floating(first, *others):
-    """Whether all are floating tensors on the device of the first, or None."""
     try:
-        device = first.device
-        if not first.is_floating_point():
-            return False
-        for tensor in others:
-            if tensor is not None and (tensor.device != device or not tensor.is_floating_point()):
-                return False
-        return True
-    except AttributeError:
-        return False
+        batch, T, H, P = x.shape
+        _, _, G, N = keys = B.shape
+        device = x.get_device()
+        plain = (
+            keys == C.shape == (batch, T, G, N) and dt.shape == (batch, T, H) and A.shape == (H,)
+            and H % G == 0 and first is None
+            and x.is_floating_point() and dt.is_floating_point() and A.is_floating_point()
+            and B.is_floating_point() and C.is_floating_point()
+            and device == dt.get_device() == A.get_device() == B.get_device() == C.get_device()
+            and (D is None or D.shape == (H,)
+                 and D.is_floating_point() and D.get_device() == device)
+            and (state is None or state.shape == (batch, H, P, N)
+                 and state.is_floating_point() and state.get_device() == device))
+    except (AttributeError, IndexError, ValueError, ZeroDivisionError):
+        plain = False
+    if plain:
+        return x, dt, A, B, C, D, state, first
+    return broadcast("ssd", x=x, dt=dt, A=A, B=B, C=C, D=D, state=state, first=first)
 
 
 def broadcast(op, **tensors):
     """The tensors of `op`, expanded to the sizes that they share. Raises BadInput."""
-    sizes = {}
-    named = {}
+    sizes = {}  # letter: its size, and the argument that says so
+    layouts = {}
     for name, tensor in tensors.items():
         if tensor is None and name in ("D", "state", "first"):
             continue
-        letters = SHAPES[op][name]
-        check_kind(op, name, tensor, next(iter(tensors.items())))
-        if name in ("A", "D") and tensor.dim() == 0:
-            tensor = tensor.reshape(1)
+        check_kind(op, name, tensor, *next(iter(tensors.items())))
+        layout = SHAPES[op][name]
         if name == "D" and tensor.dim() == 2:
-            letters = "HP"
-        shape = tuple(tensor.shape)
-        said = f"{op}: {name} has shape {tuple(tensors[name].shape)}; expected ({','.join(letters)})"
-        if len(shape) != len(letters):
-            raise BadInput(said)
-        for letter, size in zip(letters, shape, strict=True):
+            layout = "HP"
+        if name in "AD" and tensor.dim() == 0:
+            tensors[name] = tensor = tensor.reshape(1)
+        if tensor.dim() != len(layout):
+            raise BadInput(misfit(op, name, tensor, layout))
+        for letter, size in zip(layout, tensor.shape, strict=True):
+            known, source = sizes.setdefault(letter, (size, name))
             if size == 0 and letter not in "BT":
-                raise BadInput(f"{said} with {letter} of at least 1")
-            known, source = sizes.get(letter, (1, name))
-            if letter == "T" and letter in sizes and size != known:
-                raise BadInput(f"{said} with T = {known} as in {source}")
-            if size != known and known != 1 and size != 1:
-                raise BadInput(f"{said} with {letter} = {known} as in {source}, or 1")
+                raise BadInput(misfit(op, name, tensor, layout) + f", {letter} at least 1")
+            if size != known and (letter == "T" or size != 1 != known):
+                raise BadInput(misfit(op, name, tensor, layout) + f", {letter} = {known} as {source}")
             if known == 1:
                 sizes[letter] = (size, name)
-        named[name] = (tensor, letters)
-    H = sizes["H"][0]
+        layouts[name] = layout
     G, keys = sizes["G"]
+    H, queries = sizes["H"]
     if op == "gla" and H == 1:
         H = G
     if H % G:
-        raise BadInput(f"{op}: {keys} has shape {tuple(tensors[keys].shape)}, of G = {G} heads; "
-                       f"expected a G that divides the H = {H} heads of {sizes['H'][1]}")
+        raise BadInput(misfit(op, keys, tensors[keys], layouts[keys])
+                       + f", G a divisor of the {H} heads of {queries}")
     final = {letter: size for letter, (size, _) in sizes.items()} | {"H": H}
-    for name, (tensor, letters) in named.items():
-        tensors[name] = tensor.expand([final[letter] for letter in letters])
+    for name, layout in layouts.items():
+        tensors[name] = tensors[name].expand([final[letter] for letter in layout])
     return tuple(tensors.values())
 
 
-def check_kind(op, name, tensor, reference):
+def misfit(op, name, tensor, layout):
+    return f"{op}: {name} has shape {tuple(tensor.shape)}; expected ({', '.join(layout)})"
+
+
+def check_kind(op, name, tensor, first_name, first):
     """That this argument is a tensor of the right dtype, on the device of the first one."""
     if not isinstance(tensor, torch.Tensor):
         raise BadInput(f"{op}: {name} is of type {type(tensor).__name__}; expected a tensor")
@@ -192,14 +196,14 @@ def check_kind(op, name, tensor, reference):
     if name != "first" and not tensor.is_floating_point():
         raise BadInput(f"{op}: {name}, of shape {tuple(tensor.shape)}, is {tensor.dtype}; "
                        "expected a floating dtype")
-    if tensor.device != reference[1].device:
+    if tensor.device != first.device:
         raise BadInput(f"{op}: {name}, of shape {tuple(tensor.shape)}, is on {tensor.device}; "
-                       f"expected {reference[1].device}, where {reference[0]} is")
+                       f"expected {first.device}, where {first_name} is")
 
 
 def pick(impl, *tensors):
     """The implementation that computes these tensors when `impl` is asked for."""
-    if impl not in ("auto", "recurrent", "chunked", "triton"):
+    if impl not in ("recurrent", "chunked", "triton", "auto"):
         raise BadInput(f"impl is {impl!r}; expected 'recurrent', 'chunked', 'triton' or 'auto'")
     if impl == "triton" and not triton_installed:
         raise BadInput("impl is 'triton', which is not installed here; pip install triton, or "
@@ -736,13 +740,19 @@ def gla_rows_tile(K, V, dtype):
     return pow2(K, 16, 64), pow2(V, 16, widest(dtype)), 8 if K > 256 else 4
 
 
+def on_device(x):
+    """A context in which kernels run on x's GPU."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)
+
+
 def operator(schema, buffers):
     """Makes a function a PyTorch operator, which torch.compile leaves in one piece. `buffers` allocates the results from the
     arguments; the function gets the arguments and the results, and fills these. `.plain` is the same without the operator."""
     def make(f):
         def call(*args):
             out = buffers(*args)
-            f(*args, *out)
+            with on_device(args[0]):
+                f(*args, *out)
             return out
         op = torch.library.custom_op(f"statex::{f.__name__}", call, mutates_args=(), schema=schema)
         op.register_fake(buffers)
@@ -875,7 +885,7 @@ def needs_grad(*tensors):
 def gla_triton(q, k, v, g, scale, state):
     (B, T, H, K), V = q.shape, v.shape[-1]
     k, g = (t.repeat_interleave(H // t.shape[2], dim=2) for t in (k, g))
-    with torch.cuda.device_of(q):
+    with on_device(q):
         if T == 1 and state is not None and not needs_grad(q, k, v, g, state):
             o, new = v.new_empty(v.shape), g.new_empty(state.shape, dtype=torch.float32)
             BV = pow2(V, 16, 64)
@@ -1305,7 +1315,7 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
     if D is not None and D.dim() == 2:                  # a skip for every channel is added outside of the kernels
         y, state = ssd_triton(x, dt, A, B, C, None, state, first)
         return y + D * x, state
-    with torch.cuda.device_of(x):
+    with on_device(x):
         if x.shape[1] == 1 and state is not None and not needs_grad(x, dt, A, B, C, D, state):
             (b, _, H, P), (G, N) = x.shape, B.shape[2:]
             if first is not None:

@@ -171,14 +171,14 @@ def causal_conv(x, weight, bias, before, sizes, document=None):
                        f"{(batch, taps - 1, D)}")
     if document is not None and before is not None:
         document = F.pad(document, (taps - 1, 0))           # what came before is document 0
-    if T > 1 and conv_fits(x):
+    if T > 1 and document is None and conv_fits(x):
         if before is not None:
             x = torch.cat((before.to(x.dtype), x), dim=1)
         last = x[:, max(0, x.shape[1] - taps + 1):]
         last = F.pad(last, (0, 0, taps - 1 - last.shape[1], 0))
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
         parts = zip(x.split(sizes, dim=-1), weight.split(sizes), biases, strict=True)
-        return [short_conv(*part, document=document)[:, -T:] for part in parts], last
+        return [short_conv(*part)[:, -T:] for part in parts], last
     if before is None:
         x = F.pad(x, (0, 0, taps - 1, 0))
     else:

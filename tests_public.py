@@ -5,17 +5,18 @@
 The formats' own libraries, where they are installed, are the reference: transformers,
 flash-linear-attention (on a CPU in Triton's interpreter) and lm-evaluation-harness.
 """
+from data.options import BadInput
+
 import dataclasses
+import functools
 import json
 import math
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
-
-from data.options import BadInput
-
 import torch
 import torch.nn.functional as F
 
@@ -24,8 +25,8 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"                     # before kernels is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from data import prepare, public
-from model import LM, Config
+from data import harness, prepare, public  # noqa: E402
+from model import LM, Config, save_checkpoint  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -54,7 +55,8 @@ SAME = [
     (SSM, ssm(use_mem_eff_path=False, chunk_size=64, sequence_parallel=False)),
     (SSM, ssm(rmsnorm=True, norm_before_gate=False, D_has_hdim=False, bias=False, conv_bias=True)),
     (SSM, ssm(A_init_range=[1, 4], dt_min=0.01, dt_max=0.2, dt_init_floor=1e-3, conv_init=0.1)),
-    (SSM, ssm(dt_limit=[0.0, math.inf], d_ssm=1536, ngroups=1, d_state=128, expand=2, d_conv=4)),
+    (SSM, ssm(dt_limit=[0.0, {"__float__": "Infinity"}])),
+    (SSM, ssm(dt_limit=(0.0, math.inf), d_ssm=1536, ngroups=1, d_state=128, expand=2, d_conv=4)),
     (SSM, {"attn_cfg": {"num_heads": 8}, "attn_layer_idx": None, "residual_in_fp32": False}),
     (HF, {"norm_before_gate": True, "rms_norm": True, "intermediate_size": 8192,
           "time_step_scale": 1.0, "time_step_init_scheme": "random"}),
@@ -102,7 +104,8 @@ def test_defaults_are_the_libraries():
                    "expand_k": 0.5, "expand_v": 1.0, "d_mlp": 768, "conv_size": 0,
                    "norm_eps": 1e-6, "tie_embeddings": False}
     assert public.read_config({"model_type": "mamba2"} | small, "f")["n_groups"] == 8
-    fla = public.read_config({"model_type": "mamba2", "fuse_norm": True, "norm_eps": 1e-4} | small, "f")
+    fla = {"model_type": "mamba2", "fuse_norm": True, "norm_eps": 1e-4}
+    fla = public.read_config(fla | small, "f")
     assert (fla["n_groups"], fla["norm_eps"]) == (1, 1e-4)
     mamba = {"d_model": 256, "n_layer": 2, "vocab_size": 9} | ssm()
     mamba = public.read_config(mamba, "f")
@@ -293,8 +296,8 @@ def test_tied_heads(tmp_path):
         given = {"model.embeddings.weight": tensors.get("embedding"),
                  "lm_head.weight": tensors.get("head")}
         write_weights(tmp_path / "x", rest | {k: v for k, v in given.items() if v is not None})
-        config_read, read = public.read_folder(tmp_path / "x")
-        return config_read["tie_embeddings"], read.get("embeddings.weight"), read.get("lm_head.weight")
+        found, have = public.read_folder(tmp_path / "x")
+        return found["tie_embeddings"], have.get("embeddings.weight"), have.get("lm_head.weight")
 
     for given in ({"embedding": head}, {"head": head}, {"embedding": head, "head": head.clone()}):
         tied, first, second = read(True, **given)
@@ -436,8 +439,8 @@ def gla_logits(config, tensors, idx):
         f = H // G
         y = F.rms_norm(x, x.shape[-1:], w["attn_norm.weight"], config["norm_eps"])
         q, k, v = (y @ w[f"attn.{name}_proj.weight"].T for name in "qkv")
-        g = y @ w["attn.gk_proj.0.weight"].T @ w["attn.gk_proj.1.weight"].T + w["attn.gk_proj.1.bias"]
-        g = F.logsigmoid(g) / 16
+        g = y @ w["attn.gk_proj.0.weight"].T @ w["attn.gk_proj.1.weight"].T
+        g = F.logsigmoid(g + w["attn.gk_proj.1.bias"]) / 16
         q, k, g = (t.unflatten(-1, (G, f, -1)) for t in (q, k, g))            # (T, c, i, K)
         v = v.unflatten(-1, (G, f, -1))                                       # (T, c, j, V)
         scale = q.shape[-1] ** -0.5
@@ -511,10 +514,13 @@ def fla(monkeypatch):
     return pytest.importorskip("fla.models.gla")
 
 
-@pytest.mark.parametrize("n_key_head", ((4, 2, 1), (1, 1), (4, 4)))
-def test_fla_reads_what_was_written(n_key_head, fla, tmp_path):
+@pytest.mark.parametrize("n_key_head,tied", (((4, 2, 1), False), ((1, 1), True), ((4, 4), False)))
+def test_fla_reads_what_was_written(n_key_head, tied, fla, tmp_path):
     import transformers
     config, tensors = gla_tensors(n_key_head, d_k=64, d_v=64, d_model=64)
+    if tied:
+        config["tie_embeddings"] = True
+        tensors["lm_head.weight"] = tensors["embeddings.weight"]
     public.write_folder(config, {k: v.float() for k, v in tensors.items()}, f"{tmp_path}/x")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "x").eval()
     assert type(theirs) is fla.GLAForCausalLM
@@ -525,6 +531,36 @@ def test_fla_reads_what_was_written(n_key_head, fla, tmp_path):
         with torch.no_grad():
             logits = theirs.to(device)(idx[None].to(device)).logits[0].cpu()
         assert (logits - want).norm() <= (1e-2 if CUDA else 1e-5) * want.norm()
+
+
+@pytest.mark.parametrize("more", ({}, {"use_short_conv": True, "tie_word_embeddings": True},
+                                  {"fuse_norm": False, "expand_k": 1, "intermediate_size": 40}))
+def test_what_fla_wrote_is_read(more, fla, tmp_path):
+    torch.manual_seed(0)
+    theirs = fla.GLAForCausalLM(fla.GLAConfig(hidden_size=64, num_hidden_layers=2, num_heads=4,
+                                              vocab_size=53, initializer_range=0.2, **more)).eval()
+    theirs.save_pretrained(tmp_path / "x")
+    lm = model_of(*public.read_folder(tmp_path / "x"))
+    idx = torch.randint(53, (2, 60))
+    device = "cuda" if CUDA else "cpu"
+    with torch.no_grad():
+        want = theirs.to(device)(idx.to(device)).logits.cpu()
+        assert (lm(idx)[0] - want).norm() <= (1e-2 if CUDA else 1e-5) * want.norm()
+
+
+def test_fla_reads_a_mamba2(fla, tmp_path):
+    """Once imported, it is what transformers' Auto classes take for this model_type."""
+    import transformers
+    lm = mamba2(norm_eps=1e-3, n_groups=2)
+    write(lm, tmp_path / "x")
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "x", output_loading_info=True)
+    assert type(theirs).__module__.startswith("fla") and theirs.config.norm_eps == 1e-3
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    theirs.save_pretrained(tmp_path / "y")
+    back = model_of(*public.read_folder(tmp_path / "y"))
+    idx = torch.randint(61, (2, 9))
+    assert torch.equal(back(idx)[0], lm(idx)[0])
 
 
 def test_models_that_no_public_format_holds(tmp_path):
@@ -605,9 +641,219 @@ def test_hugging_face_tokenizers_are_copied(tmp_path):
     assert "tokenizer.json" in files
     assert public.read_folder(tmp_path / "x")[0]["tokenizer"] == f"hf:{tmp_path}/x"
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "x")
-    assert theirs("def f")["input_ids"] == prepare.load_tokenizer("code4096").encode_ordinary("def f")
+    ours = prepare.load_tokenizer("code4096")
+    assert theirs("def f")["input_ids"] == ours.encode_ordinary("def f")
     files = write(mamba2(tokenizer="hf:nobody/nothing"), tmp_path / "y")
     assert "tokenizer.json" not in files
     assert public.read_folder(tmp_path / "y")[0]["tokenizer"] == "hf:nobody/nothing"
     assert write(mamba2(tokenizer=""), tmp_path / "z") == ["config.json", "model.safetensors"]
     assert public.read_folder(tmp_path / "z")[0]["tokenizer"] == ""
+
+
+# ---------------------------------------------------------------------------------------
+# lm-evaluation-harness
+
+TASKS = {
+    # perplexity of texts, as wikitext
+    "statex_text": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list:
+  - metric: word_perplexity
+  - metric: bits_per_byte
+""",
+    # the last word, as lambada
+    "statex_cloze": """
+output_type: loglikelihood
+doc_to_text: "{{text}}"
+doc_to_target: "{{choices[0]}}"
+metric_list:
+  - metric: perplexity
+    aggregation: perplexity
+  - metric: acc
+    aggregation: mean
+""",
+    # multiple choice, as piqa
+    "statex_choice": """
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: 0
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+""",
+    # an answer to be written, as the recall tasks
+    "statex_recall": """
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: "{{answer}}"
+generation_kwargs:
+  until: ["\\n"]
+  max_gen_toks: 12
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+""",
+}
+
+
+@pytest.fixture
+def lm_eval(tmp_path, monkeypatch):
+    """The harness, with no tasks of its own: it takes long to look through its thousands."""
+    pytest.importorskip("lm_eval.models.huggingface", reason="pip install 'lm_eval[hf]'")
+    tasks = pytest.importorskip("lm_eval.tasks")
+    monkeypatch.setenv("HF_HOME", f"{tmp_path}/hub")
+    monkeypatch.setattr(tasks, "TaskManager",
+                        functools.partial(tasks.TaskManager, include_defaults=False))
+
+
+def task_files(folder, lm):
+    """Tasks with their data. The answer is what lm writes, in every other document."""
+    folder.mkdir()
+    tokenizer = prepare.load_tokenizer("code4096")
+    documents = []
+    for i, path in enumerate(prepare.python_files()[::90]):
+        with open(path, encoding="utf-8", errors="ignore") as file:
+            text = file.read()[:80 + 97 * i].strip()
+        ids = tokenizer.encode_ordinary(text)
+        answer = lm.generate(torch.tensor([ids]), 12, temperature=0)[0, len(ids):].tolist()
+        answer = tokenizer.decode(answer).partition("\n")[0].partition("<|endoftext|>")[0]
+        documents.append({"text": text, "answer": answer if i % 2 else " x",
+                          "choices": [f"value {i}", "return None", "import os, sys"]})
+    (folder / "documents.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    for name, task in TASKS.items():
+        (folder / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ntest_split: test\ndataset_kwargs:\n"
+            f"  data_files:\n    test: {folder}/documents.jsonl\n{task}")
+    return folder
+
+
+def command(tmp_path, *words):
+    """Run python with these words in an empty place -> exit status, stderr."""
+    environment = os.environ | {"HF_HOME": f"{tmp_path}/hub", "PYTHONPATH": HERE}
+    run = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment,
+                         capture_output=True, text=True)
+    return run.returncode, run.stderr
+
+
+def code_lm(**config):
+    torch.manual_seed(0)
+    config = dict(vocab_size=4096, d_model=32, tokenizer="code4096") | config
+    return scattered(LM(Config(**config)))
+
+
+def test_both_ways_give_the_same_scores(lm_eval, tmp_path):
+    """A Mamba2 with unlike d_state: scored as it is, and exported by the harness alone."""
+    lm = code_lm(block="mamba2", n_layer=3, conv_size=4, headdim=16, d_state=[8, 16, 8],
+                 tie_embeddings=True)
+    save_checkpoint(f"{tmp_path}/x.pt", lm)
+    write(lm, tmp_path / "public")
+    tasks = task_files(tmp_path / "tasks", lm)
+    names = list(TASKS)
+    status, errors = command(
+        tmp_path, f"{HERE}/data/harness.py", "--ckpt=x.pt", f"--tasks={','.join(names)}",
+        f"--include_path={tasks}", "--json=ours.json", "--max_length=128", "--device=cpu")
+    assert status == 0, errors
+    ours = json.loads((tmp_path / "ours.json").read_text())["results"]
+    status, errors = command(
+        tmp_path, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
+        "pretrained=public,max_length=128", "--tasks", *names, "--include_path", str(tasks),
+        "--output_path", "theirs", "--device", "cpu", "--batch_size", "5")
+    assert status == 0, errors
+    theirs = json.loads(next((tmp_path / "theirs").rglob("*.json")).read_text())["results"]
+    for name in TASKS:
+        numbers = {k for k, v in theirs[name].items() if isinstance(v, float)}
+        assert numbers and numbers <= ours[name].keys()
+        for number in numbers:
+            assert ours[name][number] == pytest.approx(theirs[name][number], rel=1e-4), number
+    assert 0.3 < ours["statex_recall"]["exact_match,none"] < 0.7
+
+
+def test_a_folded_gla_in_the_harness(lm_eval, fla, tmp_path):
+    """Shared keys, folded: the harness reads it through flash-linear-attention, once imported."""
+    config, tensors = gla_tensors((4, 2), d_k=64, d_v=64, d_model=64, vocab=4096)
+    config["tokenizer"] = "code4096"
+    public.write_folder(config, {k: v.float() for k, v in tensors.items()}, f"{tmp_path}/public")
+    lm = model_of(*public.read_folder(tmp_path / "public"))
+    tasks = task_files(tmp_path / "tasks", lm)
+    names = ["statex_cloze"]
+    if version("transformers") != "5.24.0":      # where generate() with fla 0.6.0 loses the state
+        names.append("statex_recall")
+    options = harness.Options(tasks=",".join(names), include_path=str(tasks), limit=2,
+                              max_length=60, device="cpu")
+    ours = harness.evaluate(lm, options)["results"]
+    code = "import fla; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    if not CUDA:
+        code = ("from triton.runtime.autotuner import Autotuner\n"
+                "Autotuner._bench = lambda self, *args, config, **meta: 1.0\n" + code)
+    status, errors = command(
+        tmp_path, "-c", code, "run", "--model", "hf", "--model_args",
+        "pretrained=public,max_length=60", "--tasks", *names, "--include_path", str(tasks),
+        "--output_path", "theirs", "--limit", "2", "--device", "cuda" if CUDA else "cpu")
+    assert status == 0, errors
+    theirs = json.loads(next((tmp_path / "theirs").rglob("*.json")).read_text())["results"]
+    for name in names:
+        for number in {"perplexity,none", "exact_match,none"} & theirs[name].keys():
+            assert ours[name][number] == pytest.approx(theirs[name][number],
+                                                       rel=1e-2 if CUDA else 1e-4)
+
+
+def test_merged_heads_are_scored(lm_eval, tmp_path):
+    """A model that no public format holds; limited; batches of any size give the same."""
+    lm = code_lm(block="gla", n_layer=2, n_head=[4, 1])
+    tasks = task_files(tmp_path / "tasks", lm)
+    scores = []
+    for batch_size in (1, 4):
+        options = harness.Options(tasks="statex_choice,statex_recall", include_path=str(tasks),
+                                  batch_size=batch_size, limit=5)
+        results = harness.evaluate(lm, options)
+        assert len(results["samples"]["statex_recall"]) == 5
+        scores.append([sample["resps"] for name in ("statex_choice", "statex_recall")
+                       for sample in sorted(results["samples"][name], key=lambda s: s["doc_id"])])
+    for one, four in zip(scores[0][:5], scores[1][:5], strict=True):
+        for (a, _), (b, _) in zip(sum(one, []), sum(four, []), strict=True):
+            assert float(a) == pytest.approx(float(b), rel=1e-4)
+    assert scores[0][5:] == scores[1][5:]
+
+
+def test_generation_ends(tmp_path):
+    """Rows of different lengths at once: as one at a time, and end-of-text goes on as such."""
+    lm = code_lm(block="gla", n_layer=2, conv_size=4)
+    model = harness.HarnessModel(lm, end_of_text=4095)
+    prompts = [torch.randint(4096, (n,)) for n in (3, 1, 7)]
+    ids = torch.stack([F.pad(prompt, (7 - len(prompt), 0), value=4095) for prompt in prompts])
+    mask = torch.stack([F.pad(torch.ones(len(p)), (7 - len(p), 0)) for p in prompts])
+    out = model.generate(ids, mask, 16, lambda rows, _: False)
+    for prompt, row in zip(prompts, out, strict=True):
+        alone = lm.generate(prompt[None], 9, temperature=0)[0, len(prompt):]
+        assert torch.equal(row[7:], alone)
+    model.end_of_text = out[0, 9].item()
+    again = model.generate(ids, mask, 16, lambda rows, _: False)
+    first = out[0, 7:].tolist().index(model.end_of_text)
+    assert set(again[0, 7 + first:].tolist()) == {model.end_of_text}
+    assert model.generate(ids, mask, 16, lambda rows, _: rows.shape[1] == 10).shape == (3, 10)
+    with pytest.raises(BadInput, match="at random"):
+        model.generate(ids, mask, 16, lambda rows, _: False, do_sample=True)
+
+
+def test_bad_options_of_the_harness(lm_eval, tmp_path):
+    lm = code_lm(block="gla", n_layer=1)
+    (tmp_path / "statex_text.yaml").write_text(
+        "task: statex_text\ndataset_path: json\ntest_split: test\noutput_type: generate_until\n"
+        "dataset_kwargs:\n  data_files: nothing.json")
+    for changes, says in (({"tasks": "hellaswagg"}, "no task hellaswagg"),
+                          ({"tasks": "statex_text"}, "cannot run statex_text"),
+                          ({"metadata": "{"}, "is not JSON"),
+                          ({"metadata": "[1]"}, "is not an object")):
+        options = {"tasks": "statex_text", "include_path": str(tmp_path)} | changes
+        options = harness.Options(**options)
+        with pytest.raises(BadInput, match=says) as error:
+            harness.evaluate(lm, options)
+        assert "\n" not in str(error.value)
+    lm.config.tokenizer = "hf:nobody/nothing"
+    with pytest.raises(BadInput, match="not to be had"):
+        harness.evaluate(lm, harness.Options(tasks="statex_text"))
+    status, errors = command(tmp_path, f"{HERE}/data/harness.py", "--tasks=x")
+    assert status == 2 and errors.count("\n") == 1 and "name a checkpoint" in errors

@@ -32,13 +32,13 @@ def corpus(tmp_path_factory):
 
 
 class Induction(torch.nn.Module):
-    """What followed the current token when it was last seen is likeliest by far; a model of
-    perfect memory. Forgetful, it finds nothing."""
+    """What followed the current token when it was last seen is likeliest by far. A model that
+    remembers this for the `memory` tokens seen last: all of them, a few, or (0) none."""
 
-    def __init__(self, vocab_size, forgetful=False):
+    def __init__(self, vocab_size, memory=10**9):
         super().__init__()
         self.config = SimpleNamespace(vocab_size=vocab_size)
-        self.forgetful = forgetful
+        self.memory = memory
         self.lm_head = torch.nn.Identity()
         self.nothing = torch.nn.Parameter(torch.zeros(1))
 
@@ -47,8 +47,11 @@ class Induction(torch.nn.Module):
         for row, tokens in enumerate(idx.tolist()):
             follower = {}
             for t, token in enumerate(tokens):
-                if t and not self.forgetful:
+                if t:
+                    follower.pop(tokens[t - 1], None)        # to the end of the dict
                     follower[tokens[t - 1]] = token
+                if len(follower) > self.memory:
+                    del follower[next(iter(follower))]
                 if token in follower:
                     logits[row, t, follower[token]] = 9.0
         return logits, None
@@ -119,7 +122,7 @@ def test_what_a_passkey_needs(corpus):
     _, text, _ = prepare.load_corpus(corpus)
     rng = np.random.default_rng(0)
     for make in (recall.passkey, recall.needle_pairs):
-        with pytest.raises(BadInput, match="has 12 tokens; it needs at least"):
+        with pytest.raises(BadInput, match="of 12 tokens is too short; it needs at least"):
             make(rng, 1, 12, text, tokenizer)
         with pytest.raises(BadInput, match="needs more than that of held-out text"):
             make(rng, 1, 64, text[:64], tokenizer)
@@ -190,7 +193,7 @@ def test_text_loss_is_the_loss_and_falls_where_the_context_helps():
     assert 0 < shorter < 20 and np.isnan(no_error)
     phrase = np.tile(np.random.default_rng(0).permutation(30), 40)
     assert recall.text_loss(Induction(30), phrase, 160)[2] < -1
-    assert recall.text_loss(Induction(30, forgetful=True), phrase, 160)[2] == pytest.approx(0)
+    assert recall.text_loss(Induction(30, memory=0), phrase, 160)[2] == pytest.approx(0)
 
 
 @pytest.mark.parametrize("vocab_size", (7, 1 << 16, 100000))
@@ -281,8 +284,8 @@ def test_rare_repeats_tell_a_memory_from_none():
         name = rng.integers(25)
         text[place:place + 2] = names[2 * name:2 * name + 2]
     counts = recall.BigramCounts.of(train, 100)
-    memory, none = (recall.rare_repeats(Induction(100, forgetful), text, counts, 99, T=1000,
-                                        at_most=0)["groups"] for forgetful in (False, True))
+    memory, none = (recall.rare_repeats(Induction(100, memory), text, counts, 99, T=1000,
+                                        at_most=0)["groups"] for memory in (10**9, 0))
     assert memory["repeats"]["accuracy"] > 0.9 and none["repeats"]["accuracy"] == 0
     assert memory["new"]["accuracy"] < 0.05
     assert memory["repeats"]["loss"] < none["repeats"]["loss"] - 2
@@ -290,6 +293,20 @@ def test_rare_repeats_tell_a_memory_from_none():
     parts = memory["near"]["tokens"] + memory["middle"]["tokens"]
     assert parts == memory["repeats"]["tokens"]
     assert memory["repeats"]["tokens"] + memory["other"]["tokens"] == 2000
+
+
+def test_rare_repeats_separate_memories_of_other_sizes(corpus):
+    """Natural text: a memory four times as large recalls more."""
+    text, train, _ = prepare.load_corpus(corpus)             # its larger part is the text here
+    counts = recall.BigramCounts.of(train, 4096)
+    scores = {}
+    for memory in (16, 64, 256):
+        result = recall.rare_repeats(Induction(4096, memory), text, counts, 4095, T=1500)
+        scores[memory] = result["groups"]
+    few, some, many = (scores[memory]["near"]["accuracy"] for memory in scores)
+    assert few + 0.1 < some and some + 0.1 < many
+    few, some, many = (scores[memory]["new"]["accuracy"] for memory in scores)
+    assert max(few, some, many) < 0.05
 
 
 def test_cluster_error():
@@ -323,7 +340,7 @@ def test_needle_gain_is_above_zero_for_a_memory_alone(corpus):
     vocab_size = tokenizer.n_vocab
     memory = recall.needle_gain(Induction(vocab_size), text, tokenizer, 100, n=20)
     assert memory["gain"] > 5 * memory["gain_se"] and memory["digits"] > 5 * memory["digits_se"]
-    none = recall.needle_gain(Induction(vocab_size, forgetful=True), text, tokenizer, 100, n=20)
+    none = recall.needle_gain(Induction(vocab_size, memory=0), text, tokenizer, 100, n=20)
     assert none["gain"] == none["digits"] == 0
 
 

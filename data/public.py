@@ -14,9 +14,9 @@ model; it knows what others call the same things:
 Public formats have one size for all layers. `write_folder` brings exact expansions to one
 size without changing the function:
 
-    Mamba2   y = C S B: a layer with a smaller d_state gets rows of B and C that are zero.
-    GLA      o_j = S (m_1j q_1, ..., m_fj q_f): the gates m go into q_proj's rows, and each
-             head gets the keys and decays that it shared as rows of its own.
+    Mamba2   y = S C: a layer with a smaller d_state gets rows of B and C that are zero.
+    GLA      o_j = S_j^T (m_1j q_1, ..., m_fj q_f): the gates m go into the rows of q_proj,
+             and each head gets the keys and decays that it shared as rows of its own.
 """
 from data.options import BadInput
 
@@ -51,7 +51,8 @@ class Format:
     ignored: str
 
 
-# What transformers writes for any model.
+# Of no consequence in any of the libraries: what transformers writes for every model, and
+# what chooses an initialisation, a kernel, a loss or a precision.
 COMMON = """architectures model_type torch_dtype dtype transformers_version auto_map use_cache
     bos_token_id eos_token_id pad_token_id sep_token_id tokenizer_class return_dict
     output_hidden_states output_attentions is_decoder is_encoder_decoder add_cross_attention
@@ -209,8 +210,10 @@ def recognise(options, where):
 
 def plain(value):
     """value without transformers' spelling of infinity in strict JSON, and without tuples."""
-    if isinstance(value, dict) and set(value) == {"__float__"}:
-        return float(value["__float__"])
+    if value == {"__float__": "Infinity"}:
+        return math.inf
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
@@ -342,18 +345,13 @@ def split_mlp(name, tensor, config):
 def tie(config, tensors):
     """One tensor under both names, whichever is there. Where both are and differ, transformers
     does not tie them, and neither does this."""
-    embedding = tensors.get("embeddings.weight")
-    head = tensors.get("lm_head.weight", embedding)
-    if embedding is None:
-        embedding = head
+    embedding = tensors.get("embeddings.weight", tensors.get("lm_head.weight"))
     if embedding is None:
         return
-    if torch.equal(embedding, head):
-        head = embedding
-    else:
-        config["tie_embeddings"] = False
+    head = tensors.get("lm_head.weight", embedding)
+    config["tie_embeddings"] = torch.equal(embedding, head)
     tensors["embeddings.weight"] = embedding
-    tensors["lm_head.weight"] = head
+    tensors["lm_head.weight"] = embedding if config["tie_embeddings"] else head
 
 
 def local_folder(name):
@@ -535,6 +533,8 @@ def pad_states(config, tensors, sizes):
     width = max(sizes)
     tensors = dict(tensors)
     for layer, size in enumerate(sizes):
+        if size == width:
+            continue
         for name, before in (("in_proj.weight", 2 * inner), ("conv1d.weight", inner),
                              ("conv1d.bias", inner)):
             name = f"layers.{layer}.mixer.{name}"
@@ -597,7 +597,7 @@ def write_tokenizer(name, folder):
     files, where the tokenizer is not known or not to be had here."""
     try:
         tokenizer = load_tokenizer(name)
-    except ValueError:                                     # no such name, or no files here
+    except BadInput:                                       # no such name, or no files here
         return None
     if name.startswith("hf:"):
         from transformers import AutoTokenizer

@@ -18,10 +18,10 @@ Natural text: no training on such sequences is needed.
 
     text_loss     held-out loss, and the in-context score: the loss of late tokens minus that
                   of early ones (after Olsson et al., arXiv 2209.11895). Chance: 0.
-    rare_repeats  loss and accuracy on the second token of a bigram that was seen at most
-                  RARE times in training but before in the window (after Arora et al., section
-                  3). Training cannot have taught it, so what is right comes from the state.
-                  Chance: what the model scores where such a bigram is new to the window.
+    rare_repeats  loss and accuracy on the second token of a bigram that training has at most
+                  RARE times, but that was before in the window (after the "AR hits" of Arora
+                  et al.). Training has taught it badly; what is right comes from the state.
+                  Chance: what the model scores where such a bigram is new to its window.
     needle_gain   how much likelier, in nats per digit, a passkey is with its line in the
                   context than without. Chance: 0; it is above 0 long before a passkey is
                   right.
@@ -126,15 +126,16 @@ class Needle:
         self.digits = np.array([encode(str(digit))[-1] for digit in range(10)])
         self.question_tokens = len(self.start) + DIGITS
         self.line_tokens = self.question_tokens + len(self.end)
+        self.least = self.line_tokens + self.question_tokens + 1        # with a token of text
         if len(set(self.digits.tolist())) < 10:
             raise BadInput("a passkey needs a tokenizer that has a token for every digit")
 
     def room(self, length, text):
         """Tokens of text in a sequence of `length` tokens. Raises BadInput where it has none,
         or the text is too short."""
-        least = self.line_tokens + self.question_tokens + 1
-        if length < least:
-            raise BadInput(f"a passkey sequence has {length} tokens; it needs at least {least}")
+        if length < self.least:
+            raise BadInput(f"a passkey sequence of {length} tokens is too short; it needs at "
+                           f"least {self.least}")
         if len(text) <= length:
             raise BadInput(f"a passkey sequence of {length} tokens needs more than that of "
                            f"held-out text, and there are {len(text)}; take a shorter length")
@@ -302,8 +303,8 @@ def token_scores(lm, windows, batch_tokens=0):
 
     -> losses (n, T) float32, in nats, and hits (n, T) bool, whether the token was the likeliest
     one, of every token but a window's first. batch_tokens: tokens per forward pass, at least
-    one window; 0: 16,384 on a CPU, 131,072 on a GPU. The logits are made a slice of tokens
-    at a time, so a window can be of any length. Autocast is the caller's."""
+    one window; 0: 16,384 on a CPU, 131,072 on a GPU. The logits are made for a part of a
+    window at a time, so it can be of any length. Autocast is the caller's."""
     device = next(lm.parameters()).device
     on_gpu = device.type == "cuda"
     vocab_size = lm.config.vocab_size
@@ -314,7 +315,8 @@ def token_scores(lm, windows, batch_tokens=0):
     # On a CPU a part's logits fit a cache, and the losses are bit for bit those of a
     # cross-entropy over the whole (windows, vocabulary, T): a window at a time, cut where
     # a vector of elements ends.
-    part_tokens = max(128, (1 << 27 if on_gpu else 1 << 20) // vocab_size // 128 * 128)
+    logits_at_once = 1 << 27 if on_gpu else 1 << 20
+    part_tokens = max(128, logits_at_once // vocab_size // 128 * 128)
     losses, hits = [], []
     for start in range(0, n, rows):
         batch = torch.from_numpy(windows[start:start + rows]).to(device)
@@ -530,9 +532,10 @@ class Options:
     ckpt: str = option("", "the checkpoint to score: a .pt, a folder or a hub id")
     data: str = option(f"{HERE}/python", "folder of token files, see data/prepare.py")
     T: int = option(0, "tokens of a window of text; 0: as the checkpoint was trained, else 4096")
-    pairs: str = option("", "of mqar; empty: as the checkpoint was trained, else 4,8,16,32")
+    pairs: str = option("", "of mqar; empty: as the checkpoint was trained, else 4,8,16,32; "
+                            "trained on text alone, neither mqar nor fewshot")
     lengths: str = option("", "of passkey sequences, in tokens; empty: no passkey")
-    needle: str = option("", "of the needle gain's contexts, in tokens; empty: T")
+    needle: str = option("", "contexts of the needle gain, in tokens; empty: T, where a line fits")
     n: int = option(256, "sequences per task and size")
     windows: int = option(1024, "windows of text for rare repeats, at most")
     rare: int = option(RARE, "a bigram is rare if training has it at most this often")
@@ -552,24 +555,24 @@ def main():
         raise BadInput("--n and --windows must be at least 1")
     lm, trained = read_checkpoint(options.ckpt)
     train, text, meta = load_corpus(options.data)
-    check_tokens(lm.config, meta, options.data)
+    check_tokens(lm.config, text, meta, options.data)
     tokenizer = load_tokenizer(meta["tokenizer"])
-    T = min(options.T or trained.get("block_size", 4096), len(text) - 1)
-    sizes = {"T": T, "n": options.n, "seed": options.seed,
-             "pairs": whole_numbers("pairs", options.pairs or trained.get("pairs", "4,8,16,32")),
-             "lengths": whole_numbers("lengths", options.lengths)}
-    contexts = whole_numbers("needle", options.needle or str(T))
+    sizes = chosen_sizes(options, trained, text)
     check_text(text, tokenizer, **sizes)
+    needle = Needle(tokenizer)
+    contexts = whole_numbers("needle", options.needle)
+    if not contexts and sizes["T"] >= needle.least:
+        contexts = (sizes["T"],)
     for length in contexts:
-        Needle(tokenizer).room(length, text)
+        needle.room(length, text)
     lm.to(device).eval()
     print(f"{options.ckpt} on the held-out text of {options.data}; +- is one standard error")
     with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
         result = score(lm, text, tokenizer, **sizes)
-        print_scores(result, T)
+        print_scores(result, sizes["T"])
         counts = bigram_counts(options.data, train, meta)
-        repeats = rare_repeats(lm, text, counts, tokenizer.eot_token, T, options.windows,
-                               options.rare)
+        repeats = rare_repeats(lm, text, counts, tokenizer.eot_token, sizes["T"],
+                               options.windows, options.rare)
         print_repeats(repeats)
         gains = {}
         for length in contexts:
@@ -577,7 +580,7 @@ def main():
         print_gains(gains)
     if options.json:
         result = {"ckpt": options.ckpt, "data": options.data, "corpus": meta.get("sha256"),
-                  "T": T, "n": options.n, "seed": options.seed, **result,
+                  "T": sizes["T"], "n": options.n, "seed": options.seed, **result,
                   "rare_repeats": repeats, "needle_gain": gains}
         encoded = json.dumps(without_nan(result), indent=1).encode()
         write_file(options.json, lambda file: file.write(encoded))
@@ -585,21 +588,34 @@ def main():
 
 
 def read_checkpoint(name):
-    """-> (lm, the options that it was trained with, where they are known)."""
+    """-> (lm, the options that it was trained with, {} where they are not known)."""
     if os.path.isdir(name) or not name.endswith(".pt"):
         return LM.from_pretrained(name), {}
     lm, train = load_checkpoint(name)
-    return lm, train["options"] if train else {}
+    return lm, (train or {}).get("options", {})
 
 
-def check_tokens(config, meta, folder):
+def chosen_sizes(options, trained, text):
+    """The fields of Sizes for `score`: what was typed, else the values of the training run, so
+    that the numbers are those that it ended with. Windows are no longer than the text."""
+    T = options.T or trained.get("block_size", 4096)
+    sizes = {"T": min(T, len(text) - 1), "n": options.n, "seed": options.seed,
+             "lengths": whole_numbers("lengths", options.lengths),
+             "pairs": whole_numbers("pairs", options.pairs or trained.get("pairs", "4,8,16,32"))}
+    if trained.get("recall_tokens") == 0 and not options.pairs:
+        sizes |= {"pairs": (), "shots": ()}
+    return sizes
+
+
+def check_tokens(config, text, meta, folder):
     """Raises BadInput where the ids of a corpus do not mean to the model what it learned."""
     if config.tokenizer and config.tokenizer != meta["tokenizer"]:
         raise BadInput(f"{folder} has the ids of tokenizer {meta['tokenizer']}, the model those of "
                        f"{config.tokenizer}; prepare the text with --tokenizer={config.tokenizer}")
-    if meta["vocab_size"] > config.vocab_size:
-        raise BadInput(f"{folder} has {meta['vocab_size']} token ids, the model "
-                       f"{config.vocab_size}; prepare the text with the model's tokenizer")
+    ids = max(meta["vocab_size"], int(text.max()) + 1)
+    if ids > config.vocab_size:
+        raise BadInput(f"{folder} has {ids} token ids, the model {config.vocab_size}; prepare the "
+                       "text with the model's tokenizer")
 
 
 def whole_numbers(name, text):
@@ -620,15 +636,14 @@ def without_nan(value):
 def print_scores(result, T):
     print(f"\nloss {result['val_loss']:.4f} +- {result['val_loss_se']:.4f} nats per token, "
           f"in-context score {result['icl_score']:+.4f}, windows of {T} tokens")
-    print("\naccuracy (chance)")
     for task, table in result["recall"].items():
         cells = []
         for size, mean in table.items():
             error = result["recall_se"][task][size]
             chance = result["chance"][task][size]
-            cells.append(f"{size}: {mean:.3f} +- {error:.3f} ({chance:.3g})")
+            cells.append(f"{size}: {mean:.3f} +- {error:.3f} ({chance:.2g})")
         if cells:
-            print(f"  {task:8s}", "   ".join(cells))
+            print(f"{task:8s}", "   ".join(cells))
 
 
 def print_repeats(repeats):
