@@ -18,11 +18,10 @@ from data.options import BadInput, command_line, option, pick_device, run_script
 
 import collections
 import contextlib
-import fcntl
+import copy
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import threading
@@ -34,6 +33,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as sharded  # by name, however it is cut
 from tqdm import tqdm
+
+try:
+    import fcntl
+    import resource
+except ImportError:                     # Windows: no lock on out_dir, no peak of memory
+    fcntl = resource = None
 
 from data import prepare, recall
 from data.report import print_report
@@ -560,6 +565,8 @@ def peak_memory(cuda):
     """MiB: on a GPU what this process's tensors took at most, on a CPU the process itself."""
     if cuda:
         return round(torch.cuda.max_memory_allocated() / 2**20)
+    if resource is None:
+        return None
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
 
@@ -714,7 +721,8 @@ def open_folder(options, processes):
     except OSError as e:
         raise BadInput(f"cannot write in out_dir {options.out_dir}: {e.strerror}") from e
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         raise BadInput(f"another process is writing in {options.out_dir}; wait for it, or take "
                        "another --out_dir") from e
@@ -798,8 +806,8 @@ def new_model(options, meta):
     return LM(Config(**vocab, **shape))
 
 
-def print_banner(lm, options, corpus):
-    """What is about to run, and where."""
+def print_banner(lm, options, corpus, steps):
+    """What is about to run, where, and how long so many steps of it take here."""
     c = lm.config
     elements = sum(c.state_elements(i) for i in range(c.n_layer))
     params = sum(p.numel() for p in lm.parameters())
@@ -814,6 +822,20 @@ def print_banner(lm, options, corpus):
           f"{len(val):,} held out, tokenizer {meta['tokenizer']}", flush=True)
     if options.device == "cpu" and params > 1e8:
         print("this is a model for GPUs: on a CPU it takes weeks", flush=True)
+    elif options.device == "cpu":
+        print(f"about {minutes(lm, options, corpus, steps):.0f} minutes", flush=True)
+
+
+def minutes(lm, options, corpus, steps):
+    """How long so many steps take, by a few on a copy of lm."""
+    run = start_run(copy.deepcopy(lm), options, corpus, Processes(), Stop())
+    forward_backward(run)
+    begin = time.time()
+    for _ in range(5):
+        run.step += 1
+        forward_backward(run)
+        clip_and_step(run)
+    return steps * (time.time() - begin) / 5 / 60
 
 
 # ---------------------------------------------------------------------------------------
@@ -830,7 +852,7 @@ def one_run(options, processes, stop):
     elif held is None:
         lm = LM.from_pretrained(options.ckpt)
     check_corpus(lm, options, corpus[2])
-    print_banner(lm, options, corpus)
+    print_banner(lm, options, corpus, options.steps - (held["step"] if held else 0))
     if held and held["step"] == options.steps:
         print("all steps are done already")
     r = train(lm, options, corpus, held, processes=processes, stop=stop)
@@ -881,9 +903,12 @@ def recipe(options, processes, stop):
     check_corpus(small, o, corpus[2])
     layers = choose_layers(o.n_layer, o.every, o.layers)
     expand(small, layers, o.factor or None, o.init, o.seed)     # what cannot be, stops here
+    tokenizer = prepare.load_tokenizer(corpus[2]["tokenizer"])
+    recall.check_text(corpus[1], tokenizer, pairs=pair_sizes(o), T=o.block_size)
     folder = open_folder(o, processes)
-    print_banner(small, o, corpus)
     quarter = max(1, o.steps // 4)
+    tries = quarter * (len(rates(o)) - 1)           # of learning rates that are not taken
+    print_banner(small, o, corpus, o.pretrain_steps + 2 * (o.steps + tries))
 
     def phase(lm, name, until=None, start=None, **changes):
         """Train lm, or go on where an earlier start of this recipe stopped."""
@@ -894,7 +919,7 @@ def recipe(options, processes, stop):
         return lm, train(lm, of_phase, corpus, start, until, processes, stop)
 
     small, run = phase(small, "pretrained", steps=o.pretrain_steps)
-    results = {"pretrained": report(small, run, o, corpus)}
+    results = {"pretrained": report(small, run, o, corpus, tokenizer)}
     larger, changes = expand(small, layers, o.factor or None, o.init, o.seed)
     print(describe(changes))
     for arm, start in (("lpt", small), ("statex", larger)):
@@ -908,7 +933,7 @@ def recipe(options, processes, stop):
         lr = min(tried, key=tried.get)
         lm, start = load_checkpoint(f"{o.out_dir}/{arm}-lr{lr:g}.pt")
         lm, run = phase(lm, arm, None, start, lr=lr, seed=o.seed + 1, curriculum=0.0)
-        results[arm] = report(lm, run, o, corpus) | {
+        results[arm] = report(lm, run, o, corpus, tokenizer) | {
             "lr": lr, "held_out_loss_after_a_quarter": {f"{k:g}": v for k, v in tried.items()}}
         results[arm]["tokens"] += results["pretrained"]["tokens"]
     results["config"] = asdict(o) | {"corpus": corpus[2]}
@@ -931,11 +956,10 @@ def finish_recipe(results, options):
     print_report(options.out_dir)
 
 
-def report(lm, run, options, corpus):
+def report(lm, run, options, corpus, tokenizer):
     """One arm's entry of results.json: what it cost and what it scores."""
     c = lm.config
     elements = sum(c.state_elements(i) for i in range(c.n_layer))
-    tokenizer = prepare.load_tokenizer(corpus[2]["tokenizer"])
     with scoring(lm.to(options.device), options):
         scores = recall.score(lm, corpus[1], tokenizer, pairs=pair_sizes(options),
                               T=options.block_size)
