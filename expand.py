@@ -1,218 +1,401 @@
-"""Transplant a trained model into one with a larger state (StateX, Shen et al., arXiv 2509.22630, section 4).
+"""Transplant a trained model into one with a larger state (StateX, arXiv 2509.22630, section 4).
 
-GLA: the heads of a chosen layer are merged (all H into one by default): d_k d_v / H numbers of state become d_k d_v. No
-projection changes its shape, only the per-head norm has more gains. Mamba2: a chosen layer's d_state grows by a factor
-(4 by default): B and C grow. What happens to the parameters of a chosen layer:
+Every layer that is not chosen is kept bit for bit. What becomes of a chosen one:
 
-    reinit     GLA: the mixer and its pre-norm start afresh. Mamba2: A_log, dt_bias, the gated norm and all rows of B and
-               C start afresh; z, x and dt rows, x channels of the convolution, D and out_proj are kept. The paper's choice.
-    inherit    everything is kept; the per-head norm (GLA) or the rows of B and C (Mamba2) are tiled.
-    preserve   Mamba2 only: new rows of B are random, new rows of C are zero, so the function does not change and
-               gradients still reach C. (Were both zero, neither would ever get a gradient.)
+    init         GLA                                     Mamba2
+    preserve     groups of f heads share their keys:     d_state N -> f N: new rows of B are
+                 gates, at the start the identity        random, new rows of C are zero
+    inherit      f heads become one; norm gains tiled    rows of B and C tiled
+    reinit       f heads become one; mixer and           A_log, dt_bias, gated norm and all
+                 pre-norm start afresh                   rows of B and C start afresh
+    reinit-keys  f heads become one; q, k, gk afresh     all rows of B and C afresh
+    groups                                               n_groups x f, rows of B and C tiled:
+                                                         more parameters, the same state
 
-Every other layer is kept bit for bit.
+`preserve` (ours, the default) leaves the function exactly as it was, and its new parameters
+learn from the first step. `reinit` is the paper's choice, `inherit` its ablation. In Mamba2
+tiled rows get equal gradients for ever, so that `inherit` can use its larger state only
+where --noise breaks the tie. The state of a chosen layer grows by f in all but `groups`.
 
-    python expand.py --init_from=out/recipe-gla/pretrained.pt --every=2 --out=out/expanded.pt
-    python expand.py --init_from=gla-1.3b --every=6 --dry-run          the report for a public size, without weights
-    python expand.py --init_from=gla-1.3b --every=6 --speed            reading and writing before and after; random weights for a size
+    python expand.py --ckpt=out/recipe-gla/pretrained.pt --every=1 --out=out/expanded.pt
+    python expand.py --ckpt=gla-1.3b --every=6 --dry-run     the report for a public size
 """
-import copy, os
-from dataclasses import replace
+from data.options import BadInput, command_line, option, run_script
+
+import copy
+import os
+from dataclasses import dataclass, replace
 
 import torch
 
-from data.prepare import BadInput, command_line, main_line
-from model import LM, SIZES, save_checkpoint, speed
+from model import LM, SIZES, save_checkpoint
+
+INITS = ("preserve", "inherit", "reinit", "reinit-keys", "groups")
 
 
-def expand(lm, layers, factor=None, init="reinit", seed=0):
-    """lm with a larger state in `layers` (a list of indices). The model passed in is left as it is.
+def expand(lm, layers, factor=None, init="preserve", seed=0, noise=0.0, same_state=False,
+           paper=False):
+    """A copy of lm with a larger state in `layers` (a list of indices).
 
-    factor: GLA, how many heads become one, a divisor of H (None: all of them); Mamba2, d_state grows by it (None: 4).
-    init: "reinit", "inherit" or "preserve".  seed: of the fresh parameters.
-    Returns (lm, report); report is a dict that `describe` prints. Raises BadInput."""
-    c = lm.config
-    gla = c.block == "gla"
-    if init not in ("reinit", "inherit", "preserve"):
-        raise BadInput(f"init is {init!r}; expected 'reinit', 'inherit' or 'preserve'")
-    if gla and init == "preserve":
-        raise BadInput("preserve is for Mamba2: a merged GLA head reads across the old heads' blocks, so no exact map exists; use reinit or inherit")
+    factor: how many times as large, GLA a divisor of the layer's heads (None: all of them),
+    Mamba2 any whole number (None: 4). init: see above. seed: of what starts afresh.
+    noise: of tiled rows of B and C, over their standard deviation. same_state: the control
+    of reinit and reinit-keys, which start the same parameters afresh and enlarge nothing.
+    paper: start afresh as the paper does, not as our models start (see paper_init).
+
+    Returns (lm, report); `describe` prints the report. Raises BadInput."""
     layers = sorted(set(layers))
-    if not layers or layers[0] < 0 or layers[-1] >= c.n_layer:
-        raise BadInput(f"layers {layers} are out of range; this model has layers 0 to {c.n_layer - 1}")
-    n_head, d_state = list(c.n_head), list(c.d_state)
-    for i in layers:
-        f = factor or (n_head[i] if gla else 4)
-        if f < 2 or gla and n_head[i] % f:
-            raise BadInput(f"factor {f} cannot enlarge layer {i}; expected " + (
-                f"a divisor of its {n_head[i]} heads, above 1" if gla else "a whole number above 1"))
-        if gla:
-            n_head[i] //= f
-        else:
-            d_state[i] *= f
-
-    new_config = replace(c, n_head=n_head, d_state=d_state)
+    check(lm.config, layers, init, noise, same_state, paper)
+    config = enlarged(lm.config, layers, factor, init, same_state)
     with torch.device("meta"):
-        new = LM(new_config)
-    groups = {}                                        # (what, where) -> numbers, for the report
-    count = lambda how, where, t: groups.__setitem__((how, where), groups.get((how, where), 0) + t.numel())
-    device = lm.embeddings.weight.device
+        new = LM(config)
+    plan = {name: plan_tensor(name, lm.config, config, layers, init) for name in new.state_dict()}
+    if lm.embeddings.weight.device.type != "meta":
+        fresh = fresh_layers(new, layers, seed, paper)
+        carry_out(plan, lm, new, fresh, noise, seed)
+    new.train(lm.training)
+    return new, report(lm, new, plan, layers, init, seed)
+
+
+def check(config, layers, init, noise, same_state, paper):
+    if init not in INITS:
+        raise BadInput(f"init is {init!r}; expected one of {', '.join(INITS)}")
+    if not layers or layers[0] < 0 or layers[-1] >= config.n_layer:
+        raise BadInput(f"layers {layers} are out of range; this model has layers 0 to "
+                       f"{config.n_layer - 1}")
+    if init == "groups" and config.block == "gla":
+        raise BadInput("init groups is a control for Mamba2; GLA has no groups of heads that "
+                       "share B and C")
+    if init == "groups" and len(layers) < config.n_layer:
+        raise BadInput("init groups takes every layer, because n_groups is one number for all: "
+                       "--every=1")
+    if noise and (init != "inherit" or config.block == "gla"):
+        raise BadInput("noise is for Mamba2's tiled rows: --init=inherit")
+    if (same_state or paper) and not init.startswith("reinit"):
+        raise BadInput("same_state and paper are about what starts afresh: --init=reinit or "
+                       "--init=reinit-keys")
+
+
+def enlarged(config, layers, factor, init, same_state):
+    """The new Config."""
+    n_head = list(config.n_head)
+    n_key_head = list(config.n_key_head)
+    d_state = list(config.d_state)
+    for i in layers:
+        f = factor or (n_key_head[i] if config.block == "gla" else 4)
+        if f < 2 or config.block == "gla" and n_key_head[i] % f:
+            expected = "a whole number above 1"
+            if config.block == "gla":
+                expected = f"a divisor of its {n_key_head[i]} heads, above 1"
+            raise BadInput(f"factor {f} cannot enlarge layer {i}; expected {expected}")
+        if same_state:
+            continue
+        if config.block == "mamba2":
+            d_state[i] *= f
+        elif init == "preserve":
+            n_key_head[i] //= f
+        elif n_key_head[i] < n_head[i]:
+            raise BadInput(f"layer {i} shares keys already, so that its heads cannot become one; "
+                           "take --init=preserve, or the model before it was expanded")
+        else:
+            n_head[i] //= f
+            n_key_head[i] //= f
+    if init == "groups":
+        return replace(config, n_groups=config.n_groups * (factor or 4),
+                       norm_groups=config.norm_groups)
+    return replace(config, n_head=n_head, n_key_head=n_key_head, d_state=d_state)
+
+
+# ---------------------------------------------------------------------------------------
+# the plan: for every tensor of the new model, what it is made of
+
+
+@dataclass
+class Piece:
+    """Some rows (along the first dimension) of a tensor of the new model.
+
+    how: kept (`old`: which rows of the old tensor, None for all), tiled (those repeated),
+    fresh, zero, or identity (GLA's gates). what: its name in the report. rows: how many,
+    None for all."""
+    how: str
+    what: str
+    rows: int | None = None
+    old: slice | None = None
+
+
+def plan_tensor(name, config, new_config, layers, init):
+    """The pieces of the tensor `name` (as in the state_dict), in order; [] for all of the
+    old tensor, kept."""
+    where = name.split(".")
+    if where[0] != "layers" or int(where[1]) not in layers:
+        return []
+    layer = int(where[1])
+    part = ".".join(where[2:])
+    if config.block == "gla":
+        return plan_gla(part, config, new_config, layer, init)
+    return plan_mamba2(part, config, new_config, layer, init)
+
+
+def plan_gla(part, config, new_config, layer, init):
+    """The pieces of one parameter of a chosen GLA layer."""
+    if part == "attn.gates":
+        return [Piece("identity", part, new_config.n_key_head[layer])]
+    if init == "reinit" and part.startswith(("attn.", "attn_norm.")):
+        return [Piece("fresh", part)]
+    keys = ("attn.q_", "attn.k_", "attn.gk_proj")
+    if init == "reinit-keys" and part.startswith(keys):
+        return [Piece("fresh", part)]
+    if part == "attn.g_norm_swish_gate.weight":
+        return [Piece("tiled", part, config.d_v // new_config.n_head[layer])]
+    return [Piece("kept", part)]
+
+
+def plan_mamba2(part, config, new_config, layer, init):
+    """The pieces of one parameter of a chosen Mamba2 layer."""
+    if part.startswith(("mixer.in_proj", "mixer.conv1d")):
+        return plan_rows(part, config, new_config, layer, init)
+    if init == "reinit" and part in ("mixer.A_log", "mixer.dt_bias", "mixer.norm.weight"):
+        return [Piece("fresh", part)]
+    return [Piece("kept", part)]
+
+
+def plan_rows(part, config, new_config, layer, init):
+    """The pieces of in_proj (rows z, x, B, C, dt) or of the convolution (channels x, B, C).
+
+    B and C are groups of N rows each. A group's new rows follow its old ones."""
+    groups = config.n_groups
+    N = config.d_state[layer]
+    new_rows = new_config.d_state[layer] * new_config.n_groups // groups    # per old group
+    heads = config.d_inner // config.headdim
+    before = 2 * config.d_inner if "in_proj" in part else config.d_inner    # z, x or x
+    after = heads if "in_proj" in part else 0                               # dt or nothing
+    end = before + 2 * groups * N
+    pieces = [Piece("kept", f"{part}, other rows", before, slice(0, before))]
+    for letter, start in (("B", before), ("C", before + groups * N)):
+        what = f"{part}, {letter}"
+        for group in range(groups):
+            old = slice(start + group * N, start + (group + 1) * N)
+            if init.startswith("reinit"):
+                pieces.append(Piece("fresh", what, new_rows))
+            elif init == "preserve":
+                # C = silu(conv(in_proj(x)) + bias) must be 0 and still learn: its rows of
+                # in_proj and its biases are zero, the taps are not. (Were B's zero as well,
+                # neither would ever get a gradient.)
+                how = "zero" if letter == "C" and part != "mixer.conv1d.weight" else "fresh"
+                pieces += [Piece("kept", what, N, old), Piece(how, what, new_rows - N)]
+            else:
+                pieces.append(Piece("tiled", what, new_rows, old))
+    return [*pieces, Piece("kept", f"{part}, other rows", after, slice(end, end + after))]
+
+
+# ---------------------------------------------------------------------------------------
+# carrying it out
+
+
+def fresh_layers(new, layers, seed, paper):
+    """The parameters of the chosen layers as a new model of this shape would start, by their
+    names in the state_dict. (`new` is on the meta device and stays there.)"""
+    fresh = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for i, (old_layer, new_layer) in enumerate(zip(lm.layers, new.layers)):
-            if device.type == "meta" or i not in layers:
-                continue
-            new_layer.to_empty(device="cpu")
-            for m in new_layer.modules():              # the standard initialisation, as a model of this shape starts
-                if hasattr(m, "reset_parameters"):
-                    m.reset_parameters()
-            if gla:
-                new_layer.attn.reset_parameters()
-    old, state = lm.state_dict(), new.state_dict()
-    for name, fresh in state.items():
-        where = name.split(".")
-        chosen = where[0] == "layers" and int(where[1]) in layers
-        if not chosen:
-            state[name] = old[name].clone()
-            if name != "lm_head.weight" or not c.tie_embeddings:
-                count("kept", "everything outside the chosen layers", old[name])
-            continue
-        part = ".".join(where[2:])
-        how = (gla_part if gla else mamba2_part)(part, init)
-        if how == "split":                             # rows z, x | B, C | dt, of in_proj and of the convolution
-            state[name] = mamba2_rows(old[name], fresh, c, new_config, int(where[1]), init, part, count)
+        for i in layers:
+            layer = copy.deepcopy(new.layers[i]).to_empty(device="cpu")
+            for module in layer.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+            mixer = layer.attn if new.config.block == "gla" else layer.mixer
+            if new.config.block == "gla":
+                mixer.reset_parameters()                # after its parts: they overwrote gk_proj
+            if paper:
+                paper_init(mixer)
+            for name, tensor in layer.state_dict().items():
+                fresh[f"layers.{i}.{name}"] = tensor
+    return fresh
+
+
+@torch.no_grad()
+def paper_init(mixer):
+    """What thunlp's StateX starts afresh, as it does. GLA: Xavier's uniform with a gain of
+    2^-2.5 and zero biases. Mamba2: dt_bias 1 and A = 1, 2, ..., H."""
+    if hasattr(mixer, "A_log"):
+        mixer.dt_bias.fill_(1.0)
+        mixer.A_log.copy_(torch.arange(1, len(mixer.A_log) + 1).log())
+        return
+    for module in mixer.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.xavier_uniform_(module.weight, gain=2 ** -2.5)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+
+
+def carry_out(plan, lm, new, fresh, noise, seed):
+    """Give `new` its tensors by the plan, on lm's device and in its dtypes."""
+    old = lm.state_dict()
+    made = {}
+    rng = torch.Generator().manual_seed(seed)
+    for name, pieces in plan.items():
+        if name.endswith("attn.gates") and pieces:
+            made[name] = block_diagonal(old.get(name), fresh[name]).to(old["embeddings.weight"])
+        elif not pieces:
+            made[name] = old[name].clone()
         else:
-            if how == "tiled":
-                state[name] = old[name].repeat(fresh.shape[0] // old[name].shape[0])
-            elif how == "kept":
-                state[name] = old[name].clone()
-            else:
-                state[name] = fresh.to(device=device, dtype=old[name].dtype)
-            count(how, part, state[name])
-    new.load_state_dict(state, assign=True)
-    if c.tie_embeddings:
+            tensor = fresh[name].to(old[name])
+            made[name] = torch.cat(list(make(pieces, old[name], tensor, noise, rng)))
+    new.load_state_dict(made, assign=True)
+    if new.config.tie_embeddings:
         new.lm_head.weight = new.embeddings.weight
-    new.train(lm.training)
-
-    numbers = lambda c: [c.state_numbers(i) for i in range(c.n_layer)]
-    params = lambda m: sum(p.numel() for p in m.parameters())
-    return new, {"block": c.block, "init": init, "seed": seed, "layers": layers, "groups": groups,
-                 "params_before": params(lm), "params_after": params(new),
-                 "state_numbers_before": sum(numbers(c)), "state_numbers_after": sum(numbers(new_config)),
-                 "state_numbers_by_layer": list(zip(numbers(c), numbers(new_config)))}
+    new.requires_grad_()
 
 
-def gla_part(part, init):
-    """What becomes of a parameter of a chosen GLA layer."""
-    if init == "reinit":
-        return "fresh" if part.startswith(("attn.", "attn_norm.")) else "kept"
-    return "tiled" if part == "attn.g_norm_swish_gate.weight" else "kept"
-
-
-def mamba2_part(part, init):
-    """What becomes of a parameter of a chosen Mamba2 layer; "split": it holds rows of B and C."""
-    if part.startswith(("mixer.in_proj", "mixer.conv1d")):
-        return "split"
-    return "fresh" if init == "reinit" and part in ("mixer.A_log", "mixer.dt_bias", "mixer.norm.weight") else "kept"
-
-
-def mamba2_rows(old, fresh, c, new_config, layer, init, part, count):
-    """The new in_proj or conv1d tensor of a chosen layer, put together along its first dimension.
-
-    in_proj has rows z, x, B, C, dt; the convolution has channels x, B, C. B and C are G groups of N rows each, and each
-    group's new rows follow its old ones: (G, N, ...) -> (G, f N, ...)."""
-    G, N, M = c.n_groups, c.d_state[layer], new_config.d_state[layer]
-    lead = 2 * c.d_inner if "in_proj" in part else c.d_inner                # z, x or x
-    tail = old.shape[0] - lead - 2 * G * N                                  # dt or nothing
-    fresh = fresh.to(device=old.device, dtype=old.dtype)
-    head, old_B, old_C, end = old.split((lead, G * N, G * N, tail))
-    _, new_B, new_C, _ = fresh.split((lead, G * M, G * M, tail))
-    made = []
-    for letter, o, n in (("B", old_B, new_B), ("C", old_C, new_C)):
-        o, n = o.unflatten(0, (G, N)), n.unflatten(0, (G, M)).clone()       # (G,N,...), (G,M,...)
-        if init == "inherit":
-            n = o.repeat(1, M // N, *[1] * (o.dim() - 2))
-            count("tiled", f"{part}, {letter}", n)
-        elif init == "preserve":
-            n[:, :N] = o
-            # C = silu(conv(in_proj(x)) + bias) must be 0 and still learn: the projection and the bias are zero, the
-            # convolution's taps are not.
-            if letter == "C" and part != "mixer.conv1d.weight":
-                n[:, N:] = 0
-            count("kept", f"{part}, {letter}", o)
-            count("fresh", f"{part}, {letter}" + (", zero" if letter == "C" and part != "mixer.conv1d.weight" else ""), n[:, N:])
+def make(pieces, old, fresh, noise, rng):
+    """Yield the rows of each piece; old and fresh are the whole tensors."""
+    at = 0
+    for piece in pieces:
+        rows = len(fresh) if piece.rows is None else piece.rows
+        source = old if piece.old is None else old[piece.old]
+        if piece.how == "kept":
+            yield source
+        elif piece.how == "zero":
+            yield torch.zeros_like(fresh[at:at + rows])
+        elif piece.how == "fresh":
+            yield fresh[at:at + rows]
         else:
-            count("fresh", f"{part}, {letter}", n)
-        made.append(n.flatten(0, 1))
-    count("kept", f"{part}, other rows", torch.cat((head, end)))
-    return torch.cat((head, *made, end))
+            tiled = source.repeat(rows // len(source), *[1] * (source.dim() - 1))
+            if noise:
+                draws = torch.randn(tiled.shape, generator=rng).to(tiled)
+                draws[:len(source)] = 0                 # the first copy stays as it is
+                tiled = tiled + noise * source.std() * draws
+            yield tiled
+        at += rows
+
+
+def block_diagonal(old_gates, gates):
+    """The gates of a larger group: the identity, or the old groups' gates side by side."""
+    if old_gates is None:
+        return gates
+    groups = len(gates)
+    merged = len(old_gates) // groups
+    return torch.stack([torch.block_diag(*old_gates[i * merged:(i + 1) * merged].cpu())
+                        for i in range(groups)])
+
+
+# ---------------------------------------------------------------------------------------
+# the report
+
+
+def report(lm, new, plan, layers, init, seed):
+    """What changed, as a dict of numbers: elements by (how, what), parameters, state."""
+    shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
+    elements = {}
+    for name, pieces in plan.items():
+        if name == "lm_head.weight" and new.config.tie_embeddings:
+            continue
+        rows = shapes[name][0]
+        per_row = shapes[name].numel() // rows
+        for piece in pieces or [Piece("kept", "everything outside the chosen layers")]:
+            key = (piece.how, piece.what)
+            count = per_row * (rows if piece.rows is None else piece.rows)
+            elements[key] = elements.get(key, 0) + count
+    by_layer = [(lm.config.state_elements(i), new.config.state_elements(i))
+                for i in range(new.config.n_layer)]
+    return {"block": new.config.block, "init": init, "seed": seed, "layers": layers,
+            "elements": elements,
+            "params_before": sum(p.numel() for p in lm.parameters()),
+            "params_after": sum(p.numel() for p in new.parameters()),
+            "state_elements_before": sum(before for before, _ in by_layer),
+            "state_elements_after": sum(after for _, after in by_layer),
+            "state_elements_by_layer": by_layer}
 
 
 def describe(r):
     """The report as text."""
-    million = lambda n: f"{n / 1e6:,.2f}M" if n >= 1e6 else f"{n:,d}"
-    more, before, after = r["params_after"] - r["params_before"], r["state_numbers_before"], r["state_numbers_after"]
-    lines = [f"{r['block']}, init {r['init']}, seed {r['seed']}: {len(r['layers'])} of {len(r['state_numbers_by_layer'])} layers expanded",
-             "", f"{'':7s}{'numbers':>14s}  tensors"]
-    for (how, where), n in sorted(r["groups"].items(), key=lambda x: ("kept tiled fresh".index(x[0][0]), x[0][1])):
-        lines.append(f"{how:7s}{n:14,d}  {where}")
-    lines += ["", "layer   state numbers a sequence"]
-    for i, (b, a) in enumerate(r["state_numbers_by_layer"]):
-        lines.append(f"{i:5d}   {b:,d}" + (f" -> {a:,d}" if a != b else ""))
-    lines += ["", f"parameters     {million(r['params_before'])} -> {million(r['params_after'])}   "
-                  f"+{more / 1e6:.1f}M ({more:,d}, {100 * more / r['params_before']:+.4f} %)",
-              f"state numbers  {million(before)} -> {million(after)}   x {after / before:.2f}",
-              f"state bytes    {4 * before:,d} -> {4 * after:,d} a sequence, in float32"]
+    n_layer = len(r["state_elements_by_layer"])
+    lines = [f"{r['block']}, init {r['init']}, seed {r['seed']}: "
+             f"{len(r['layers'])} of {n_layer} layers expanded",
+             "", f"{'':8s}{'elements':>14s}  tensors"]
+    order = ("kept", "tiled", "fresh", "zero", "identity")
+    for (how, what), count in sorted(r["elements"].items(),
+                                     key=lambda item: (order.index(item[0][0]), item[0][1])):
+        lines.append(f"{how:8s}{count:14,d}  {what}")
+    lines += ["", "layer   state elements per sequence"]
+    for i, (before, after) in enumerate(r["state_elements_by_layer"]):
+        lines.append(f"{i:5d}   {before:,d}" + (f" -> {after:,d}" if after != before else ""))
+    params, more = r["params_before"], r["params_after"] - r["params_before"]
+    before, after = r["state_elements_before"], r["state_elements_after"]
+    lines += ["",
+              f"parameters      {millions(params)} -> {millions(params + more)}   "
+              f"+{more / 1e6:.1f}M ({more:,d}, {100 * more / params:+.4f} %)",
+              f"state elements  {millions(before)} -> {millions(after)}   x {after / before:.2f}",
+              f"state bytes     {4 * before:,d} -> {4 * after:,d} per sequence, in float32"]
     return "\n".join(lines)
 
 
+def millions(n):
+    return f"{n / 1e6:,.2f}M" if n >= 1e6 else f"{n:,d}"
+
+
+# ---------------------------------------------------------------------------------------
+# run as a script
+
+
+@dataclass
+class Options:
+    ckpt: str = option("", f"the model to expand, or with --dry-run one of {', '.join(SIZES)}",
+                       alias="init_from")
+    every: int = option(6, "expand every n-th layer, from layer 0 on")
+    layers: str = option("", "or these, such as 0,6,12")
+    factor: int = option(0, "of the state; 0: GLA all heads of a layer, Mamba2 4")
+    init: str = option("preserve", ", ".join(INITS), choices=INITS)
+    seed: int = option(0, "of what starts afresh")
+    noise: float = option(0.0, "of tiled rows, over their standard deviation (Mamba2 inherit)")
+    same_state: bool = option(False, "reinit without a larger state, as a control")
+    paper: bool = option(False, "start afresh as the paper does")
+    out: str = option("out/expanded.pt", "the checkpoint to write")
+    dry_run: bool = option(False, "report only")
+
+
 def choose_layers(n_layer, every, listed):
-    """Layer indices from --layers=0,5,7 if given, else every n-th from layer 0."""
+    """Layer indices: those listed ("0,5,7"), or if "" every n-th from layer 0 on."""
     if listed:
         try:
-            return [int(x) for x in str(listed).split(",")]
-        except ValueError:
-            raise BadInput(f"--layers={listed} is not a list of layers; expected numbers such as 0,6,12")
+            return [int(x) for x in listed.split(",")]
+        except ValueError as e:
+            raise BadInput(f"--layers={listed} is not a list of layers; expected numbers such "
+                           "as 0,6,12") from e
     if every < 1:
         raise BadInput(f"--every={every} chooses no layers; expected 1 or more")
     return list(range(0, n_layer, every))
 
 
-def speeds(name, lm, new):
-    """Reading and writing before and after the expansion, as a Markdown table."""
-    lines = ["| model | state bytes a sequence | prefill, tokens/s | ms a token, batch 1 | batch 64 |", "|---|---|---|---|---|"]
-    for which, model in (("before", lm), ("expanded", new)):
-        r = speed(model.eval())
-        lines.append(f"| {name}, {which} | {r['state_bytes']:,} | {r['prefill_tokens_per_s']:,} | {r['ms_per_token'][1]:.2f} | {r['ms_per_token'][64]:.2f} |")
-    return "\n".join(lines)
-
-
 def main():
-    o = command_line(__doc__, init_from="", every=6, layers="", factor=0, init="reinit", seed=0, out="out/expanded.pt", dry_run=False,
-                     speed=False, device="cuda" if torch.cuda.is_available() else "cpu")
-    if o.speed and o.dry_run:
-        raise BadInput("--speed runs the models and --dry-run makes none; give one of the two")
-    if o.init_from in SIZES:
-        if not o.dry_run and not o.speed:
-            raise BadInput(f"{o.init_from} is a size, not a checkpoint; add --dry-run or --speed, or name a checkpoint")
-        with torch.device("meta" if o.dry_run else o.device):
-            lm = LM(copy.deepcopy(SIZES[o.init_from]))
-    elif o.init_from:
-        lm = LM.from_pretrained(o.init_from)
+    options = Options(**command_line(Options, __doc__))
+    if not options.ckpt:
+        raise BadInput("name a checkpoint to expand: --ckpt=out/recipe-gla/pretrained.pt, or "
+                       f"one of {', '.join(SIZES)} with --dry-run")
+    if options.ckpt in SIZES:
+        if not options.dry_run:
+            raise BadInput(f"{options.ckpt} is a size, not a checkpoint; add --dry-run, or name "
+                           "a checkpoint")
+        with torch.device("meta"):
+            lm = LM(copy.deepcopy(SIZES[options.ckpt]))
     else:
-        raise BadInput(f"name a checkpoint to expand: --init_from=out/recipe-gla/pretrained.pt, or one of {', '.join(SIZES)} with --dry-run")
-    new, report = expand(lm, choose_layers(lm.config.n_layer, o.every, o.layers), o.factor or None, o.init, o.seed)
-    if o.speed:
-        print(speeds(o.init_from, lm.to(o.device), new.to(o.device)))
+        lm = LM.from_pretrained(options.ckpt)
+    layers = choose_layers(lm.config.n_layer, options.every, options.layers)
+    new, changes = expand(lm, layers, options.factor or None, options.init, options.seed,
+                          options.noise, options.same_state, options.paper)
+    print(describe(changes))
+    if options.dry_run:
+        print("\nnothing written (dry run)")
         return
-    if not o.dry_run:
-        if os.path.isdir(o.out):
-            raise BadInput(f"{o.out} is a folder; --out names the file to write")
-        os.makedirs(os.path.dirname(os.path.abspath(o.out)), exist_ok=True)
-        save_checkpoint(o.out, new)
-    print(describe(report))
-    print(f"\n{'nothing written (dry run)' if o.dry_run else 'written: ' + o.out}")
+    if os.path.isdir(options.out):
+        raise BadInput(f"{options.out} is a folder; --out names the file to write")
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"cannot make the folder of {options.out}: {e.strerror}") from e
+    save_checkpoint(options.out, new)
+    print(f"\nwritten: {options.out}")
 
 
 if __name__ == "__main__":
-    main_line(main)
+    run_script(main)

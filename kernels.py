@@ -62,9 +62,12 @@ def gla(q, k, v, g, scale=None, state=None, impl="auto"):
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if v.numel() == 0:
         return no_tokens(v, state, (v.shape[0], v.shape[2], q.shape[3], v.shape[3]), (q, k, g))
-    path = {"recurrent": gla_recurrent, "chunked": gla_chunked, "triton": gla_triton}
-    with without_autocast(q.device.type):
-        o, state = path[impl](q, k, v, g, scale, state)
+    if impl == "triton":
+        o, state = gla_triton(q, k, v, g, scale, state)
+    else:
+        path = gla_recurrent if impl == "recurrent" else gla_chunked
+        with without_autocast(q.device.type):
+            o, state = path(q, k, v, g, scale, state)
     return o.to(v.dtype), state
 
 
@@ -85,9 +88,12 @@ def ssd(x, dt, A, B, C, D=None, state=None, impl="auto", first=None):
     if x.numel() == 0:
         sizes = (x.shape[0], x.shape[2], x.shape[3], B.shape[3])
         return no_tokens(x, state, sizes, [t for t in (dt, A, B, C, D) if t is not None])
-    path = {"recurrent": ssd_recurrent, "chunked": ssd_chunked, "triton": ssd_triton}
-    with without_autocast(x.device.type):
-        y, state = path[impl](x, dt, A, B, C, D, state, first)
+    if impl == "triton":
+        y, state = ssd_triton(x, dt, A, B, C, D, state, first)
+    else:
+        path = ssd_recurrent if impl == "recurrent" else ssd_chunked
+        with without_autocast(x.device.type):
+            y, state = path(x, dt, A, B, C, D, state, first)
     return y.to(x.dtype), state
 
 
@@ -228,7 +234,7 @@ capability = functools.cache(torch.cuda.get_device_capability)
 
 def without_autocast(device):
     """A context in which the caller's autocast does not narrow our matrix products."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 

@@ -1,14 +1,26 @@
 """A recurrent language model: GLA or Mamba2 blocks, the LM around them, checkpoints, generation.
 
-The blocks are the public ones, parameter for parameter: GLA as in flash-linear-attention's GLAForCausalLM, Mamba2 as in
-mamba_ssm. Both carry a state of fixed size through time. How large it is can differ from layer to layer (that is what
-expand.py changes): `n_head` sets it for GLA (d_k d_v / n_head numbers a layer), `d_state` for Mamba2 (d_inner d_state).
+Every layer carries a state of fixed size through time. How large it is may differ from
+layer to layer, and that is what expand.py changes:
 
-    python model.py --ckpt=out/recipe-gla/statex.pt --prompt="def read("      generate (--ckpt also takes a folder or hub id)
-    python model.py --ckpt=out/run/ckpt.pt --export=FOLDER                    write it in the public format
+    GLA      d_k d_v / n_key_head elements (n_key_head heads of keys, d_k channels in all)
+    Mamba2   d_inner d_state elements
+
+The blocks are the public ones, tensor for tensor: GLA as flash-linear-attention's
+GLAForCausalLM, Mamba2 as mamba_ssm's. What is ours alone is GLA's `gates` (see GLA).
+
+    python model.py --ckpt=out/recipe-gla/statex.pt --prompt="def read("    generate
+    python model.py --ckpt=out/run/ckpt.pt --export=FOLDER      write a public format
+
+A checkpoint to read is a .pt file of ours, a folder in a public format, or a hub id.
 """
-import json, math, os, pickle, re, time
-from contextlib import nullcontext
+from data.options import BadInput, command_line, option, pick_device, run_script
+
+import contextlib
+import itertools
+import math
+import os
+import re
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -16,13 +28,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data.prepare import BadInput, command_line, load_tokenizer, main_line
+from data import public
+from data.prepare import load_tokenizer
 from kernels import conv_fits, gla, short_conv, ssd
 
 
 @dataclass
 class Config:
-    """The shape of a model. Lengths are counted in channels, `n_head` and `d_state` are one number or one per layer."""
+    """The shape of a model. n_head, n_key_head and d_state are one number, or a list with
+    one per layer. Raises BadInput for a shape that cannot be built."""
     block: str = "gla"               # "gla" or "mamba2"
     vocab_size: int = 4096
     n_layer: int = 24
@@ -34,80 +48,166 @@ class Config:
     n_head: int | list = 4
     expand_k: float = 0.5            # key channels over d_model
     expand_v: float = 1.0            # value channels over d_model
-    d_mlp: int = 0                   # width of the MLP; 0: 2/3 * 4 * d_model, rounded up to a multiple of 256
+    d_mlp: int = 0                   # 0: 2/3 * 4 * d_model, rounded up to a multiple of 256
     # Mamba2
     d_state: int | list = 128
     headdim: int = 64
     expand: int = 2                  # inner channels over d_model
     n_groups: int = 1                # heads of a group share B and C
-    pad_vocab: int = 1               # rows of the embedding are rounded up to a multiple of this
-    # what the token ids mean: an encoding that data/prepare.py knows, "" when unknown
+    norm_groups: int = 0             # of the gated norm; 0: n_groups, as in every public model
+    pad_vocab: int = 1               # the embedding's rows are rounded up to a multiple of this
+    # what the token ids mean: a name that data/prepare.py knows, "" when unknown
     tokenizer: str = ""
+    # GLA again: heads of keys and decays, None for n_head; fewer when heads share their keys
+    n_key_head: int | list | None = None
 
     def __post_init__(self):
         if self.block not in ("gla", "mamba2"):
             raise BadInput(f"block is {self.block!r}; expected 'gla' or 'mamba2'")
-        for name in ("n_head", "d_state"):                 # one number becomes one per layer
+        for name in ("vocab_size", "n_layer", "d_model", "headdim", "expand", "n_groups",
+                     "norm_groups", "pad_vocab", "conv_size", "d_mlp"):
             value = getattr(self, name)
-            value = [value] * self.n_layer if isinstance(value, int) else list(value)
-            if len(value) != self.n_layer or not all(isinstance(x, int) and x > 0 for x in value):
-                raise BadInput(f"{name} is {value}; expected a positive number, or {self.n_layer} of them, one per layer")
-            setattr(self, name, value)
+            least = 0 if name in ("conv_size", "d_mlp", "norm_groups") else 1
+            if type(value) is not int or value < least:
+                raise BadInput(f"{name} is {value!r}; expected a whole number from {least} up")
+        if self.n_key_head is None:
+            self.n_key_head = self.n_head
+        for name in ("n_head", "n_key_head", "d_state"):
+            setattr(self, name, self.per_layer(name))
         if self.block == "gla":
-            self.d_mlp = self.d_mlp or -(-int(self.d_model * 4 * 2 / 3) // 256) * 256
-            for h in set(self.n_head):
-                if self.d_k % h or self.d_v % h:
-                    raise BadInput(f"n_head {h} does not divide the {self.d_k} key and {self.d_v} value channels; "
-                                   "choose a common divisor")
+            self.check_gla()
         else:
-            if self.d_inner % self.headdim:
-                raise BadInput(f"headdim {self.headdim} does not divide the {self.d_inner} inner channels")
-            if (self.d_inner // self.headdim) % self.n_groups:
-                raise BadInput(f"n_groups {self.n_groups} does not divide the {self.d_inner // self.headdim} heads")
-            if self.conv_size < 1:
-                raise BadInput("conv_size is 0; Mamba2 needs its convolution, of 4 taps in every public model")
+            self.check_mamba2()
 
-    d_k = property(lambda self: int(self.d_model * self.expand_k))
-    d_v = property(lambda self: int(self.d_model * self.expand_v))
-    d_inner = property(lambda self: self.d_model * self.expand)
+    def per_layer(self, name):
+        """The option as a list with one number per layer."""
+        value = getattr(self, name)
+        values = [value] * self.n_layer if type(value) is int else value
+        if (not isinstance(values, (list, tuple)) or len(values) != self.n_layer
+                or not all(type(x) is int and x > 0 for x in values)):
+            raise BadInput(f"{name} is {value!r}; expected a positive number, or a list of "
+                           f"{self.n_layer}, one per layer")
+        return list(values)
 
-    def state_numbers(self, layer):
-        """Numbers in one layer's recurrent state, for one sequence (the few of the convolution not counted)."""
-        return self.d_k * self.d_v // self.n_head[layer] if self.block == "gla" else self.d_inner * self.d_state[layer]
+    def check_gla(self):
+        if not self.d_mlp:
+            self.d_mlp = -(-int(self.d_model * 4 * 2 / 3) // 256) * 256
+        for heads, key_heads in zip(self.n_head, self.n_key_head, strict=True):
+            if not self.d_k or self.d_k % heads or self.d_v % heads:
+                raise BadInput(f"n_head {heads} does not divide the {self.d_k} key and "
+                               f"{self.d_v} value channels; choose a common divisor")
+            if heads % key_heads:
+                raise BadInput(f"n_key_head {key_heads} does not divide the {heads} heads")
+
+    def check_mamba2(self):
+        heads = self.d_inner // self.headdim
+        if self.d_inner % self.headdim:
+            raise BadInput(f"headdim {self.headdim} does not divide the {self.d_inner} "
+                           "inner channels")
+        if heads % self.n_groups:
+            raise BadInput(f"n_groups {self.n_groups} does not divide the {heads} heads")
+        if not self.norm_groups:
+            self.norm_groups = self.n_groups
+        if self.d_inner % self.norm_groups:
+            raise BadInput(f"norm_groups {self.norm_groups} does not divide the "
+                           f"{self.d_inner} inner channels")
+        if self.conv_size < 1:
+            raise BadInput("conv_size is 0; Mamba2 needs its convolution, of 4 taps in every "
+                           "public model")
+
+    @property
+    def d_k(self):
+        return int(self.d_model * self.expand_k)
+
+    @property
+    def d_v(self):
+        return int(self.d_model * self.expand_v)
+
+    @property
+    def d_inner(self):
+        return self.d_model * self.expand
+
+    def state_elements(self, layer):
+        """Elements of a layer's recurrent state, per sequence. (The convolution's last
+        inputs, a few per channel, are not counted.)"""
+        if self.block == "gla":
+            return self.d_k * self.d_v // self.n_key_head[layer]
+        return self.d_inner * self.d_state[layer]
 
 
 # The public checkpoints' shapes.
 SIZES = {
     "gla-340m": Config("gla", 32000, 24, 1024, norm_eps=1e-6),
     "gla-1.3b": Config("gla", 32000, 24, 2048, norm_eps=1e-6),
-    "mamba2-370m": Config("mamba2", 50277, 48, 1024, tie_embeddings=True, conv_size=4, pad_vocab=16),
-    "mamba2-1.3b": Config("mamba2", 50277, 48, 2048, tie_embeddings=True, conv_size=4, pad_vocab=16),
+    "mamba2-370m": Config("mamba2", 50277, 48, 1024, tie_embeddings=True, conv_size=4,
+                          pad_vocab=16),
+    "mamba2-1.3b": Config("mamba2", 50277, 48, 2048, tie_embeddings=True, conv_size=4,
+                          pad_vocab=16),
 }
 
 
-def causal_conv(x, weight, bias, before, sizes):
-    """Depthwise convolution over time, then silu. x (B,T,D), weight (D,1,taps), before (B,taps-1,D): the inputs
-    before x, None for zeros. Returns y (B,T,D) cut into channels of `sizes`, and the inputs that the next call needs before its own.
+# ---------------------------------------------------------------------------------------
+# the mixers: where a token meets the state
 
-    On a GPU one kernel a cut, so that nothing is copied. Of one token, and on a CPU, a sum of shifted copies, in the weights'
-    precision: faster there than conv1d."""
-    taps, T = weight.shape[-1], x.shape[1]
-    if T > 1 and conv_fits(x):
-        x = x if before is None else torch.cat((before.to(x.dtype), x), dim=1)
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def causal_conv(x, weight, bias, before, sizes, document=None):
+    """Depthwise convolution over time, then silu.
+
+    x (B,T,D); weight (D,1,taps); bias (D,) or None; before (B,taps-1,D): the inputs before
+    x, None for zeros; document (B,T): ids of packed documents, which see nothing of each
+    other, None for one document. Returns y (B,T,D) split into channels of `sizes`, and the
+    inputs that the next call needs before its own.
+
+    On a GPU each part of y is made by one kernel, so that nothing is copied. For a single
+    token, and on a CPU, y is a sum of shifted copies: faster there than conv1d."""
+    batch, T, D = x.shape
+    taps = weight.shape[-1]
+    if before is not None and before.shape != (batch, taps - 1, D):
+        raise BadInput(f"the convolution's state has shape {tuple(before.shape)}; expected "
+                       f"{(batch, taps - 1, D)}")
+    if document is not None and before is not None:
+        document = F.pad(document, (taps - 1, 0))           # what came before is document 0
+    if T > 1 and document is None and conv_fits(x):
+        if before is not None:
+            x = torch.cat((before.to(x.dtype), x), dim=1)
         last = x[:, max(0, x.shape[1] - taps + 1):]
-        cuts = zip(x.split(sizes, dim=-1), weight.split(sizes), [None] * len(sizes) if bias is None else bias.split(sizes))
-        return [short_conv(*cut)[:, -T:] for cut in cuts], F.pad(last, (0, 0, taps - 1 - last.shape[1], 0))
-    x = F.pad(x, (0, 0, taps - 1, 0)) if before is None else torch.cat((before.to(x.dtype), x), dim=1)
-    y = sum(x[:, i:i + T] * weight[:, 0, i] for i in range(taps))
-    return F.silu(y if bias is None else y + bias).to(x.dtype).split(sizes, dim=-1), x[:, T:]
+        last = F.pad(last, (0, 0, taps - 1 - last.shape[1], 0))
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        parts = zip(x.split(sizes, dim=-1), weight.split(sizes), biases, strict=True)
+        return [short_conv(*part)[:, -T:] for part in parts], last
+    if before is None:
+        x = F.pad(x, (0, 0, taps - 1, 0))
+    else:
+        x = torch.cat((before.to(x.dtype), x), dim=1)
+    if document is None:
+        y = sum(x[:, i:i + T] * weight[:, 0, i] for i in range(taps))
+    else:
+        ids = F.pad(document, (x.shape[1] - document.shape[1], 0))
+        alike = ids.unfold(1, taps, 1) == ids[:, taps - 1:, None]           # (B,T,taps)
+        y = sum(x[:, i:i + T] * alike[..., i, None] * weight[:, 0, i] for i in range(taps))
+    if bias is not None:
+        y = y + bias
+    return F.silu(y).to(x.dtype).split(sizes, dim=-1), x[:, T:]
 
 
 class GLA(nn.Module):
-    """Gated linear attention (arXiv 2312.06635, section 4.4). State: S (B,H,K,V) and the convolution's inputs."""
+    """Gated linear attention (arXiv 2312.06635, section 4.4).
+
+    Where n_key_head < n_head, groups of f = n_head / n_key_head neighbouring heads share
+    their keys: a group has one key and one decay of f K channels, those of its f heads side
+    by side. Head j of the group asks all of them, each with its own head's query and a gate:
+    its query is (m_1j q_1, ..., m_fj q_f). With m the identity, the layer is the one without
+    sharing (expand.py's `preserve` starts there)."""
 
     def __init__(self, c, layer):
         super().__init__()
         self.n_head = c.n_head[layer]
+        self.n_key_head = c.n_key_head[layer]
+        self.scale = (c.d_k // self.n_head) ** -0.5
         self.q_proj = nn.Linear(c.d_model, c.d_k, bias=False)
         self.k_proj = nn.Linear(c.d_model, c.d_k, bias=False)
         self.v_proj = nn.Linear(c.d_model, c.d_v, bias=False)
@@ -115,71 +215,123 @@ class GLA(nn.Module):
         self.gk_proj = nn.Sequential(nn.Linear(c.d_model, 16, bias=False), nn.Linear(16, c.d_k))
         self.g_norm_swish_gate = nn.RMSNorm(c.d_v // self.n_head, eps=c.norm_eps)
         self.o_proj = nn.Linear(c.d_v, c.d_model, bias=False)
+        self.conv_size = c.conv_size
         if c.conv_size:
             for name, d in (("q_conv1d", c.d_k), ("k_conv1d", c.d_k), ("v_conv1d", c.d_v)):
                 self.add_module(name, nn.Conv1d(d, d, c.conv_size, groups=d, bias=False))
-        self.conv_size = c.conv_size
+        self.gates = None
+        if self.n_key_head < self.n_head:
+            f = self.n_head // self.n_key_head
+            self.gates = nn.Parameter(torch.empty(self.n_key_head, f, f))
         self.reset_parameters()
 
     def reset_parameters(self):
-        for m in self.children():
-            if m is not self.gk_proj:
-                m.reset_parameters()
+        for module in self.children():
+            if module is not self.gk_proj:
+                module.reset_parameters()
         nn.init.kaiming_uniform_(self.gk_proj[0].weight, a=5 ** 0.5)
         nn.init.kaiming_uniform_(self.gk_proj[1].weight, a=5 ** 0.5)
         nn.init.zeros_(self.gk_proj[1].bias)
+        if self.gates is not None:
+            with torch.no_grad():
+                self.gates.copy_(torch.eye(self.gates.shape[-1]).expand_as(self.gates))
 
-    def forward(self, x, state=None):
+    def forward(self, x, state=None, first=None):
+        """x (B,T,d_model); state: (S (B,H,K,V), the convolution's inputs) or None; first
+        (B,T) bool: a document begins here. Returns (B,T,d_model) and the new state."""
         S, before = state or (None, None)
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q = self.q_proj(x)
+        k = self.k_proj(x)
+        v = self.v_proj(x)
         if self.conv_size:
             weight = torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight))
-            (q, k, v), before = causal_conv(torch.cat((q, k, v), dim=-1), weight, None, before, (q.shape[-1], k.shape[-1], v.shape[-1]))
-        g = F.logsigmoid(self.gk_proj(x).float()) / 16                                  # log decay, one per key channel
-        q, k, v, g = (t.unflatten(-1, (self.n_head, -1)) for t in (q, k, v, g))         # (B,T,H,K or V)
-        o, S = gla(q, k, v, g, state=S)
-        o = F.rms_norm(o, o.shape[-1:], self.g_norm_swish_gate.weight.to(o.dtype), self.g_norm_swish_gate.eps)
-        o = o * F.silu(self.g_proj(x)).unflatten(-1, (self.n_head, -1))                 # by heads: compiled, one kernel with the norm
+            sizes = (q.shape[-1], k.shape[-1], v.shape[-1])
+            document = None if first is None else first.cumsum(1)
+            (q, k, v), before = causal_conv(
+                torch.cat((q, k, v), dim=-1), weight, None, before, sizes, document)
+        g = F.logsigmoid(at_least_float32(self.gk_proj(x))) / 16        # log decay per key channel
+        q = q.unflatten(-1, (self.n_head, -1))                          # (B,T,H,K)
+        k = k.unflatten(-1, (self.n_key_head, -1))
+        v = v.unflatten(-1, (self.n_head, -1))                          # (B,T,H,V)
+        g = g.unflatten(-1, (self.n_key_head, -1))
+        if self.gates is not None:
+            q = self.ask_the_group(q)
+        if first is not None:
+            g = g.masked_fill(first[..., None, None], -math.inf)        # the state is forgotten
+        o, S = gla(q, k, v, g, scale=self.scale, state=S)
+        gain = self.g_norm_swish_gate.weight.to(o.dtype)
+        o = F.rms_norm(o, o.shape[-1:], gain, self.g_norm_swish_gate.eps)
+        # multiplied by heads: torch.compile then makes one kernel of the norm and the gate
+        o = o * F.silu(self.g_proj(x)).unflatten(-1, (self.n_head, -1))
         return self.o_proj(o.flatten(-2)), (S, before)
+
+    def ask_the_group(self, q):
+        """q (B,T,H,K) -> (B,T,H,f K): head j of a group gets (m_1j q_1, ..., m_fj q_f)."""
+        groups, f, _ = self.gates.shape
+        q = q.unflatten(2, (groups, 1, f))                              # (B,T,groups,1,i,K)
+        gates = self.gates.to(q.dtype).mT[..., None]                    # (groups,j,i,1)
+        return (q * gates).flatten(-2).flatten(2, 3)
 
 
 class Mamba2(nn.Module):
-    """Mamba2 (arXiv 2405.21060, section 7). State: S (B,H,P,N) and the convolution's inputs."""
+    """Mamba2 (arXiv 2405.21060, section 7)."""
 
     def __init__(self, c, layer):
         super().__init__()
-        self.d_inner, self.headdim, self.n_groups, self.d_state = c.d_inner, c.headdim, c.n_groups, c.d_state[layer]
-        self.n_layer, H = c.n_layer, c.d_inner // c.headdim
+        self.d_inner = c.d_inner
+        self.headdim = c.headdim
+        self.n_groups = c.n_groups
+        self.norm_groups = c.norm_groups
+        self.d_state = c.d_state[layer]
+        self.n_layer = c.n_layer
+        heads = c.d_inner // c.headdim
         d_conv = c.d_inner + 2 * c.n_groups * self.d_state
-        self.in_proj = nn.Linear(c.d_model, c.d_inner + d_conv + H, bias=False)         # rows: z, x, B, C, dt
-        self.conv1d = nn.Conv1d(d_conv, d_conv, c.conv_size, groups=d_conv)             # channels: x, B, C
-        self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(H)) for _ in range(3))
+        # rows of in_proj: z, x, B, C, dt; channels of conv1d: x, B, C
+        self.in_proj = nn.Linear(c.d_model, c.d_inner + d_conv + heads, bias=False)
+        self.conv1d = nn.Conv1d(d_conv, d_conv, c.conv_size, groups=d_conv)
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads))
         self.norm = nn.RMSNorm(c.d_inner, eps=c.norm_eps)
         self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self):
-        for m in (self.in_proj, self.conv1d, self.norm, self.out_proj):
-            m.reset_parameters()
+        for module in (self.in_proj, self.conv1d, self.norm, self.out_proj):
+            module.reset_parameters()
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(self.n_layer)
             self.D.fill_(1.0)
             self.A_log.uniform_(1, 16).log_()
             dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))                       # softplus(dt_bias) = dt
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))       # softplus(dt_bias) = dt
 
-    def forward(self, x, state=None):
+    def forward(self, x, state=None, first=None):
+        """As GLA's; the state is (S (B,H,P,N), the convolution's inputs)."""
         S, before = state or (None, None)
         N = self.n_groups * self.d_state
-        z, xBC, dt = self.in_proj(x).split((self.d_inner, self.d_inner + 2 * N, len(self.D)), dim=-1)
-        (x, B, C), before = causal_conv(xBC, self.conv1d.weight, self.conv1d.bias, before, (self.d_inner, N, N))
-        x = x.unflatten(-1, (-1, self.headdim))                                         # (B,T,H,P)
-        B, C = (t.unflatten(-1, (self.n_groups, -1)) for t in (B, C))                   # (B,T,G,N)
-        dt = F.softplus(dt.float() + self.dt_bias)
-        y, S = ssd(x, dt, -self.A_log.float().exp(), B, C, self.D, state=S)
-        y = (y.flatten(-2) * F.silu(z)).unflatten(-1, (self.n_groups, -1))
+        sizes = (self.d_inner, N, N)
+        z, xBC, dt = self.in_proj(x).split((self.d_inner, sum(sizes), len(self.D)), dim=-1)
+        document = None if first is None else first.cumsum(1)
+        (x, B, C), before = causal_conv(
+            xBC, self.conv1d.weight, self.conv1d.bias, before, sizes, document)
+        x = x.unflatten(-1, (-1, self.headdim))                         # (B,T,H,P)
+        B = B.unflatten(-1, (self.n_groups, -1))                        # (B,T,G,N)
+        C = C.unflatten(-1, (self.n_groups, -1))
+        dt = F.softplus(at_least_float32(dt) + self.dt_bias)
+        A = -at_least_float32(self.A_log).exp()
+        y, S = ssd(x, dt, A, B, C, self.D, state=S, first=first)
+        y = (y.flatten(-2) * F.silu(z)).unflatten(-1, (self.norm_groups, -1))
         y = F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(-2) * self.norm.weight
         return self.out_proj(y), (S, before)
+
+
+# ---------------------------------------------------------------------------------------
+# the blocks around the mixers
+#
+# A block takes the residual stream x and `update`, what the block before adds to it (None
+# for nothing), and returns its own update not added yet: under torch.compile one kernel
+# then adds it and takes the next norm, a pass over memory less in every layer.
 
 
 class GLABlock(nn.Module):
@@ -188,16 +340,16 @@ class GLABlock(nn.Module):
         self.attn_norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
         self.attn = GLA(c, layer)
         self.mlp_norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
-        self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(c.d_model, c.d_mlp, bias=False),
-                                  "up_proj": nn.Linear(c.d_model, c.d_mlp, bias=False),
-                                  "down_proj": nn.Linear(c.d_mlp, c.d_model, bias=False)})
+        self.mlp = nn.ModuleDict({
+            "gate_proj": nn.Linear(c.d_model, c.d_mlp, bias=False),
+            "up_proj": nn.Linear(c.d_model, c.d_mlp, bias=False),
+            "down_proj": nn.Linear(c.d_mlp, c.d_model, bias=False)})
 
-    def forward(self, x, y=None, state=None):
-        """x (B,T,d_model) and what the layer before adds to it, None for nothing -> x and what this one adds, not added yet, so that
-        under torch.compile one kernel adds it and takes the next norm; and the state."""
-        x = x if y is None else x + y
-        y, state = self.attn(self.attn_norm(x), state)
-        x = x + y
+    def forward(self, x, update=None, state=None, first=None):
+        if update is not None:
+            x = x + update
+        update, state = self.attn(self.attn_norm(x), state, first)
+        x = x + update
         y = self.mlp_norm(x)
         y = F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y)
         return x, self.mlp["down_proj"](y), state
@@ -209,26 +361,36 @@ class Mamba2Block(nn.Module):
         self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
         self.mixer = Mamba2(c, layer)
 
-    def forward(self, x, y=None, state=None):
-        """As GLABlock's."""
-        x = x if y is None else x + y
-        y, state = self.mixer(self.norm(x), state)
-        return x, y, state
+    def forward(self, x, update=None, state=None, first=None):
+        if update is not None:
+            x = x + update
+        update, state = self.mixer(self.norm(x), state, first)
+        return x, update, state
 
 
-def slice_loss(logits, targets, n):
-    """logits (rows,vocab_size), targets (rows,1) -> the summed cross-entropy and its gradient in the logits over n."""
-    p = logits.to(torch.promote_types(logits.dtype, torch.float32))
+# ---------------------------------------------------------------------------------------
+# the loss, without the (tokens, vocabulary) table of logits
+#
+# PyTorch 2.13 has torch.nn.functional.linear_cross_entropy for this, 2.11 has not: ours can
+# go when 2.11 goes.
+
+
+def slice_loss(logits, targets, count):
+    """logits (rows,vocab_size), targets (rows,1) -> the summed cross-entropy, and the
+    gradient in the logits of that sum over `count`."""
+    p = at_least_float32(logits)
     p = p - p.amax(1, keepdim=True)
     right = p.gather(1, targets)
     p = p.exp_()
     z = p.sum(1, keepdim=True)
-    dlogits = p.div_(z * n).to(logits.dtype)
-    return (z.log() - right).sum(), dlogits.scatter_add_(1, targets, dlogits.new_full((1, 1), -1 / n).expand_as(targets))
+    dlogits = p.div_(z * count).to(logits.dtype)
+    one = dlogits.new_full((1, 1), -1 / count).expand_as(targets)
+    return (z.log() - right).sum(), dlogits.scatter_add_(1, targets, one)
 
 
 def add_product(total, a, b):
-    """total (m,n) += a (m,k) @ b (k,n), in place. bfloat16 factors on a GPU add up in total's float32, not rounded in between."""
+    """total (m,n) += a (m,k) @ b (k,n), in place. Factors in bfloat16 on a GPU are added up
+    in total's float32, not rounded in between."""
     if total.is_cuda and a.dtype == torch.bfloat16:
         with torch.autocast("cuda", enabled=False):
             total.copy_(torch.addmm(total, a, b, out_dtype=total.dtype))
@@ -237,21 +399,29 @@ def add_product(total, a, b):
 
 
 class SlicedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of x @ weight.T against targets, without the (tokens, vocabulary) table of logits.
+    """Mean cross-entropy of x @ weight.T against targets, in nats.
 
-    x (n,d), weight (rows,d), targets (n,), those of -100 not counted, vocab_size <= rows. A slice of tokens at a time, the forward
-    pass computes the logits, the loss, and at once the gradient (softmax - onehot) / count, which goes straight into x's and weight's
-    gradients; the backward pass only scales them. Peak memory is one slice's logits."""
+    x (n,d); weight (rows,d); targets (n,), where -100 is not counted; vocab_size <= rows.
+    A slice of tokens at a time, the forward pass computes the logits, the loss, and at once
+    the gradient (softmax - onehot) / count, which goes straight into x's and weight's
+    gradients; the backward pass only scales them. Peak memory is one slice's logits,
+    `slice_elements` of them. Without any target that counts the loss is 0."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, slice_numbers, slice_loss=slice_loss):
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
-        w, counted = weight[:vocab_size].to(dtype), (targets != -100).nonzero()[:, 0]
+    def forward(ctx, x, weight, targets, vocab_size, slice_elements, slice_loss=slice_loss):
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        w = weight[:vocab_size].to(dtype)
+        counted = (targets != -100).nonzero()[:, 0]
         need_x, need_w = ctx.needs_input_grad[:2]
         dx = torch.zeros_like(x) if need_x else None
-        dw = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32)) if need_w else None
-        total = 0.0
-        for rows in counted.split(max(1, slice_numbers // vocab_size)):
+        exact = torch.promote_types(dtype, torch.float32)
+        dw = torch.zeros_like(weight, dtype=exact) if need_w else None
+        total = x.new_zeros((), dtype=exact)
+        for rows in counted.split(max(1, slice_elements // vocab_size)):
+            if not len(rows):
+                break
             xs = x[rows].to(dtype)
             part, dlogits = slice_loss(xs @ w.T, targets[rows, None], len(counted))
             total = total + part
@@ -260,99 +430,181 @@ class SlicedCrossEntropy(torch.autograd.Function):
             if need_w:
                 add_product(dw[:vocab_size], dlogits.T, xs)
         ctx.save_for_backward(dx, dw)
-        ctx.dtypes = x.dtype, weight.dtype
-        return total / len(counted)
+        ctx.weight_dtype = weight.dtype
+        return total / max(1, len(counted))
 
     @staticmethod
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the loss has no second derivative (create_graph=True); take "
+                               "F.cross_entropy of the logits for one")
         dx, dw = ctx.saved_tensors
-        return (None if dx is None else dx * grad.to(dx.dtype), None if dw is None else (dw * grad).to(ctx.dtypes[1]),
-                None, None, None, None)
+        dx = None if dx is None else dx * grad.to(dx.dtype)
+        dw = None if dw is None else (dw * grad).to(ctx.weight_dtype)
+        return dx, dw, None, None, None, None
+
+
+# ---------------------------------------------------------------------------------------
+# the language model
 
 
 class LM(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = c = config
-        self.checkpoint_activations = False                              # keep only the layers' inputs for the backward pass
-        self.slice_loss = slice_loss                                     # train.py puts a compiled one here
+        c = self.config = config
+        self.checkpoint_activations = False     # for the backward pass keep the layers' inputs only
+        self.slice_loss = slice_loss            # train.py puts a compiled one here
         rows = -(-c.vocab_size // c.pad_vocab) * c.pad_vocab
+        Block = GLABlock if c.block == "gla" else Mamba2Block
         self.embeddings = nn.Embedding(rows, c.d_model)
-        self.layers = nn.ModuleList((GLABlock if c.block == "gla" else Mamba2Block)(c, i) for i in range(c.n_layer))
+        self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
         self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
         self.lm_head = nn.Linear(c.d_model, rows, bias=False)
-        if c.tie_embeddings:                                             # else N(0,1): of rows of 0.02, what the first mixer adds
-            nn.init.normal_(self.embeddings.weight, std=0.02)            # leaves little, and GLA learns bigrams and recall late
+        # Embeddings that are not tied stay N(0,1): with rows of 0.02 what the first mixer adds
+        # leaves little of them, and GLA learns bigrams and recall late.
+        if c.tie_embeddings:
+            nn.init.normal_(self.embeddings.weight, std=0.02)
             self.lm_head.weight = self.embeddings.weight
 
-    def features(self, idx, state=None):
-        """idx (B,T) -> the last layer's output (B,T,d_model) after the final norm, and the state after token T."""
-        x, y, states = self.embeddings(idx), None, []
-        for i, layer in enumerate(self.layers):
-            s = None if state is None else state[i]
-            if self.checkpoint_activations and self.training:
-                x = x if y is None else x + y                            # one tensor to keep
-                x, y, s = checkpoint(layer, x, None, s, use_reentrant=False)
-            else:
-                x, y, s = layer(x, y, s)
-            states.append(s)
-        return self.norm(x + y), states
+    def forward(self, idx, targets=None, state=None, first=None):
+        """idx, targets (B,T) integers; targets of -100 are not counted. state: what an
+        earlier call returned, None at the start. first (B,T) bool: a packed document begins
+        at this token and sees nothing of what came before.
 
-    def forward(self, idx, targets=None, state=None):
-        """idx, targets (B,T) int64; targets of -100 are not counted. state: what an earlier call returned, or None.
-
-        Returns logits (B,T,vocab_size), loss (a scalar) and state, one entry a layer. Without targets loss is None;
-        with them logits is None, so that they are only computed where a target counts."""
-        x, state = self.features(idx, state)
+        Returns logits (B,T,vocab_size), loss (a scalar, mean nats per counted target) and
+        state, one entry per layer. Without targets loss is None; with them logits is None,
+        so that they are computed only where a target counts. All sequences of a batch have
+        the same length: there is no padding mask (`generate` takes prompts of any lengths).
+        Raises BadInput for shapes that do not fit."""
+        if targets is not None and targets.shape != idx.shape:
+            raise BadInput(f"targets has shape {tuple(targets.shape)}; expected that of idx, "
+                           f"{tuple(idx.shape)}")
+        x, state = self.features(idx, state, first)
         if targets is None:
             return self.lm_head(x)[..., :self.config.vocab_size], None, state
         return None, self.loss(x, targets), state
 
+    def features(self, idx, state=None, first=None):
+        """idx (B,T) -> the last layer's output after the final norm (B,T,d_model), and the
+        state after the last token. For the rest see forward."""
+        if idx.dim() != 2 or idx.dtype not in (torch.int64, torch.int32):
+            raise BadInput(f"idx is {idx.dtype} of shape {tuple(idx.shape)}; expected token "
+                           "ids, (batch, length) integers")
+        if state is not None and len(state) != self.config.n_layer:
+            raise BadInput(f"state has {len(state)} entries; expected {self.config.n_layer}, "
+                           "one per layer")
+        if first is not None and first.shape != idx.shape:
+            raise BadInput(f"first has shape {tuple(first.shape)}; expected that of idx, "
+                           f"{tuple(idx.shape)}")
+        x = self.embeddings(idx)
+        update = None
+        states = []
+        for i, layer in enumerate(self.layers):
+            before = None if state is None else state[i]
+            if self.checkpoint_activations and self.training:
+                x = x if update is None else x + update     # one tensor to keep, not two
+                x, update, after = checkpoint(layer, x, None, before, first, use_reentrant=False)
+            else:
+                x, update, after = layer(x, update, before, first)
+            states.append(after)
+        return self.norm(x + update), states
+
     def loss(self, x, targets):
-        """Mean cross-entropy, in nats, of features x (B,T,d_model) where targets (B,T) are not -100."""
-        slice_numbers = 1 << (28 if x.is_cuda else 22)                    # logits in memory at a time
-        return SlicedCrossEntropy.apply(x.flatten(0, -2), self.lm_head.weight, targets.flatten(), self.config.vocab_size,
-                                        slice_numbers, self.slice_loss)
+        """Mean cross-entropy, in nats, of features x (B,T,d_model) where targets (B,T) are
+        not -100."""
+        slice_elements = 1 << (28 if x.is_cuda else 22)     # logits in memory at a time
+        return SlicedCrossEntropy.apply(
+            x.flatten(0, -2), self.lm_head.weight, targets.flatten().long(),
+            self.config.vocab_size, slice_elements, self.slice_loss)
+
+    def generate(self, idx, n, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None):
+        """Continue prompts by at most n tokens each; see `stream` for the options.
+
+        idx: (B,T) token ids, returned as (B,T+n); or a list of prompts of any lengths (lists
+        of ids or 1-D tensors), for which a list of 1-D tensors comes back, each cut after
+        its `stop`. Either way a prompt is continued as it would be alone."""
+        new = list(self.stream(idx, n, temperature, top_k, top_p, stop, seed))
+        if torch.is_tensor(idx):
+            return torch.cat([idx, *(token[:, None].to(idx) for token in new)], dim=1)
+        continued = []
+        for i, prompt in enumerate(idx):
+            ids = [token[i].item() for token in new]
+            if stop in ids:
+                ids = ids[:ids.index(stop) + 1]
+            continued.append(torch.cat((torch.as_tensor(prompt), torch.tensor(ids).long())))
+        return continued
 
     @torch.no_grad()
-    def generate(self, idx, n, temperature=1.0, top_k=None):
-        """Continue idx (B,T) by n tokens, returned as (B,T+n). Memory does not grow with n: each step carries the
-        state and one token. temperature 0 takes the likeliest token; top_k keeps only the k likeliest."""
-        out, step = [idx], None
-        with torch.compiler.set_stance("force_eager") if idx.is_cuda else nullcontext():          # nothing can compile while a graph is recorded
-            for i in range(n):
-                if i == 0:
-                    x, state = self.features(idx)
-                elif step:
-                    x = step(out[-1])
+    def stream(self, idx, n, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None):
+        """Yield n times the next token of every prompt, (B,).
+
+        temperature: 0 takes the likeliest token. top_k: draw among the k likeliest. top_p:
+        among the likeliest that together have this probability. stop: a token id; a prompt
+        that has reached it is filled up with it, and when all have, the stream ends. seed:
+        prompt i draws as it would alone with seed + i; None draws from torch's generator.
+        Memory does not grow with n: a step carries the state and one token. Raises BadInput."""
+        check_sampling(n, temperature, top_k, top_p)
+        x, state = self.read_prompts(idx)
+        chances = random_numbers(len(x), n, seed).to(x.device)
+        done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        step = None
+        for i in range(n):
+            logits = self.lm_head(x)[:, :self.config.vocab_size]
+            token = choose(logits, temperature, top_k, top_p, chances[:, i])
+            if stop is not None:
+                token = token.masked_fill(done, stop)
+                done |= token == stop
+            yield token
+            if i == n - 1 or stop is not None and done.all():
+                return
+            # A step launches several hundred kernels, which takes longer than running them:
+            # on a GPU a long continuation is recorded once, as a CUDA graph. Nothing may
+            # compile meanwhile.
+            eager = contextlib.nullcontext()
+            if x.is_cuda:
+                eager = torch.compiler.set_stance("force_eager")
+            with eager:
+                if step is None and x.is_cuda and i and n - i > 16:
+                    step = self.recorded_step(token, state)
+                if step is not None:
+                    x = step(token)
                 else:
-                    x, state = self.features(out[-1], state)
-                    if x.is_cuda and n - i > 16:                              # worth a recording
-                        step = self.recorded_step(out[-1], state)
-                logits = self.lm_head(x[:, -1])[:, :self.config.vocab_size].float()
-                if temperature == 0:
-                    token = logits.argmax(-1, keepdim=True)
-                else:
-                    if top_k is not None:
-                        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                        logits = logits.masked_fill(logits < kth, -torch.inf)
-                    token = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)
-                out.append(token)
-        return torch.cat(out, dim=1)
+                    x, state = self.features(token[:, None], state)
+                    x = x[:, -1]
+
+    def read_prompts(self, idx):
+        """idx as in `generate` -> features of every prompt's last token (B,d_model), and
+        the state after it."""
+        device = self.embeddings.weight.device
+        if torch.is_tensor(idx):
+            if idx.dim() != 2 or not idx.shape[1]:
+                raise BadInput(f"the prompts have shape {tuple(idx.shape)}, which is empty or not "
+                               "(batch, length); begin at least with the end-of-text token")
+            x, state = self.features(idx.to(device))
+            return x[:, -1], state
+        if not len(idx) or not all(len(prompt) for prompt in idx):
+            raise BadInput("a prompt is empty; begin at least with the end-of-text token")
+        read = [self.features(torch.as_tensor(p, device=device)[None]) for p in idx]
+        state = [tuple(None if parts[0] is None else torch.cat(parts)
+                       for parts in zip(*layer, strict=True))
+                 for layer in zip(*(state for _, state in read), strict=True)]
+        return torch.cat([x[:, -1] for x, _ in read]), state
 
     def recorded_step(self, token, state):
-        """The one-token step after `state` as a CUDA graph: a function of token (B,1) that returns the features (B,1,d_model)
-        and moves its own copy of the state on. Launching a step's several hundred kernels takes longer than running them."""
-        token, state = token.clone(), [(S.clone(), None if before is None else before.clone()) for S, before in state]
+        """The step of one token after `state` as a CUDA graph: a function of the tokens (B,)
+        that returns the features (B,d_model) and moves its own copy of the state on."""
+        token = token.clone()
+        state = [tuple(None if t is None else t.clone() for t in layer) for layer in state]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            x, new = self.features(token, state)
-            for (S, before), (new_S, new_before) in zip(state, new):
-                S.copy_(new_S)
-                if before is not None:
-                    before.copy_(new_before)
+            x, new_state = self.features(token[:, None], state)
+            x = x[:, -1]
+            for layer, new_layer in zip(state, new_state, strict=True):
+                for tensor, new in zip(layer, new_layer, strict=True):
+                    if tensor is not None:
+                        tensor.copy_(new)
 
-        def step(t, held=state):                                          # the graph reads and writes these tensors
+        def step(t, held=state):                # the graph reads and writes these tensors
             token.copy_(t)
             graph.replay()
             return x
@@ -360,36 +612,79 @@ class LM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, block=None):
-        """The model in a checkpoint of ours (a .pt file), in a folder in a public format, or under a hub id such as
-        "fla-hub/gla-1.3B-100B", "state-spaces/mamba2-1.3b" (through huggingface_hub). Raises BadInput, also where the
-        model is not of the block type asked for."""
-        if os.path.isdir(name) or not os.path.exists(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not str(name).endswith(".pt"):
-            lm = load_public(name)
+        """The model in a checkpoint of ours (a .pt file), in a folder in a public format, or
+        under a hub id such as "fla-hub/gla-1.3B-100B" (through huggingface_hub). Raises
+        BadInput, also where the model is not of the block asked for."""
+        name = str(name)
+        a_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".pt")
+        if os.path.isdir(name) or a_hub_id and not os.path.exists(name):
+            lm = build(*public.read_folder(name), name)
         else:
-            lm = load_checkpoint(name)[0]
+            lm, _ = load_checkpoint(name)
         if block and lm.config.block != block:
-            raise BadInput(f"{name} holds a {lm.config.block} model; expected {block}, so use --block={lm.config.block}")
+            raise BadInput(f"{name} holds a {lm.config.block} model; expected {block}, so use "
+                           f"--block={lm.config.block}")
         return lm
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def check_sampling(n, temperature, top_k, top_p):
+    if n < 0:
+        raise BadInput(f"n is {n}; expected a number of tokens, 0 or more")
+    if not 0 <= temperature < math.inf:
+        raise BadInput(f"temperature is {temperature}; expected 0 (the likeliest token) or more")
+    if top_k is not None and top_k < 1:
+        raise BadInput(f"top_k is {top_k}; expected 1 or more, or None for no limit")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise BadInput(f"top_p is {top_p}; expected a probability above 0, or None for no limit")
+
+
+def random_numbers(batch, n, seed):
+    """(batch,n) in [0,1), in float64; row i from a generator of its own, seeded seed + i."""
+    if seed is None:
+        return torch.rand(batch, n, dtype=torch.float64)
+    rows = [torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + i))
+            for i in range(batch)]
+    return torch.stack(rows) if rows else torch.zeros(0, n)
+
+
+def choose(logits, temperature, top_k, top_p, chance):
+    """logits (B,vocab_size) -> one token per row (B,); chance (B,): uniform in [0,1)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.double()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    p, token = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True)
+    if top_k is not None:
+        p[:, top_k:] = 0
+    if top_p is not None:
+        likelier = p.cumsum(-1) - p                         # the probability of those before it
+        p[likelier >= top_p * p.sum(-1, keepdim=True)] = 0
+    upto = p.cumsum(-1)
+    drawn = torch.searchsorted(upto, chance[:, None] * upto[:, -1:], right=True)
+    return token.gather(1, drawn.clamp_max(p.shape[-1] - 1))[:, 0]
+
+
+# ---------------------------------------------------------------------------------------
 # checkpoints: {"config": dict, "model": state_dict, "train": dict or None}
 
 
 def save_checkpoint(path, lm, train=None, weights=None):
-    """Write to a temporary file, flush it to the disk, rename: a kill at any moment leaves the old file or the new.
-    weights: the whole model's state_dict, where lm holds only a part of it."""
-    tmp = f"{path}.tmp"
+    """Write a checkpoint. weights: the model's state_dict, where lm holds only a part of it.
+
+    It is written under a name of this process, flushed to the disk and renamed: a kill at
+    any moment leaves the old file or the new. Raises BadInput."""
+    part = f"{path}.{os.getpid()}.tmp"
+    entries = {"config": asdict(lm.config), "model": weights or lm.state_dict(), "train": train}
     try:
-        with open(tmp, "wb") as f:
-            torch.save({"config": asdict(lm.config), "model": weights or lm.state_dict(), "train": train}, f)
+        with open(part, "wb") as f:
+            torch.save(entries, f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:                       # a full disk reaches us as either
-        if os.path.exists(tmp):
-            os.remove(tmp)
-        raise BadInput(f"cannot save {path}: {e}; the last checkpoint is untouched")
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:                    # a full disk reaches us as either
+        if os.path.exists(part):
+            os.remove(part)
+        raise BadInput(f"cannot save {path}: {e}; the last checkpoint is untouched") from e
 
 
 def load_checkpoint(path):
@@ -397,249 +692,96 @@ def load_checkpoint(path):
     if not os.path.isfile(path):
         raise BadInput(f"no checkpoint at {path}; train.py and expand.py write them")
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as e:
-        raise BadInput(f"{path} is not a whole checkpoint ({type(e).__name__}); it may be cut short or another format")
-    if not isinstance(ckpt, dict) or set(ckpt) != {"config", "model", "train"}:
+        entries = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise BadInput(f"cannot read {path}: {e.strerror}") from e
+    except Exception as e:                  # whatever unpickling meets in a file of another kind
+        raise BadInput(f"{path} is not a whole checkpoint ({type(e).__name__}); it may be cut "
+                       "short or of another format") from e
+    if not isinstance(entries, dict) or set(entries) != {"config", "model", "train"}:
         raise BadInput(f"{path} is not a StateX checkpoint; expected config, model and train in it")
-    unknown = set(ckpt["config"]) - {f.name for f in fields(Config)}
+    return build(entries["config"], entries["model"], path), entries["train"]
+
+
+def build(config, weights, path):
+    """An LM from a dict of Config's fields and a state_dict, which must fit each other."""
+    unknown = set(config) - {field.name for field in fields(Config)}
     if unknown:
-        raise BadInput(f"{path} has options that this version does not know: {', '.join(sorted(unknown))}")
-    config = Config(**ckpt["config"])
+        raise BadInput(f"{path} has options that this version does not know: "
+                       f"{', '.join(sorted(unknown))}")
+    config = Config(**config)
     with torch.device("meta"):
         lm = LM(config)
-    if config.tie_embeddings:
-        ckpt["model"]["lm_head.weight"] = ckpt["model"]["embeddings.weight"]
+    if config.tie_embeddings and "embeddings.weight" in weights:
+        weights["lm_head.weight"] = weights["embeddings.weight"]
     try:
-        lm.load_state_dict(ckpt["model"], assign=True)
+        lm.load_state_dict(weights, assign=True)
     except RuntimeError as e:
-        raise BadInput(f"{path} does not fit its own config: {' '.join(str(e).split())[:300]}")
-    if config.tie_embeddings:
-        lm.lm_head.weight = lm.embeddings.weight
-    return lm, ckpt["train"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# public checkpoints: flash-linear-attention's GLA, state-spaces' Mamba2, transformers' Mamba2
-
-# In a config: options that change nothing here (how others initialise, store, fuse or chunk), and options of which only
-# one value is built. Everything else is read below, or refused by name.
-NO_MATTER = set("""architectures model_type torch_dtype dtype transformers_version use_cache initializer_range bos_token_id
-    eos_token_id pad_token_id max_position_embeddings attn_mode fuse_norm fuse_swiglu fuse_cross_entropy
-    fuse_linear_cross_entropy use_l2warp chunk_size residual_in_fp32 rescale_prenorm_residual time_step_rank time_step_min
-    time_step_max time_step_floor fused_add_norm layer_types""".split())
-ONLY = {
-    "gla": {"num_kv_heads": (None, "num_heads"), "feature_map": (None,), "use_output_gate": (True,), "clamp_min": (None,),
-            "hidden_act": ("swish", "silu"), "elementwise_affine": (True,), "use_gk": (True,), "use_gv": (False,), "attn": (None,),
-            "attnres_block_size": (None,), "share_conv_kernel": (False,)},
-    "mamba2": {"hidden_act": ("silu", "swish"), "use_bias": (False,), "use_conv_bias": (True,), "rms_norm": (True,),
-               "norm_before_gate": (False,), "time_step_limit": ([0.0, math.inf], [0.0, {"__float__": "Infinity"}], None), "d_intermediate": (0,),
-               "attn_layer_idx": ([], None), "attn_cfg": ({}, None)},
-}
-
-
-def load_public(name):
-    """The model in a folder in a public format, or under a hub id; its weights in float32."""
-    folder = str(name)
-    if not os.path.isdir(folder):
-        try:
-            from huggingface_hub import snapshot_download
-        except ImportError:
-            raise BadInput(f"no file or folder {name}; to fetch it from the hub: pip install huggingface_hub")
-        try:
-            folder = snapshot_download(folder, allow_patterns=["*.json", "*.safetensors", "*.bin", "tokenizer*"])
-        except Exception as e:                                 # whatever the network or the hub answers
-            raise BadInput(f"no file or folder {name}, and the hub did not give it ({type(e).__name__})")
-    try:
-        with open(f"{folder}/config.json") as f:
-            public = json.load(f)
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{folder} has no readable config.json ({type(e).__name__}); expected a checkpoint folder")
-    ours = public.pop("statex_tokenizer", None)                # `export` writes it, other formats ship their tokenizer beside the weights
-    config = read_config(public, folder)
-    config.tokenizer = ours or ("hf:EleutherAI/gpt-neox-20b" if "ssm_cfg" in public else f"hf:{name}")      # state-spaces ships none
-    with torch.device("meta"):
-        lm = LM(config)
-    want, have, wrong = lm.state_dict(), {}, []
-    for key, tensor in read_weights(folder):
-        ours = our_name(key)
-        if ours.endswith("mlp.gate_proj.weight") and tensor.shape[0] == 2 * config.d_mlp:        # older: gate and up in one
-            have[ours], have[ours.replace("gate_proj", "up_proj")] = (t.float().clone() for t in tensor.chunk(2))
-        elif ours not in want or ours in have:
-            wrong.append(f"unexpected {key}")
-        elif tensor.shape != want[ours].shape:
-            wrong.append(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(want[ours].shape)}")
-        else:
-            have[ours] = tensor.float()
-    if config.tie_embeddings and "embeddings.weight" in have:
-        have["lm_head.weight"] = have["embeddings.weight"]
-    wrong += [f"missing {key}" for key in want if key not in have and not any(our_name(w.split()[0]) == key for w in wrong)]
-    if wrong:
-        raise BadInput(f"the weights in {folder} do not fit its config.json: {'; '.join(wrong[:8])}" + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
-    lm.load_state_dict(have, assign=True)
+        what = " ".join(str(e).split())[:300]
+        raise BadInput(f"{path} does not fit its own config: {what}") from e
     if config.tie_embeddings:
         lm.lm_head.weight = lm.embeddings.weight
     return lm.requires_grad_()
 
 
-def read_config(public, folder):
-    """Our Config from a public config.json; every option in it is used, known not to matter, or refused by name."""
-    left = {k: v for k, v in public.items() if k not in NO_MATTER and not k.startswith("_")}
-    take = lambda key, default=None: left.pop(key, default)
-    kind = "state-spaces" if "ssm_cfg" in public else public.get("model_type")
-    if kind == "gla":
-        d, ratio = take("hidden_size"), take("hidden_ratio", 4) or 4
-        conv, taps, heads = take("use_short_conv", False), take("conv_size", 4), take("num_heads")
-        if not conv or left.get("share_conv_kernel") is None:
-            take("share_conv_kernel")
-        if left.get("num_kv_heads") == heads:
-            take("num_kv_heads")
-        shape = dict(block="gla", d_model=d, n_layer=take("num_hidden_layers"), n_head=heads, expand_k=take("expand_k", 0.5),
-                     expand_v=take("expand_v", 1.0), conv_size=taps if conv else 0, norm_eps=take("norm_eps", 1e-6),
-                     d_mlp=take("intermediate_size") or -(-int(d * ratio * 2 / 3) // 256) * 256,
-                     vocab_size=take("vocab_size"), tie_embeddings=take("tie_word_embeddings", False))
-    elif kind == "mamba2":
-        shape = dict(block="mamba2", d_model=take("hidden_size"), n_layer=take("num_hidden_layers"), d_state=take("state_size", 128),
-                     headdim=take("head_dim", 64), expand=take("expand", 2), n_groups=take("n_groups", 8), conv_size=take("conv_kernel", 4),
-                     norm_eps=take("layer_norm_epsilon", 1e-5), vocab_size=take("vocab_size"),
-                     tie_embeddings=take("tie_word_embeddings", False))
-        heads = take("num_heads")
-        if heads is not None and heads * shape["headdim"] != shape["d_model"] * shape["expand"]:
-            raise BadInput(f"{folder}/config.json: num_heads {heads} x head_dim {shape['headdim']} is not expand x hidden_size")
-    elif kind == "state-spaces":
-        ssm = dict(take("ssm_cfg"))
-        if ssm.pop("layer", "Mamba1") != "Mamba2":
-            raise BadInput(f"{folder}/config.json: ssm_cfg's layer is not Mamba2; only Mamba2 is built")
-        shape = dict(block="mamba2", d_model=take("d_model"), n_layer=take("n_layer"), d_state=ssm.pop("d_state", 128),
-                     headdim=ssm.pop("headdim", 64), expand=ssm.pop("expand", 2), n_groups=ssm.pop("ngroups", 1),
-                     conv_size=ssm.pop("d_conv", 4), vocab_size=take("vocab_size"), pad_vocab=take("pad_vocab_size_multiple", 8),
-                     tie_embeddings=take("tie_embeddings", True))
-        left |= {f"ssm_cfg.{k}": v for k, v in ssm.items() if k != "chunk_size"}
-    else:
-        raise BadInput(f"{folder}/config.json: model_type is {kind!r}; expected gla, mamba2, or state-spaces' ssm_cfg")
-    only = ONLY[shape["block"]]
-    refused = [f"{k} = {v!r}" for k, v in left.items() if k not in only or v not in only[k]]
-    if refused:
-        raise BadInput(f"{folder}/config.json asks for what is not built: {', '.join(refused)}")
-    missing = [k for k, v in shape.items() if v is None]
-    if missing:
-        raise BadInput(f"{folder}/config.json lacks {', '.join(missing)}")
-    return Config(**shape)
-
-
-def our_name(key):
-    """A public parameter's name here."""
-    key = re.sub(r"^(model|backbone)\.", "", key)
-    return re.sub(r"^norm_f\.", "norm.", re.sub(r"^embedding\.", "embeddings.", key))
-
-
-def read_weights(folder):
-    """Yields name, tensor from model.safetensors, its shards, or pytorch_model.bin (never unpickling anything but tensors), one
-    at a time, so that the file and a float32 copy of it are not in memory together."""
-    names = [f"{folder}/model.safetensors"]
-    try:
-        if os.path.exists(f"{folder}/model.safetensors.index.json"):
-            with open(f"{folder}/model.safetensors.index.json") as f:
-                names = sorted({f"{folder}/{n}" for n in json.load(f)["weight_map"].values()})
-        elif not os.path.exists(names[0]):
-            weights = torch.load(f"{folder}/pytorch_model.bin", map_location="cpu", weights_only=True)
-            for key in list(weights):
-                yield key, weights.pop(key)
-            return
-        try:
-            from safetensors import safe_open
-        except ImportError:
-            raise BadInput("this checkpoint is in safetensors format: pip install safetensors")
-        for n in names:
-            with safe_open(n, "pt") as f:
-                keys = list(f.keys())
-            for key in keys:
-                with safe_open(n, "pt") as f:                  # anew for each: what was read of the file leaves memory
-                    tensor = f.get_tensor(key)
-                yield key, tensor
-    except BadInput:
-        raise
-    except Exception as e:                                     # a missing shard, a cut file, a pickle of something else
-        raise BadInput(f"cannot read the weights in {folder}: {type(e).__name__}: {' '.join(str(e).split())[:200]}")
-
-
 def export(lm, folder):
-    """Write config.json and model.safetensors as flash-linear-attention's GLAForCausalLM and transformers'
-    Mamba2ForCausalLM read them. Raises BadInput for layers that differ: those formats have one size for all."""
-    c = lm.config
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise BadInput("--export writes safetensors: pip install safetensors")
-    sizes = c.n_head if c.block == "gla" else c.d_state
-    if len(set(sizes)) > 1:
-        raise BadInput(f"this model's layers differ ({'n_head' if c.block == 'gla' else 'd_state'} is {sizes}); the public format holds one size for all layers")
-    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        raise BadInput(f"{folder} exists; --export names a new folder")
-    rows = lm.embeddings.weight.shape[0]
-    if c.block == "gla":
-        public = {"architectures": ["GLAForCausalLM"], "model_type": "gla", "hidden_size": c.d_model, "num_hidden_layers": c.n_layer,
-                  "num_heads": sizes[0], "expand_k": c.expand_k, "expand_v": c.expand_v, "use_short_conv": c.conv_size > 0,
-                  "conv_size": c.conv_size or 4, "norm_eps": c.norm_eps, "intermediate_size": c.d_mlp, "hidden_act": "swish"}
-        rename = lambda k: k if k.startswith("lm_head") else f"model.{k}"
-    else:
-        public = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "hidden_size": c.d_model, "num_hidden_layers": c.n_layer,
-                  "num_heads": c.d_inner // c.headdim, "head_dim": c.headdim, "state_size": sizes[0], "expand": c.expand,
-                  "n_groups": c.n_groups, "conv_kernel": c.conv_size, "layer_norm_epsilon": c.norm_eps, "hidden_act": "silu",
-                  "use_bias": False, "use_conv_bias": True}
-        rename = lambda k: k if k.startswith("lm_head") else f"backbone.{re.sub('^norm', 'norm_f', k)}"
-    public |= {"vocab_size": rows, "tie_word_embeddings": c.tie_embeddings, "torch_dtype": "float32", "statex_tokenizer": c.tokenizer or None}
-    weights = {rename(k): v.contiguous() for k, v in lm.state_dict().items() if not (c.tie_embeddings and k == "lm_head.weight")}
-    os.makedirs(folder, exist_ok=True)
-    save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
-    with open(f"{folder}/config.json", "w") as f:
-        json.dump(public, f, indent=1)
+    """Write a folder that flash-linear-attention's GLAForCausalLM or transformers'
+    Mamba2ForCausalLM reads (see data/public.py). Raises BadInput."""
+    public.write_folder(asdict(lm.config), lm.state_dict(), folder)
 
 
-def speed(lm, prompt=8192, n=64):
-    """How fast lm reads a prompt and writes n tokens on the device it is on, in bfloat16 on a GPU (A_log, dt_bias and D stay
-    in float32; lm is converted in place). Returns {"state_bytes" a sequence, "prefill_tokens_per_s", "ms_per_token": {batch: ms}}."""
-    device, c = lm.embeddings.weight.device, lm.config
-    if device.type == "cuda":
-        exact = {k: p.data.float() for k, p in lm.named_parameters() if k.endswith(("A_log", "dt_bias", ".D"))}
-        lm.bfloat16()
-        for k, p in lm.named_parameters():
-            p.data = exact.get(k, p.data)
+# ---------------------------------------------------------------------------------------
+# run as a script: generate, or export
 
-    def seconds(f):
-        f()
-        times = []
-        for _ in range(3):
-            t0 = time.time()
-            f()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.time() - t0)
-        return sorted(times)[1]
 
-    idx = torch.randint(c.vocab_size, (64, prompt), device=device)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        read = seconds(lambda: lm.features(idx[:1]))
-    write = {b: seconds(lambda: lm.generate(idx[:b, :1], n)) / n * 1e3 for b in (1, 64)}
-    return {"state_bytes": 4 * sum(c.state_numbers(i) for i in range(c.n_layer)), "prefill_tokens_per_s": round(prompt / read),
-            "ms_per_token": write}
+@dataclass
+class Options:
+    ckpt: str = option("", "the model: a .pt file, a folder in a public format, or a hub id",
+                       alias="init_from")
+    prompt: str = option("", "text to continue; empty: a new document")
+    n: int = option(200, "tokens at most")
+    temperature: float = option(0.8, "0 takes the likeliest token")
+    top_k: int = option(50, "draw among the k likeliest tokens; 0: no limit")
+    top_p: float = option(1.0, "draw among the likeliest that have this probability together")
+    seed: int = option(0, "of the draws")
+    export: str = option("", "write the model to this new folder in a public format instead")
+    device: str = option("", "cpu, cuda, cuda:1, ...; empty: the GPU if there is one")
 
 
 def main():
-    o = command_line(__doc__, ckpt="", prompt="", n=200, temperature=0.8, top_k=50, seed=0, export="",
-                     device="cuda" if torch.cuda.is_available() else "cpu")
-    if not o.ckpt:
+    options = Options(**command_line(Options, __doc__))
+    if not options.ckpt:
         raise BadInput("name a checkpoint: --ckpt=out/recipe-gla/statex.pt")
-    lm = LM.from_pretrained(o.ckpt).to(o.device).eval()
-    if o.export:
-        export(lm.cpu(), o.export)
-        return print(f"{o.export}: config.json and model.safetensors")
+    device = pick_device(options.device)
+    lm = LM.from_pretrained(options.ckpt).eval()
+    if options.export:
+        export(lm, options.export)
+        print(f"{options.export}: a folder in the public format")
+        return
+    if not lm.config.tokenizer:
+        raise BadInput(f"{options.ckpt} does not say what its token ids mean (tokenizer is empty)")
     tokenizer = load_tokenizer(lm.config.tokenizer)
-    ids = tokenizer.encode_ordinary(o.prompt) or [0]
-    torch.manual_seed(o.seed)
-    idx = torch.tensor([ids], device=o.device)
-    print(tokenizer.decode(lm.generate(idx, o.n, o.temperature, o.top_k or None)[0].tolist()))
+    ids = tokenizer.encode_ordinary(options.prompt)
+    prompt = torch.tensor([ids or [tokenizer.eot_token]])
+    tokens = lm.to(device).stream(prompt, options.n, options.temperature, options.top_k or None,
+                                  options.top_p, tokenizer.eot_token, options.seed)
+    print_as_it_comes(tokenizer, ids, (token.item() for token in tokens))
+
+
+def print_as_it_comes(tokenizer, ids, tokens):
+    """Print the text of ids and of the tokens after them. A character may take several
+    tokens: what does not decode yet waits for the next one."""
+    ids = list(ids)
+    printed = ""
+    for token in itertools.chain([None], tokens):
+        if token is not None:
+            ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            print(text[len(printed):], end="", flush=True)
+            printed = text
+    print(text[len(printed):])
 
 
 if __name__ == "__main__":
-    main_line(main)
+    run_script(main)

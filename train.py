@@ -1,186 +1,227 @@
 """One training loop for every phase, and the recipe that chains them.
 
-    python train.py                                  the whole recipe on this machine: pre-train small, then post-train
-    python train.py --block=mamba2                   (a) LPT: unchanged and (b) StateX: with a larger state; same tokens,
-                                                     order and schedule -> a table, results.json and a picture
-    python train.py --init_from=scratch --d_model=512 ...             one run from random weights
-    python train.py --init_from=out/expanded.pt --preset=paper-gla    one run from a checkpoint
-    python train.py --init_from=resume --out_dir=out/run              go on with the run in out_dir
-    torchrun --nproc_per_node=8 train.py --init_from=... --preset=... [--shard]       on 8 GPUs: the same batch, shared out
+    python train.py                         the recipe: pre-train a small model, then post-train
+    python train.py --block=mamba2          it twice with the same tokens, order and schedule:
+                                            LPT (unchanged) and StateX (with a larger state)
+    python train.py --plot=out/recipe-gla   the recipe's table and picture again
 
-A run writes out_dir/NAME.pt and appends to out_dir/log.jsonl; the last number of every line is the seconds left.
+    python train.py --ckpt=scratch --d_model=512 --out_dir=out/run     one run, random weights
+    python train.py --ckpt=out/expanded.pt --preset=paper-gla          one run from a checkpoint
+    python train.py --ckpt=resume --out_dir=out/run                    go on with a run
+    torchrun --nproc_per_node=8 train.py --ckpt=... --preset=...       the batch shared out
+
+A run writes out_dir/NAME.pt and out_dir/log.jsonl. A folder that holds a run goes on with it
+if the options are the same, and is left alone if they are not. Ctrl-C, SIGTERM and a closed
+terminal save and stop; kill -9 loses the steps since the last save.
 """
-import collections, contextlib, json, math, os, resource, signal, sys, threading, time
-from types import SimpleNamespace
+from data.options import BadInput, command_line, option, pick_device, run_script
+
+import collections
+import contextlib
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import state_dict as sharded  # by name, however it is cut
 from tqdm import tqdm
 
+try:
+    import fcntl
+    import resource
+except ImportError:                     # Windows: no lock on out_dir, no peak of memory
+    fcntl = resource = None
+
 from data import prepare, recall
-from data.prepare import BadInput, command_line, load_corpus, load_tokenizer, main_line
-from expand import choose_layers, describe, expand
-from model import LM, Config, load_checkpoint, save_checkpoint
+from data.report import print_report
+from expand import INITS, choose_layers, describe, expand
+from model import LM, SIZES, Config, load_checkpoint, save_checkpoint
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-DEFAULTS = dict(
-    # what to run
-    init_from="",                  # "" the recipe | scratch | resume | a checkpoint
-    preset="",                     # a name of PRESETS: other values for the options below
-    block="gla",                   # gla | mamba2
-    data=f"{HERE}/data/python",    # token files, see data/prepare.py
-    out_dir="",                    # "" out/recipe-BLOCK for the recipe, out/run for one run
-    name="ckpt",                   # of the checkpoint that a run writes
-    seed=0,
-    device="cuda" if torch.cuda.is_available() else "cpu",
-    # the model, when from scratch
-    vocab_size=0,                  # 0 for the corpus's
-    n_layer=2, d_model=64, tie_embeddings=False, norm_eps=1e-5, conv_size=4,
-    n_head=4,                      # GLA: heads; the state of a layer is d_k d_v / n_head numbers
-    d_mlp=128,                     # GLA: width of the MLP; 0 for the public rule, 2/3 * 4 * d_model in multiples of 256
-    d_state=8, headdim=16,         # Mamba2: the state of a layer is 2 d_model d_state numbers
-    # the data: text, and sequences of multi-query recall (data/recall.py) beside it
-    batch_size=8,                  # text sequences a step, in all
-    block_size=128,                # tokens of a text sequence
-    recall_tokens=2048,            # tokens of recall sequences a step; 0 for text alone
-    pairs="2,4,8,16,32",           # key-value pairs of a recall sequence: one of these a step
-    curriculum=0.0,                # share of pre-training over which the sizes above join in, one after the other
-    # the optimizer: AdamW, linear warm-up, cosine to 0
-    steps=800, lr=1e-2, warmup=50, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0,
-    accumulate=1,                  # a process's share of a step is split into this many forward and backward passes
-    carry_state=False,             # text in order, each slice starting from the state after the one before (truncated backpropagation)
-    # speed and memory; none of these changes what is computed
-    compile=False,                 # torch.compile every layer; a minute at the start
-    checkpoint_activations=False,  # keep each layer's input only, compute the rest again in the backward pass
-    shard=False,                   # with torchrun: cut parameters, gradients and optimizer over the processes (FSDP2)
-    # evaluation, saving, logging
-    eval_interval=500,             # steps between evaluations; each saves a checkpoint
-    tensorboard=False,             # beside log.jsonl
-    # the recipe
-    pretrain_steps=1600,           # of `steps`, for the small model
-    every=1, layers="", factor=0, expand_init="reinit",     # the transplant, as in expand.py
-    lr_grid="1e-2,2e-2",           # both arms try each of these; see `recipe` for the rule
-)
 
-# From scratch, half a million tokens a step; the shapes are those of model.py's SIZES.
-SCRATCH = dict(block_size=2048, batch_size=256, accumulate=16, recall_tokens=0, steps=30000, warmup=1000, weight_decay=0.1, compile=True)
-# Post-training as in the paper, section 5.1: 10B tokens, 64K context, 512K tokens a batch, lr 3e-4 -> 0. The arms differ in
-# --init_from only: an expanded checkpoint or, for LPT, the public one.
-POST = dict(block_size=65536, batch_size=8, accumulate=8, recall_tokens=0, steps=20000, lr=3e-4, warmup=1000, weight_decay=0.1,
-            beta1=0.9, beta2=0.95, clip=1.0, eval_interval=500, checkpoint_activations=True, compile=True)
-GLA_SHAPE = dict(block="gla", n_layer=24, n_head=4, d_mlp=0, norm_eps=1e-6, conv_size=0)
-MAMBA2_SHAPE = dict(block="mamba2", n_layer=48, d_state=128, headdim=64, tie_embeddings=True)
+# ---------------------------------------------------------------------------------------
+# options and presets
+
+
+# From scratch: half a million tokens per step.
+SCRATCH = dict(block_size=2048, batch_size=256, accumulate=16, recall_tokens=0, steps=30000,
+               warmup=1000, weight_decay=0.1, compile=True)
+# Post-training as in the paper, section 5.1: 10B tokens, 64K context, 512K tokens per step.
+# The arms differ in --ckpt only: an expanded checkpoint, or for LPT the public one.
+POST = dict(block_size=65536, batch_size=8, accumulate=8, recall_tokens=0, steps=20000, lr=3e-4,
+            warmup=1000, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0, eval_interval=500,
+            checkpoint_activations=True, compile=True)
 PRESETS = {
-    "gla-340m": SCRATCH | GLA_SHAPE | dict(d_model=1024, lr=1e-3),
-    "gla-1.3b": SCRATCH | GLA_SHAPE | dict(d_model=2048, lr=5e-4, accumulate=64),
-    "mamba2-370m": SCRATCH | MAMBA2_SHAPE | dict(d_model=1024, lr=1e-3, accumulate=32),
-    "mamba2-1.3b": SCRATCH | MAMBA2_SHAPE | dict(d_model=2048, lr=5e-4, accumulate=64),
+    "gla-340m": SCRATCH | dict(block="gla", size="gla-340m", lr=1e-3),
+    "gla-1.3b": SCRATCH | dict(block="gla", size="gla-1.3b", lr=5e-4, accumulate=64),
+    "mamba2-370m": SCRATCH | dict(block="mamba2", size="mamba2-370m", lr=1e-3, accumulate=32),
+    "mamba2-1.3b": SCRATCH | dict(block="mamba2", size="mamba2-1.3b", lr=5e-4, accumulate=64),
     "paper-gla": POST | dict(block="gla"),
     "paper-mamba2": POST | dict(block="mamba2"),
-    # the recipe. GLA: `inherit`, the paper's ablation, because 800 steps are few for a fresh mixer (README has `reinit` too)
-    "recipe-gla": dict(expand_init="inherit", factor=2, curriculum=0.4),
-    "recipe-mamba2": dict(block="mamba2", tie_embeddings=True, lr=2e-2, pretrain_steps=1800, steps=900, lr_grid="1e-2,3e-2"),
+    "recipe-gla": dict(block="gla", curriculum=0.4, eval_interval=100),
+    "recipe-mamba2": dict(block="mamba2", tie_embeddings=True, lr=2e-2, pretrain_steps=1800,
+                          steps=900, lr_grid="1e-2,3e-2", eval_interval=100),
 }
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}            # FLOP/s in bfloat16, dense, of the SXM cards; for MFU
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# processes: one, or as many as torchrun starts; each does its share of every batch, the first one writes
+@dataclass
+class Options:
+    # what to run
+    ckpt: str = option("", "scratch | resume | the checkpoint, folder or hub id to start from; "
+                       "empty: the recipe", alias="init_from")
+    preset: str = option("", "other values for the options below; they are listed above")
+    block: str = option("gla", "of the recipe or from scratch", choices=("gla", "mamba2"))
+    data: str = option(f"{HERE}/data/python", "folder of token files, see data/prepare.py")
+    out_dir: str = option("", "empty: out/recipe-BLOCK for the recipe, out/run for one run")
+    name: str = option("ckpt", "of the checkpoint that one run writes")
+    overwrite: bool = option(False, "begin anew where out_dir holds a run")
+    seed: int = option(0, "of the weights and of the data's order")
+    device: str = option("", "cpu, cuda, cuda:1, ...; empty: the GPU if there is one")
+    plot: str = option("", "make the table and the picture of the recipe in this folder, only")
+    # the model, from scratch
+    size: str = option("", f"a public shape: {', '.join(SIZES)}; empty: the shape below")
+    vocab_size: int = option(0, "0: the corpus's")
+    n_layer: int = option(2, "layers")
+    d_model: int = option(64, "channels of the residual stream")
+    tie_embeddings: bool = option(False, "one matrix for embeddings and output")
+    norm_eps: float = option(1e-5, "of the norms")
+    conv_size: int = option(4, "taps of the short convolution; GLA: 0 for none")
+    n_head: int = option(4, "GLA: heads; a layer's state has d_k d_v / n_head elements")
+    d_mlp: int = option(128, "GLA: width of the MLP; 0: the public rule")
+    d_state: int = option(8, "Mamba2: a layer's state has 2 d_model d_state elements")
+    headdim: int = option(16, "Mamba2: channels per head")
+    # the data: text, and beside it sequences of multi-query recall (data/recall.py)
+    batch_size: int = option(8, "text sequences per step, in all")
+    block_size: int = option(128, "tokens per text sequence")
+    recall_tokens: int = option(2048, "tokens of recall sequences per step; 0: text alone")
+    pairs: str = option("2,4,8,16,32", "key-value pairs of a recall sequence, one of these a step")
+    curriculum: float = option(0.0, "share of the steps over which these sizes join in")
+    carry_state: bool = option(False, "read text in order, from the state of the slice before")
+    documents: bool = option(False, "forget the state where a document ends")
+    # the optimizer: AdamW, linear warm-up, cosine to 0
+    steps: int = option(800, "optimizer steps")
+    lr: float = option(1e-2, "highest learning rate")
+    warmup: int = option(50, "steps of linear warm-up")
+    weight_decay: float = option(0.1, "of matrices")
+    beta1: float = option(0.9, "of AdamW")
+    beta2: float = option(0.95, "of AdamW")
+    clip: float = option(1.0, "largest norm of the gradient")
+    # speed and memory: none of these changes what is computed
+    accumulate: int = option(1, "passes that a step is cut into, over all processes together")
+    compile: bool = option(False, "torch.compile every layer: for GPUs, a minute at the start")
+    checkpoint_activations: bool = option(False, "keep layers' inputs only, compute the rest again")
+    shard: bool = option(False, "with torchrun: FSDP2 in place of DistributedDataParallel")
+    # evaluation, saving, logging
+    eval_interval: int = option(500, "steps between evaluations; each saves a checkpoint")
+    tensorboard: bool = option(False, "beside log.jsonl")
+    # the recipe
+    pretrain_steps: int = option(1600, "of the small model")
+    every: int = option(1, "StateX enlarges every n-th layer")
+    layers: str = option("", "or these, such as 0,6,12")
+    factor: int = option(0, "of the state; 0: GLA all heads of a layer, Mamba2 4")
+    init: str = option("preserve", "the transplant, see expand.py", choices=INITS,
+                       alias="expand_init")
+    lr_grid: str = option("1e-2,2e-2", "both arms try each for a quarter of the steps; the one "
+                          "with the lower held-out loss goes on")
 
 
-class World:
-    """This process among the others. Set once, by `join`."""
-    rank, size, local, stopping = 0, 1, 0, False
+# FLOP/s in bfloat16, dense, of the SXM cards; for MFU
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
-def join(o):
-    """Take this process's place among those that torchrun started (gloo on CPUs, NCCL on GPUs)."""
+def check(options, processes):
+    """Raises BadInput for options that cannot be run, before anything is written."""
+    o = options
+    for name in ("steps", "pretrain_steps", "batch_size", "block_size", "accumulate",
+                 "eval_interval", "n_layer", "d_model", "headdim"):
+        if not getattr(o, name):
+            raise BadInput(f"--{name}=0; expected 1 or more")
+    if max(o.beta1, o.beta2) >= 1 or not o.clip:
+        raise BadInput(f"beta1 {o.beta1} and beta2 {o.beta2} must be below 1, and clip {o.clip} "
+                       "above 0")
+    if not o.name or os.path.basename(o.name) != o.name:
+        raise BadInput(f"--name={o.name} is not a file's name; the folder is --out_dir")
+    if o.size and o.size not in SIZES:
+        raise BadInput(f"no size {o.size!r}; there are {', '.join(SIZES)}")
+    rates(o)
+    parts = passes(o, processes) * processes.size
+    if parts % processes.size or o.batch_size % parts:
+        raise BadInput(f"batch_size {o.batch_size} cannot be shared out: accumulate "
+                       f"{o.accumulate} on {processes.size} processes makes {parts} passes")
+    listed = o.pairs.split(",")
+    most = recall.SYMBOLS // 2
+    if not all(p.isdigit() and 0 < int(p) <= most for p in listed):
+        raise BadInput(f"--pairs={o.pairs} is not a list of pairs; expected numbers from 1 to "
+                       f"{most}, such as 4,8,16")
+    largest = max(pair_sizes(o))
+    if o.recall_tokens and -(-o.recall_tokens // (4 * largest)) < parts:
+        raise BadInput(f"recall_tokens {o.recall_tokens} are fewer than {parts} sequences of "
+                       f"{largest} pairs, one for each pass of a step")
+    if o.shard and (processes.size == 1 or not o.ckpt):
+        raise BadInput("--shard cuts one run over processes: start it with torchrun and --ckpt")
+    if o.compile and o.device == "cpu":
+        raise BadInput("--compile is for GPUs: on a CPU the first step takes minutes and the "
+                       "others gain little")
+    if os.path.exists(o.out_dir) and not os.path.isdir(o.out_dir):
+        raise BadInput(f"out_dir {o.out_dir} is a file; expected a folder, or a name that is free")
+
+
+def pair_sizes(options):
+    return [int(p) for p in options.pairs.split(",")]
+
+
+def rates(options):
+    """The recipe's learning rates. Raises BadInput."""
+    try:
+        return [float(x) for x in options.lr_grid.split(",")]
+    except ValueError as e:
+        raise BadInput(f"--lr_grid={options.lr_grid} is not a list of learning rates; expected "
+                       "numbers such as 1e-2,2e-2") from e
+
+
+# ---------------------------------------------------------------------------------------
+# processes: one, or as many as torchrun starts; each does its share of every step
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the others. The first one writes files and prints."""
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+
+def join(device):
+    """Take this process's place among those that torchrun started (gloo on CPUs, NCCL on
+    GPUs). -> (Processes, its device)"""
     if "RANK" not in os.environ:
-        return
-    World.rank, World.size, World.local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if o.device.startswith("cuda"):
-        o.device = f"cuda:{World.local}"
-        torch.cuda.set_device(World.local)
-    dist.init_process_group("nccl" if o.device.startswith("cuda") else "gloo")
+        return Processes(), device
+    processes = Processes(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    if device.startswith("cuda"):
+        device = f"cuda:{processes.local}"
+        torch.cuda.set_device(processes.local)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if not processes.first:
+        sys.stdout = open(os.devnull, "w")
+    return processes, device
 
 
-signals = []                              # SIGINT or SIGTERM that came: save and stop after this step
-
-
-def listen():
-    """Note SIGINT and SIGTERM in `signals`. A thread hears of them through a pipe, even while the main one hangs in a collective."""
-    ear, mouth = os.pipe()
-
-    def wait():
-        signals.append(os.read(ear, 1)[0])
-        if World.size > 1:                                         # torchrun sends SIGTERM when another process has died
-            time.sleep(20)
-            if World.stopping:
-                return
-            print(f"train.py: process {World.rank} waited 20 s for the others after signal {signals[0]} and ends; "
-                  "go on with --init_from=resume", file=sys.stderr, flush=True)
-        else:
-            os.read(ear, 1)                                        # a second one: at once
-        os._exit(128 + signals[0])
-    os.set_blocking(mouth, False)
-    signal.set_wakeup_fd(mouth)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def wrap(lm, o):
-    """lm ready to train: on its device, compiled, and as DistributedDataParallel or, with --shard, cut by fully_shard."""
-    lm.to(o.device).train()
-    lm.checkpoint_activations = o.checkpoint_activations
-    if o.compile:
-        torch._dynamo.config.recompile_limit = 64                  # one graph for each shape of layer and of batch
-        torch._dynamo.config.optimize_ddp = False                  # and the same one with DistributedDataParallel, not cut at its buckets
-        for layer in lm.layers:                                    # layers of one shape share theirs
-            layer.compile(dynamic=False)
-        lm.slice_loss = torch.compile(lm.slice_loss, dynamic=True)
-    if o.shard:
-        from torch.distributed.fsdp import fully_shard
-        for layer in (*lm.layers, lm):
-            fully_shard(layer)
-        return lm
-    if World.size > 1:
-        return torch.nn.parallel.DistributedDataParallel(lm, device_ids=[World.local] if o.device.startswith("cuda") else None)
-    return lm
-
-
-def precision(o):
-    """bfloat16 matrix products on a GPU; parameters, residuals, norms and states stay in float32."""
-    return torch.autocast("cuda", torch.bfloat16) if o.device.startswith("cuda") else contextlib.nullcontext()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# one run
-
-
-def batches(tokens, o, vocab_size, step, part, parts):
-    """Part `part` of `parts` of a step's data: a list of (idx, targets, share of the step's rows), text first, then recall
-    sequences of one size. The step's data depends on nothing but the seed and the step, so both arms see the same tokens in
-    the same order, any number of processes the same batch, and a resumed run goes on with what comes next."""
-    rng = np.random.default_rng([o.seed, step, 0])
-    T = o.block_size
-    if o.carry_state:                                              # row r reads the r-th stretch of the text, slice by slice
-        slices = (len(tokens) - 1) // o.batch_size // T
-        starts = np.arange(o.batch_size) * slices * T + step % slices * T
-    else:
-        starts = rng.integers(len(tokens) - T, size=o.batch_size)
-    text = np.stack([tokens[s:s + T + 1] for s in starts[share(o.batch_size, part, parts)]]).astype(np.int64)
-    data = [(text[:, :-1], text[:, 1:], len(text) / o.batch_size)]
-    if o.recall_tokens:
-        grown = step / (o.curriculum * o.steps) if step < o.curriculum * o.steps else 1.0
-        pairs = int(rng.choice(sizes(o)[:1 + int(grown * len(sizes(o)))]))
-        n = -(-o.recall_tokens // (4 * pairs))
-        rows = share(n, part, parts)
-        idx, targets = recall.mqar(rng, n, pairs, vocab_size)
-        data.append((idx[rows], targets[rows], (rows.stop - rows.start) / n))
-    return [(torch.from_numpy(a).to(o.device), torch.from_numpy(b).to(o.device), w) for a, b, w in data]
+def passes(options, processes):
+    """Forward and backward passes per process and step."""
+    return -(-options.accumulate // processes.size)
 
 
 def share(n, part, parts):
@@ -188,416 +229,799 @@ def share(n, part, parts):
     return slice(n * part // parts, n * (part + 1) // parts)
 
 
-def sizes(o):
-    return [int(p) for p in o.pairs.split(",")]
+class Stop:
+    """Whether a signal asked to save and stop: Ctrl-C, SIGTERM, or a closed terminal."""
+
+    def __init__(self):
+        self.signal = 0                 # its number
+        self.agreed = False             # all processes know and stop after this step
+
+    def listen(self):
+        """From now on note these signals. Python runs a signal's handler in the main thread
+        only, which may be compiling or hang in a collective, so that a thread listens too,
+        through a pipe: it answers at once, and ends the process at a second signal or when
+        the others have died (torchrun then sends SIGTERM)."""
+        ear, mouth = os.pipe()
+        os.set_blocking(mouth, False)
+        signal.set_wakeup_fd(mouth)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) != signal.SIG_IGN:      # as nohup sets it
+                signal.signal(number, lambda *_: None)
+        threading.Thread(target=self.wait, args=(ear,), daemon=True).start()
+
+    def wait(self, ear):
+        self.signal = os.read(ear, 1)[0]
+        if "RANK" not in os.environ:
+            say("\ntrain.py: saving and stopping after this step; once more to stop at once")
+            os.read(ear, 1)
+        else:
+            time.sleep(20)
+            if self.agreed:
+                return
+            say(f"train.py: process {os.environ['RANK']} waited 20 s for the others after "
+                f"signal {self.signal} and ends; go on with --ckpt=resume")
+        os._exit(128 + self.signal)
 
 
-def rates(o):
-    """The recipe's learning rates. Raises BadInput."""
-    try:
-        return [float(x) for x in o.lr_grid.split(",")]
-    except ValueError:
-        raise BadInput(f"--lr_grid={o.lr_grid} is not a list of learning rates; expected numbers such as 1e-2,2e-2")
+def say(line):
+    """To the terminal, whatever else is being printed."""
+    print(line, file=sys.stderr, flush=True)
 
 
-def make_optimizer(lm, o):
-    """AdamW without decay on vectors: norm gains, biases, A_log, D, dt_bias."""
-    params = [p for p in lm.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": o.weight_decay},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), fused=o.device.startswith("cuda"))
+# ---------------------------------------------------------------------------------------
+# the state of one run
 
 
-def learning_rate(o, step):
-    if step < o.warmup:
-        return o.lr * (step + 1) / (o.warmup + 1)
-    return o.lr * 0.5 * (1 + math.cos(math.pi * (step - o.warmup) / max(1, o.steps - o.warmup)))
+@dataclass
+class Run:
+    """A model in training and how far it is."""
+    lm: LM
+    model: torch.nn.Module          # lm, or what wraps it for several processes
+    optimizer: torch.optim.Optimizer
+    options: Options
+    corpus: tuple                   # (training tokens, held-out tokens, meta)
+    processes: Processes
+    stop: Stop
+    end_of_text: int | None = None  # with --documents
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0            # of training
+    best: float = math.inf          # held-out loss, text and recall together
+    evaluations: list = field(default_factory=list)     # [tokens, text loss, recall loss]
+    carried: list = field(default_factory=list)         # with --carry_state: per pass
+    recent: collections.deque = field(default_factory=lambda: collections.deque(maxlen=20))
+
+    @property
+    def path(self):
+        return f"{self.options.out_dir}/{self.options.name}.pt"
+
+    @property
+    def cuda(self):
+        return self.options.device.startswith("cuda")
 
 
-def flops_per_token(lm):
-    """Of forward and backward: 6 for every weight of a matrix product, 12 for every number of state (2 to decay and write
-    it, 2 to read it, and twice that backward). What is computed twice to save memory is not counted."""
-    weights = sum(p.numel() for n, p in lm.named_parameters() if p.dim() == 2 and not n.startswith("embeddings"))
-    if lm.config.tie_embeddings:
-        weights += lm.embeddings.weight.numel()
-    return 6 * weights + 12 * sum(lm.config.state_numbers(i) for i in range(lm.config.n_layer))
+def start_run(lm, options, corpus, processes, stop):
+    """A Run at step 0: lm on its device, compiled, and shared out over the processes."""
+    cuda = options.device.startswith("cuda")
+    lm.to(options.device).train()
+    lm.checkpoint_activations = options.checkpoint_activations
+    if options.compile:
+        torch._dynamo.config.recompile_limit = 64   # one graph per shape of layer and of batch
+        torch._dynamo.config.optimize_ddp = False   # the same graphs as in one process
+        for layer in lm.layers:
+            layer.compile(dynamic=False)            # layers of one shape share theirs
+        lm.slice_loss = torch.compile(lm.slice_loss, dynamic=True)
+    model = lm
+    if options.shard:
+        from torch.distributed.fsdp import fully_shard
+        for module in (*lm.layers, lm):
+            fully_shard(module)
+    elif processes.size > 1:
+        device_ids = [processes.local] if cuda else None
+        model = torch.nn.parallel.DistributedDataParallel(lm, device_ids=device_ids)
+    run = Run(lm, model, make_optimizer(lm, options), options, corpus, processes, stop)
+    run.carried = [None] * passes(options, processes)
+    if options.documents:
+        run.end_of_text = prepare.load_tokenizer(corpus[2]["tokenizer"]).eot_token
+    return run
+
+
+def make_optimizer(lm, options):
+    """AdamW without weight decay on vectors (norm gains, biases, A_log, D, dt_bias) and on
+    GLA's gates."""
+    matrices = []
+    others = []
+    for name, p in lm.named_parameters():
+        if p.requires_grad:
+            (matrices if p.dim() >= 2 and not name.endswith("gates") else others).append(p)
+    groups = [{"params": matrices, "weight_decay": options.weight_decay},
+              {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2),
+                             fused=options.device.startswith("cuda"))
+
+
+def precision(options):
+    """bfloat16 matrix products on a GPU; parameters, residuals, norms and states stay in
+    float32."""
+    if options.device.startswith("cuda"):
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+# ---------------------------------------------------------------------------------------
+# one step
+
+
+def batches(run, part):
+    """Part `part` of this step's data: a list of (idx, targets, first, share of the rows),
+    text first, then recall sequences of one size.
+
+    The data depends on the seed and the step alone, so that both arms see the same tokens in
+    the same order, any number of processes the same batch, and a resumed run goes on with
+    what comes next."""
+    o = run.options
+    tokens = run.corpus[0]
+    parts = passes(o, run.processes) * run.processes.size
+    rng = np.random.default_rng([o.seed, run.step, 0])
+    if o.carry_state:                       # row r reads the r-th stretch of the text
+        slices = slices_per_row(run)
+        starts = np.arange(o.batch_size) * slices * o.block_size
+        starts = starts + run.step % slices * o.block_size
+    else:
+        starts = rng.integers(len(tokens) - o.block_size, size=o.batch_size)
+    starts = starts[share(o.batch_size, part, parts)]
+    text = np.stack([tokens[s:s + o.block_size + 1] for s in starts]).astype(np.int64)
+    first = None
+    if o.documents:                         # a document begins after the end of the one before
+        first = np.zeros((len(text), o.block_size), bool)
+        first[:, 1:] = text[:, :-2] == run.end_of_text
+    data = [(text[:, :-1], text[:, 1:], first, len(text) / o.batch_size)]
+    if o.recall_tokens:
+        grown = 1.0
+        if run.step < o.curriculum * o.steps:
+            grown = run.step / (o.curriculum * o.steps)
+        sizes = pair_sizes(o)
+        pairs = int(rng.choice(sizes[:1 + int(grown * len(sizes))]))
+        n = -(-o.recall_tokens // (4 * pairs))
+        rows = share(n, part, parts)
+        idx, targets = recall.mqar(rng, n, pairs, run.lm.config.vocab_size)
+        data.append((idx[rows], targets[rows], None, (rows.stop - rows.start) / n))
+    return [tuple(torch.from_numpy(x).to(o.device) if isinstance(x, np.ndarray) else x
+                  for x in entry) for entry in data]
+
+
+def slices_per_row(run):
+    """With --carry_state: steps until the text begins again."""
+    o = run.options
+    return (len(run.corpus[0]) - 1) // o.batch_size // o.block_size
+
+
+def learning_rate(options, step):
+    if step < options.warmup:
+        return options.lr * (step + 1) / (options.warmup + 1)
+    done = (step - options.warmup) / max(1, options.steps - options.warmup)
+    return options.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def forward_backward(run):
+    """Add up the gradients of this step. Returns a tensor: loss of text, loss of recall,
+    tokens, 1 if a signal asked to stop; each summed over the processes."""
+    o = run.options
+    size = run.processes.size
+    count = passes(o, run.processes)
+    sums = torch.zeros(4, dtype=torch.float64, device=o.device)
+    begins = o.carry_state and run.step % slices_per_row(run) == 0
+    for k in range(count):
+        data = batches(run, run.processes.rank * count + k)
+        for i, (idx, targets, first, weight) in enumerate(data):
+            carries = o.carry_state and i == 0
+            state = run.carried[k] if carries and not begins else None
+            last = k == count - 1 and i == len(data) - 1
+            with exchange_gradients(run, last):         # once per step
+                with precision(o):
+                    _, loss, state = run.model(idx, targets, state, first)
+                loss = loss * weight
+                (loss * size).backward()                # averaged over the processes
+            if carries:
+                run.carried[k] = on_device(state, o.device)
+            sums[i] += loss.detach()
+            sums[2] += idx.numel()
+    sums[3] += bool(run.stop.signal)
+    if size > 1:
+        dist.all_reduce(sums)
+    return sums
+
+
+def exchange_gradients(run, last):
+    """The backward pass exchanges gradients between processes only if `last`."""
+    if run.options.shard:
+        run.model.set_requires_gradient_sync(last)
+    elif run.processes.size > 1 and not last:
+        return run.model.no_sync()
+    return contextlib.nullcontext()
+
+
+def on_device(states, device):
+    """The states of all layers, or None, on a device and cut off from the graph."""
+    return states and [tuple(None if t is None else t.detach().to(device) for t in layer)
+                       for layer in states]
+
+
+def clip_and_step(run):
+    """-> the gradient's norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(run.lm.parameters(), run.options.clip)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return norm.full_tensor() if run.options.shard else norm
+
+
+# ---------------------------------------------------------------------------------------
+# evaluate, save, resume, log
 
 
 @contextlib.contextmanager
-def scoring(lm, o):
-    """lm as it is scored: in training's precision, and not compiled, because scoring has many shapes."""
+def scoring(lm, options):
+    """lm as it is scored: in training's precision, and not compiled, because scoring has many
+    shapes."""
     lm.eval()
-    with torch.no_grad(), precision(o), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), precision(options), torch.compiler.set_stance("force_eager"):
         yield
     lm.train()
 
 
-def held_out(lm, o, val):
-    """Loss on held-out text, in windows of block_size but at most 8192 tokens, and on recall sequences that training never
-    draws, in nats an answer."""
+def evaluate(run):
+    """Loss on held-out text, in windows of block_size but at most 8192 tokens, and on recall
+    sequences that training never draws, in nats per answer; appended to run.evaluations."""
+    o = run.options
+    val = run.corpus[1]
     asked = 0.0
-    with scoring(lm, o):
-        text = recall.text_loss(lm, val, min(o.block_size, 8192, len(val) - 1))[0]
-        for p in sizes(o) if o.recall_tokens else ():
-            idx, targets = (torch.from_numpy(a).to(o.device) for a in
-                            recall.mqar(np.random.default_rng([7, p]), 64, p, lm.config.vocab_size))
-            asked += lm(idx, targets)[1].item() / len(sizes(o))
-    return text, asked
+    with scoring(run.lm, o):
+        text = recall.text_loss(run.lm, val, min(o.block_size, 8192, len(val) - 1))[0]
+        for pairs in pair_sizes(o) if o.recall_tokens else ():
+            rng = np.random.default_rng([7, pairs])
+            idx, targets = recall.mqar(rng, 64, pairs, run.lm.config.vocab_size)
+            idx = torch.from_numpy(idx).to(o.device)
+            targets = torch.from_numpy(targets).to(o.device)
+            asked += run.lm(idx, targets)[1].item() / len(pair_sizes(o))
+    run.evaluations.append([run.tokens, text, asked])
+    run.best = min(run.best, text + asked)
 
 
-def train(lm, o, corpus, resume=None, until=None):
-    """Train lm in place by the options o, to the end or to step `until`; resume is the "train" entry of the checkpoint to
-    go on from.
-    Returns {"tokens", "tokens_per_s", "val_loss", "recall_loss", "peak_mem_mib", "curve"}."""
-    from torch.distributed.checkpoint import state_dict as whole   # of parameters by name, however they are cut
-    tokens, val, _ = corpus
-    cuda, first, parts = o.device.startswith("cuda"), World.rank == 0, o.accumulate * World.size
-    work, peak_flops = flops_per_token(lm), next((f for name, f in PEAK.items() if cuda and name in torch.cuda.get_device_name()), None)
-    model = wrap(lm, o)
-    optimizer = make_optimizer(lm, o)
-    full = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    step, seen, curve, spent, best, carried = 0, 0, [], 0.0, math.inf, [None] * o.accumulate
-    if resume:
-        whole.set_optimizer_state_dict(lm, optimizer, resume["optimizer"], options=whole.StateDictOptions(full_state_dict=True))
-        step, seen, curve, spent, best = (resume[k] for k in ("step", "tokens", "curve", "seconds", "best"))
-        if o.carry_state and resume["carried"]:
-            mine = resume["carried"][World.rank * o.accumulate:(World.rank + 1) * o.accumulate]
-            carried = [on(o.device, s) for s in mine] if len(resume["carried"]) == parts else carried
-    path = f"{o.out_dir}/{o.name}.pt"
-    log = open(f"{o.out_dir}/log.jsonl" if first else os.devnull, "a", buffering=1)
-    board = tensorboard(o) if o.tensorboard and first else None
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
+def save(run):
+    """One whole model in run.path, however it is cut over processes."""
+    full = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, optimizer = sharded.get_state_dict(run.lm, run.optimizer, options=full)
+    carried = gather_carried(run)
+    if run.processes.first:
+        meta = run.corpus[2]
+        train = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds,
+                 "best": run.best, "evaluations": run.evaluations, "carried": carried,
+                 "options": asdict(run.options), "optimizer": optimizer,
+                 "corpus": {"sha256": meta.get("sha256"), "tokenizer": meta["tokenizer"]}}
+        save_checkpoint(run.path, run.lm, train, weights)
+    if run.processes.size > 1:
+        dist.barrier()
 
-    def write(**line):
-        left = sum(s for _, s in recent) / len(recent) * (o.steps - step)
-        log.write(json.dumps({"run": o.name, "step": step, "tokens": seen, **line, "seconds_left": round(left, 1)}) + "\n")
-        for k, v in line.items() if board else ():
-            board.add_scalar(f"{o.name}/{k}", v, step)
 
-    def save():
-        weights, states = whole.get_state_dict(lm, optimizer, options=full)
-        every = [on("cpu", s) for s in carried] if o.carry_state else None
-        if o.carry_state and World.size > 1:
-            ranks = [None] * World.size
-            dist.all_gather_object(ranks, every)
-            every = [s for r in ranks for s in r]
-        if first:
-            save_checkpoint(path, lm, {"step": step, "tokens": seen, "seconds": spent, "curve": curve, "best": best, "carried": every,
-                                       "options": vars(o), "optimizer": states}, weights)
-        if World.size > 1:
-            dist.barrier()
+def gather_carried(run):
+    """The carried states of all rows of the batch, in order, on the CPU; None without any."""
+    if not run.options.carry_state or run.carried[0] is None:
+        return None
+    parts = [on_device(state, "cpu") for state in run.carried]
+    if run.processes.size > 1:
+        gathered = [None] * run.processes.size
+        dist.all_gather_object(gathered, parts)
+        parts = [state for of_rank in gathered for state in of_rank]
+    return [tuple(None if rows[0] is None else torch.cat(rows)
+                  for rows in zip(*layers, strict=True)) for layers in zip(*parts, strict=True)]
 
-    bar = tqdm(total=o.steps, initial=step, desc=o.name, mininterval=1, disable=not first or (None if sys.stderr.isatty() else False),
-               unit="step", dynamic_ncols=True)
-    text, asked, recent = None, None, collections.deque(maxlen=20)           # tokens and seconds of the last steps
-    until = until or o.steps
-    while step < until:
-        t0 = time.time()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(o, step)
-        optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(4, dtype=torch.float64, device=o.device)       # loss of text, loss of recall, tokens, asked to stop
-        fresh = o.carry_state and step % ((len(tokens) - 1) // o.batch_size // o.block_size) == 0
-        for k in range(o.accumulate):
-            data = batches(tokens, o, lm.config.vocab_size, step, World.rank * o.accumulate + k, parts)
-            for i, (idx, targets, weight) in enumerate(data):
-                last = k == o.accumulate - 1 and i == len(data) - 1       # gradients are exchanged once a step
-                quiet = model.no_sync() if World.size > 1 and not o.shard and not last else contextlib.nullcontext()
-                if o.shard:
-                    model.set_requires_gradient_sync(last)
-                with quiet:
-                    with precision(o):
-                        _, part_loss, state = model(idx, targets, carried[k] if o.carry_state and i == 0 and not fresh else None)
-                    part_loss = part_loss * weight
-                    (part_loss * World.size).backward()                   # they are averaged over the processes
-                if o.carry_state and i == 0:
-                    carried[k] = [(S.detach(), None if before is None else before.detach()) for S, before in state]
-                sums[i] += part_loss.detach()
-                sums[2] += idx.numel()
-        norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), o.clip)
-        sums[3] += len(signals)
-        if World.size > 1:
-            dist.all_reduce(sums)
-        optimizer.step()
-        *sums, norm = torch.cat((sums, (norm.full_tensor() if o.shard else norm).double()[None])).tolist()      # waits for the GPU
-        text_loss, recall_loss, count, stopping = sums
-        World.stopping = stopping > 0
-        if not math.isfinite(text_loss + recall_loss + norm):
-            bar.close()
-            kept = f"{path} holds the last good step" if os.path.exists(path) else "nothing was saved yet"
-            raise BadInput(f"step {step}: the loss is {text_loss + recall_loss:.4g} and the gradient's norm {norm:.4g}; {kept}; "
-                           "try a smaller --lr or a longer --warmup")
-        step, seen = step + 1, seen + int(count)
-        recent.append((count, time.time() - t0))
-        spent += recent[-1][1]
-        rate = sum(n for n, _ in recent) / sum(s for _, s in recent)
-        mfu = {"mfu": round(work * rate / World.size / peak_flops, 4)} if peak_flops else {}
-        bar.update()
-        bar.set_postfix_str(f"loss {text_loss:.3f} recall {recall_loss:.3f} {rate:,.0f} tokens/s" + (f" MFU {mfu['mfu']:.0%}" if mfu else ""), refresh=False)
-        if step % 10 == 0 or step == until:
-            curve.append([seen, text_loss, recall_loss])
-            write(loss=text_loss, recall_loss=recall_loss, grad_norm=norm, lr=learning_rate(o, step - 1), tokens_per_s=round(rate), **mfu)
-        if step % o.eval_interval == 0 or step == until:
-            text, asked = held_out(lm, o, val)
-            best = min(best, text + asked)
-            write(val_loss=text, val_recall_loss=asked, best=best, peak_mem_mib=peak_memory(cuda))
-            save()
-        elif stopping:
-            save()
-        if stopping and step < o.steps:
-            bar.close()
-            if first:
-                print(f"stopped by a signal: {path} holds step {step}; " + (f"go on with --init_from=resume --out_dir={o.out_dir} --name={o.name}"
-                      if o.init_from else "the recipe starts from its beginning again"), flush=True)
-            raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
-    bar.close()
-    log.close()
-    if text is None:                                               # resumed after its last step
-        text, asked = held_out(lm, o, val)
-    return {"tokens": seen, "tokens_per_s": round(seen / spent), "val_loss": text, "recall_loss": asked,
-            "peak_mem_mib": peak_memory(cuda), "curve": curve}
+
+def restore(run, train):
+    """Put a run where the "train" entry of a checkpoint says it was. Raises BadInput."""
+    try:
+        # Options of AdamW are this torch's and this device's; only moments and steps are kept.
+        groups = run.optimizer.state_dict()["param_groups"]
+        kept = {key for group in groups for key in group}
+        saved = train["optimizer"]
+        for group in saved["param_groups"]:
+            for key in set(group) - kept:
+                del group[key]
+            group["fused"] = run.cuda
+        full = sharded.StateDictOptions(full_state_dict=True)
+        sharded.set_optimizer_state_dict(run.lm, run.optimizer, saved, options=full)
+        run.step = train["step"]
+        run.tokens = train["tokens"]
+        run.seconds = train["seconds"]
+        run.best = train["best"]
+        run.evaluations = list(train["evaluations"])
+        carried = train["carried"]
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        raise BadInput(f"{run.path} was written by another version and cannot be resumed "
+                       f"({type(e).__name__}: {' '.join(str(e).split())[:100]}); start a run "
+                       f"from its weights: --ckpt={run.path} with another --out_dir") from e
+    if carried:
+        count = passes(run.options, run.processes)
+        for k in range(count):
+            rows = share(run.options.batch_size, run.processes.rank * count + k,
+                         count * run.processes.size)
+            mine = [tuple(None if t is None else t[rows] for t in layer) for layer in carried]
+            run.carried[k] = on_device(mine, run.options.device)
+
+
+def flops_per_token(lm):
+    """Of forward and backward: 6 per weight of a matrix product, 12 per element of state (2 to
+    decay and write it, 2 to read it, and twice that backward). What is computed twice to save
+    memory is not counted."""
+    c = lm.config
+    weights = sum(p.numel() for name, p in lm.named_parameters()
+                  if p.dim() == 2 and not name.startswith("embeddings"))
+    if c.tie_embeddings:
+        weights += lm.embeddings.weight.numel()
+    return 6 * weights + 12 * sum(c.state_elements(i) for i in range(c.n_layer))
 
 
 def peak_memory(cuda):
     """MiB: on a GPU what this process's tensors took at most, on a CPU the process itself."""
-    return round(torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    if cuda:
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    if resource is None:
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
 
-def on(device, states):
-    """The states of all layers, or None, on a device."""
-    return states and [tuple(t if t is None else t.to(device) for t in s) for s in states]
+class Log:
+    """log.jsonl, and on request TensorBoard; a progress bar in a terminal, lines elsewhere."""
+
+    def __init__(self, run, until):
+        o = run.options
+        first = run.processes.first
+        self.run = run
+        self.file = open(f"{o.out_dir}/log.jsonl" if first else os.devnull, "a", buffering=1)
+        self.board = tensorboard(o.out_dir) if o.tensorboard and first else None
+        self.every = max(1, until // 8)
+        what = o.name if until == o.steps else f"{o.name}, the first {until} of {o.steps} steps"
+        self.what = what
+        self.bar = tqdm(total=until, initial=run.step, desc=what, unit="step", mininterval=1,
+                        dynamic_ncols=True, disable=not first or not sys.stderr.isatty())
+        peaks = [f for card, f in PEAK.items()
+                 if run.cuda and card in torch.cuda.get_device_name()]
+        self.peak_flops = peaks[0] * run.processes.size if peaks else None
+        self.work = flops_per_token(run.lm)
+
+    def speed(self):
+        """Of the last steps: tokens per second, and as a dict the share of the peak FLOP/s."""
+        recent = self.run.recent
+        rate = sum(count for count, _ in recent) / sum(seconds for _, seconds in recent)
+        if not self.peak_flops:
+            return rate, {}
+        return rate, {"mfu": round(self.work * rate / self.peak_flops, 4)}
+
+    def write(self, **line):
+        run = self.run
+        left = 0.0
+        if run.recent:
+            mean = sum(seconds for _, seconds in run.recent) / len(run.recent)
+            left = mean * (run.options.steps - run.step)
+        line = {"run": run.options.name, "step": run.step, "tokens": run.tokens, **line,
+                "seconds_left": round(left, 1)}
+        self.file.write(json.dumps(line) + "\n")
+        for key, value in line.items() if self.board else ():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(f"{run.options.name}/{key}", value, run.step)
+
+    def show(self, text_loss, recall_loss):
+        """After every step: the bar in a terminal, elsewhere a line now and then."""
+        run = self.run
+        rate, mfu = self.speed()
+        text = f"loss {text_loss:.3f}"
+        if run.options.recall_tokens:
+            text += f" recall {recall_loss:.3f}"
+        text += f" {rate:,.0f} tokens/s" + "".join(f" MFU {share:.0%}" for share in mfu.values())
+        self.bar.update()
+        self.bar.set_postfix_str(text, refresh=False)
+        if self.bar.disable and run.processes.first and run.step % self.every == 0:
+            say(f"{self.what}: step {run.step}  {text}")
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
 
 
-def tensorboard(o):
+def tensorboard(folder):
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise BadInput("--tensorboard writes for TensorBoard: pip install tensorboard")
-    return SummaryWriter(o.out_dir)
+    except ImportError as e:
+        raise BadInput("--tensorboard writes for TensorBoard: pip install tensorboard") from e
+    return SummaryWriter(folder)
 
 
-def new_model(o, meta):
-    torch.manual_seed(o.seed)
-    shape = {k: getattr(o, k) for k in ("block", "n_layer", "d_model", "tie_embeddings", "norm_eps", "conv_size",
-                                        "n_head", "d_mlp", "d_state", "headdim")}
-    if o.vocab_size and o.vocab_size < meta["vocab_size"]:
-        raise BadInput(f"vocab_size {o.vocab_size} is less than the {meta['vocab_size']} token ids in {o.data}")
-    return LM(Config(vocab_size=o.vocab_size or meta["vocab_size"], tokenizer=meta["tokenizer"], **shape))
+# ---------------------------------------------------------------------------------------
+# the loop
 
 
-def prepared(o):
-    """The corpus in o.data; the default one is made when it is missing."""
-    if World.rank:
-        dist.barrier()                                             # the first process prepares
-    if o.data == DEFAULTS["data"] and not os.path.exists(f"{o.data}/meta.json"):
-        print("preparing the Python source on this machine")
-        prepare.write_corpus(prepare.read_documents(prepare.python_files(), False), o.data, "code4096")
-    if World.size > 1 and not World.rank:
-        dist.barrier()
-    corpus = load_corpus(o.data)
-    if len(corpus[0]) <= o.block_size or len(corpus[1]) < 64:
-        raise BadInput(f"{o.data} has {len(corpus[0])} tokens to train on; expected more than block_size = {o.block_size}")
-    if o.carry_state and len(corpus[0]) <= o.batch_size * o.block_size:
-        raise BadInput(f"{o.data} has {len(corpus[0])} tokens; --carry_state reads batch_size x block_size = {o.batch_size * o.block_size} at a step")
+def train(lm, options, corpus, resume=None, until=None, processes=Processes(), stop=None):
+    """Train lm in place, to the end or to step `until`. resume: the "train" entry of the
+    checkpoint to go on from. Saves out_dir/NAME.pt. Returns {"tokens", "tokens_per_s",
+    "val_loss", "recall_loss", "peak_mem_mib", "evaluations"}. Raises BadInput."""
+    run = start_run(lm, options, corpus, processes, stop or Stop())
+    if resume:
+        restore(run, resume)
+    until = until or options.steps
+    log = Log(run, until)
+    if run.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    while run.step < until:
+        begin = time.time()
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(options, run.step)
+        sums = forward_backward(run)
+        norm = clip_and_step(run)
+        numbers = torch.cat((sums, norm.double()[None])).tolist()      # waits for the GPU
+        text_loss, recall_loss, count, stopping, norm = numbers
+        if not math.isfinite(text_loss + recall_loss + norm):
+            log.close()
+            raise BadInput(not_finite(run, text_loss + recall_loss, norm))
+        run.step += 1
+        run.tokens += int(count)
+        run.recent.append((count, time.time() - begin))
+        run.seconds += run.recent[-1][1]
+        run.stop.agreed = bool(stopping)
+        log.show(text_loss, recall_loss)
+        if run.step % 10 == 0 or run.step == until:
+            rate, mfu = log.speed()
+            log.write(loss=text_loss, recall_loss=recall_loss, grad_norm=norm,
+                      lr=learning_rate(options, run.step - 1), tokens_per_s=round(rate), **mfu)
+        if run.step % options.eval_interval == 0 or run.step == until:
+            evaluate(run)
+            log.write(val_loss=run.evaluations[-1][1], val_recall_loss=run.evaluations[-1][2],
+                      best=run.best, peak_mem_mib=peak_memory(run.cuda))
+            save(run)
+        elif stopping:
+            save(run)
+        if stopping and run.step < options.steps:
+            log.close()
+            print_stopped(run)
+            raise SystemExit(128 + (run.stop.signal or signal.SIGTERM))
+    log.close()
+    if not run.evaluations:
+        evaluate(run)
+    _, text_loss, recall_loss = run.evaluations[-1]
+    return {"tokens": run.tokens, "tokens_per_s": round(run.tokens / max(run.seconds, 1e-9)),
+            "val_loss": text_loss, "recall_loss": recall_loss,
+            "peak_mem_mib": peak_memory(run.cuda), "evaluations": run.evaluations}
+
+
+def not_finite(run, loss, norm):
+    kept = "nothing was saved yet"
+    if os.path.exists(run.path):
+        kept = f"{run.path} holds the last good step"
+    return (f"step {run.step}: the loss is {loss:.4g} and the gradient's norm {norm:.4g}; {kept}; "
+            "try a smaller --lr or a longer --warmup")
+
+
+def print_stopped(run):
+    how = "the same command goes on"
+    if run.options.ckpt:
+        how = f"go on with --ckpt=resume --out_dir={run.options.out_dir} --name={run.options.name}"
+    print(f"stopped by a signal: {run.path} holds step {run.step}; {how}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------
+# folders and corpora
+
+
+def open_folder(options, processes):
+    """Make out_dir and keep other runs out of it while this process lives. -> what to hold."""
+    try:
+        os.makedirs(options.out_dir, exist_ok=True)
+        if not processes.first:
+            return None
+        lock = open(f"{options.out_dir}/.lock", "w")
+    except OSError as e:
+        raise BadInput(f"cannot write in out_dir {options.out_dir}: {e.strerror}") from e
+    try:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise BadInput(f"another process is writing in {options.out_dir}; wait for it, or take "
+                       "another --out_dir") from e
+    return lock
+
+
+# What may differ between a run and its continuation: it changes nothing that is computed.
+FREE = {"ckpt", "preset", "device", "out_dir", "overwrite", "plot", "accumulate", "compile",
+        "checkpoint_activations", "shard", "tensorboard", "eval_interval", "data"}
+
+
+def held_run(options):
+    """The run that options.out_dir holds under options.name: its "train" entry with the same
+    options, to go on with, or None for none. Raises BadInput for one with other options."""
+    path = f"{options.out_dir}/{options.name}.pt"
+    if options.overwrite or not os.path.exists(path):
+        return None, None
+    lm, held = load_checkpoint(path)
+    if held is None:
+        raise BadInput(f"{path} is there and holds no run; take another --out_dir or --name, or "
+                       "--overwrite")
+    other = [name for name, value in asdict(options).items()
+             if name not in FREE and held["options"].get(name, value) != value]
+    if other:
+        had = ", ".join(f"{name} = {held['options'][name]}" for name in other)
+        raise BadInput(f"{path} holds a run with {had}; go on with it: --ckpt=resume; or take "
+                       "another --out_dir, or --overwrite")
+    return lm, held
+
+
+def prepared(options, processes):
+    """The corpus in options.data; the default one is made when it is missing."""
+    o = options
+    default = Options().data
+    if o.data == default and not os.path.exists(f"{default}/meta.json"):
+        if processes.first:
+            print("preparing the Python source on this machine")
+            documents = prepare.read_documents(prepare.python_files())
+            prepare.write_corpus(documents, default, "code4096")
+        if processes.size > 1:
+            dist.barrier()
+    corpus = prepare.load_corpus(o.data)
+    tokens, val, _ = corpus
+    if len(tokens) <= o.block_size:
+        raise BadInput(f"{o.data} has {len(tokens)} tokens to train on; expected more than "
+                       f"block_size = {o.block_size}")
+    if len(val) < 64:
+        raise BadInput(f"{o.data} has {len(val)} held-out tokens; expected at least 64")
+    if o.carry_state and len(tokens) <= o.batch_size * o.block_size:
+        raise BadInput(f"{o.data} has {len(tokens)} tokens; --carry_state reads batch_size x "
+                       f"block_size = {o.batch_size * o.block_size} per step")
     return corpus
 
 
-def make_folder(path):
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as e:
-        raise BadInput(f"cannot make out_dir {path}: {e.strerror}")
+def check_corpus(lm, options, meta):
+    """Raises BadInput where the corpus' token ids mean nothing to the model."""
+    c = lm.config
+    if meta["vocab_size"] > c.vocab_size:
+        raise BadInput(f"{options.data} has {meta['vocab_size']} token ids, the model "
+                       f"{c.vocab_size}; prepare the text with the model's tokenizer")
+    prepare.same_tokenizer(c.tokenizer, meta)
+    half = min(recall.SYMBOLS, c.vocab_size) // 2
+    if options.recall_tokens and max(pair_sizes(options)) > half:
+        raise BadInput(f"--pairs={options.pairs} needs more symbols than a vocabulary of "
+                       f"{c.vocab_size} has; expected at most {half}")
 
 
-def check(o):
-    if not min(o.steps, o.pretrain_steps, o.batch_size, o.block_size, o.accumulate, o.eval_interval):
-        raise BadInput("steps, pretrain_steps, batch_size, block_size, accumulate and eval_interval must be at least 1")
-    if not min(o.n_layer, o.d_model, o.headdim):
-        raise BadInput("n_layer, d_model and headdim must be at least 1")
-    if max(o.beta1, o.beta2) >= 1 or not o.clip:
-        raise BadInput(f"beta1 {o.beta1} and beta2 {o.beta2} must be below 1, and clip {o.clip} above 0")
-    if not o.name or os.path.basename(o.name) != o.name:
-        raise BadInput(f"--name={o.name} is not a file's name; the folder is --out_dir")
-    rates(o)
-    parts = o.accumulate * World.size
-    if o.batch_size % parts:
-        raise BadInput(f"accumulate {o.accumulate}" + (f" x {World.size} processes" if World.size > 1 else "") + f" does not divide batch_size {o.batch_size}")
-    if not all(p.isdigit() and 0 < int(p) <= recall.SYMBOLS // 2 for p in o.pairs.split(",")):
-        raise BadInput(f"--pairs={o.pairs} is not a list of pairs; expected numbers from 1 to {recall.SYMBOLS // 2}, such as 4,8,16")
-    if o.recall_tokens and -(-o.recall_tokens // (4 * max(sizes(o)))) < parts:
-        raise BadInput(f"recall_tokens {o.recall_tokens} are fewer than {parts} sequences of {max(sizes(o))} pairs, one for each part of a step")
-    if o.shard and (World.size == 1 or not o.init_from):
-        raise BadInput("--shard cuts one run over processes: start it with torchrun and --init_from")
-    if os.path.exists(o.out_dir) and not os.path.isdir(o.out_dir):
-        raise BadInput(f"out_dir {o.out_dir} is a file; expected a folder, or a name that is free")
+def new_model(options, meta):
+    """A model with random weights, by options.seed, for the corpus."""
+    o = options
+    torch.manual_seed(o.seed)
+    if o.vocab_size and o.vocab_size < meta["vocab_size"]:
+        raise BadInput(f"vocab_size {o.vocab_size} is less than the {meta['vocab_size']} token "
+                       f"ids in {o.data}")
+    vocab = dict(vocab_size=o.vocab_size or meta["vocab_size"], tokenizer=meta["tokenizer"])
+    if o.size:
+        return LM(replace(SIZES[o.size], **vocab))
+    shape = {name: getattr(o, name) for name in (
+        "block", "n_layer", "d_model", "tie_embeddings", "norm_eps", "conv_size", "n_head",
+        "d_mlp", "d_state", "headdim")}
+    return LM(Config(**vocab, **shape))
 
 
-def one_run(o):
-    resume = None
-    if o.init_from == "resume":
-        lm, resume = load_checkpoint(f"{o.out_dir}/{o.name}.pt")
-        if resume is None:
-            raise BadInput(f"{o.out_dir}/{o.name}.pt holds no run to resume; start one with --init_from={o.out_dir}/{o.name}.pt")
-        kept, path = resume["options"], f"{o.out_dir}/{o.name}.pt"
-        free = {"accumulate", "compile", "checkpoint_activations", "shard", "tensorboard", "eval_interval", "data"}
-        other = [k for k in typed() - free - {"init_from", "out_dir", "name", "device"} if getattr(o, k) != kept.get(k, getattr(o, k))]
-        if other:
-            raise BadInput(f"the run in {path} has {', '.join(f'{k} = {kept[k]}' for k in sorted(other))} and goes on with that; resume can change "
-                           f"{', '.join(sorted(free))}. For another run from its weights: --init_from={path}")
-        new = {k: getattr(o, k) for k in typed() & free}
-        o = SimpleNamespace(**{**vars(o), **kept, **new, "out_dir": o.out_dir, "device": o.device, "init_from": "resume"})
-    elif o.init_from != "scratch":
-        lm = LM.from_pretrained(o.init_from, o.block)
-    corpus = prepared(o)
-    if o.init_from == "scratch":
-        lm = new_model(o, corpus[2])
-    elif corpus[2]["vocab_size"] > lm.config.vocab_size:
-        raise BadInput(f"{o.data} has {corpus[2]['vocab_size']} token ids, the model {lm.config.vocab_size}; "
-                       "prepare the text with the model's tokenizer")
-    make_folder(o.out_dir)
-    r = train(lm, o, corpus, resume)
-    print(f"{o.out_dir}/{o.name}.pt: {r['tokens']:,} tokens, val loss {r['val_loss']:.4f}, {r['tokens_per_s']:,} tokens/s")
+def print_banner(lm, options, corpus, steps):
+    """What is about to run, where, and how long so many steps of it take here."""
+    c = lm.config
+    elements = sum(c.state_elements(i) for i in range(c.n_layer))
+    params = sum(p.numel() for p in lm.parameters())
+    where = options.device
+    if where.startswith("cuda"):
+        where = torch.cuda.get_device_name(where)
+    if where == "cpu":
+        where = f"a CPU with {torch.get_num_threads()} threads (OMP_NUM_THREADS sets them)"
+    tokens, val, meta = corpus
+    print(f"{c.block}, {c.n_layer} layers, {params:,} parameters, {elements:,} elements of state "
+          f"per sequence\non {where}\ntext: {options.data}, {len(tokens):,} tokens to train on, "
+          f"{len(val):,} held out, tokenizer {meta['tokenizer']}", flush=True)
+    if options.device == "cpu" and params > 1e8:
+        print("this is a model for GPUs: on a CPU it takes weeks", flush=True)
+    elif options.device == "cpu":
+        print(f"about {minutes(lm, options, corpus, steps):.0f} minutes", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def minutes(lm, options, corpus, steps):
+    """How long so many steps take, by a few on a copy of lm."""
+    run = start_run(copy.deepcopy(lm), options, corpus, Processes(), Stop())
+    forward_backward(run)
+    begin = time.time()
+    for _ in range(5):
+        run.step += 1
+        forward_backward(run)
+        clip_and_step(run)
+    return steps * (time.time() - begin) / 5 / 60
+
+
+# ---------------------------------------------------------------------------------------
+# one run
+
+
+def one_run(options, processes, stop):
+    """--ckpt=scratch, or from a checkpoint, or a run that is resumed."""
+    folder = open_folder(options, processes)
+    lm, held = held_run(options)
+    corpus = prepared(options, processes)
+    if held is None and options.ckpt == "scratch":
+        lm = new_model(options, corpus[2])
+    elif held is None:
+        lm = LM.from_pretrained(options.ckpt)
+    check_corpus(lm, options, corpus[2])
+    print_banner(lm, options, corpus, options.steps - (held["step"] if held else 0))
+    if held and held["step"] == options.steps:
+        print("all steps are done already")
+    r = train(lm, options, corpus, held, processes=processes, stop=stop)
+    print(f"{options.out_dir}/{options.name}.pt: {r['tokens']:,} tokens, val loss "
+          f"{r['val_loss']:.4f}, {r['tokens_per_s']:,} tokens/s")
+    del folder
+
+
+def resumed(options, given):
+    """The options of the run in out_dir, with what may change and was typed."""
+    path = f"{options.out_dir}/{options.name}.pt"
+    _, held = load_checkpoint(path)
+    if held is None:
+        raise BadInput(f"{path} holds no run to resume; start one with --ckpt={path} and another "
+                       "--out_dir")
+    kept = held["options"]
+    unknown = set(kept) - {f.name for f in fields(Options)}
+    if unknown:
+        raise BadInput(f"the run in {path} has options that this version does not know "
+                       f"({', '.join(sorted(unknown))}); start one from its weights: --ckpt={path} "
+                       "with another --out_dir")
+    other = [name for name in set(given) - FREE - {"name"} if given[name] != kept.get(name)]
+    if other:
+        had = ", ".join(f"{name} = {kept.get(name)}" for name in sorted(other))
+        raise BadInput(f"the run in {path} has {had} and goes on with that; resume can change "
+                       f"{', '.join(sorted(FREE))}. For another run from its weights: "
+                       f"--ckpt={path} with another --out_dir")
+    free = {name: value for name, value in given.items() if name in FREE}
+    options = Options(**kept | free | {"device": options.device, "out_dir": options.out_dir})
+    saved = held.get("corpus", {}).get("sha256")
+    meta = prepare.load_corpus(options.data)[2]
+    if saved and "data" not in given and meta.get("sha256") != saved:
+        raise BadInput(f"the text in {options.data} has changed since the run in {path} began "
+                       "(another sha256); make it as it was, or go on with this one: "
+                       f"--data={options.data}")
+    return options
+
+
+# ---------------------------------------------------------------------------------------
 # the recipe
 
 
-def recipe(o):
-    corpus = prepared(o)
-    tokenizer = load_tokenizer(corpus[2]["tokenizer"])
-
-    def run(lm, name, resume=None, until=None, **changes):
-        return train(lm, SimpleNamespace(**{**vars(o), "name": name, **changes}), corpus, resume, until)
-
-    def enlarge():
-        return expand(small, choose_layers(o.n_layer, o.every, o.layers), o.factor or None, o.expand_init, o.seed)
-
+def recipe(options, processes, stop):
+    """Pre-train a small model; LPT and StateX go on from it, alike in all but the state."""
+    o = options
+    corpus = prepared(o, processes)
     small = new_model(o, corpus[2])
-    enlarge()                                                      # what cannot be enlarged stops here, not after pre-training
-    make_folder(o.out_dir)
-    results = {"pretrained": report(small, run(small, "pretrained", steps=o.pretrain_steps), o, corpus, tokenizer)}
-    larger, transplant = enlarge()
-    print(describe(transplant))
-    curves = {}
+    check_corpus(small, o, corpus[2])
+    layers = choose_layers(o.n_layer, o.every, o.layers)
+    expand(small, layers, o.factor or None, o.init, o.seed)     # what cannot be, stops here
+    tokenizer = prepare.load_tokenizer(corpus[2]["tokenizer"])
+    recall.check_text(corpus[1], tokenizer, pairs=pair_sizes(o), T=o.block_size)
+    folder = open_folder(o, processes)
+    quarter = max(1, o.steps // 4)
+    tries = quarter * (len(rates(o)) - 1)           # of learning rates that are not taken
+    print_banner(small, o, corpus, o.pretrain_steps + 2 * (o.steps + tries))
+
+    def phase(lm, name, until=None, start=None, **changes):
+        """Train lm, or go on where an earlier start of this recipe stopped."""
+        of_phase = replace(o, name=name, **changes)
+        held_lm, held = held_run(of_phase)
+        if held and held["step"] > 0:
+            lm, start = held_lm, held
+        return lm, train(lm, of_phase, corpus, start, until, processes, stop)
+
+    small, run = phase(small, "pretrained", steps=o.pretrain_steps)
+    results = {"pretrained": report(small, run, o, corpus, tokenizer)}
+    larger, changes = expand(small, layers, o.factor or None, o.init, o.seed)
+    print(describe(changes))
     for arm, start in (("lpt", small), ("statex", larger)):
-        # The first quarter of the run at every learning rate of the grid; the one with the lower held-out loss goes on.
-        # Another seed than pre-training's, so that the data is new.
         tried = {}
         for lr in rates(o):
+            # Another seed than pre-training's, so that the data is new.
             lm = LM(start.config).to(o.device)
             lm.load_state_dict(start.state_dict())
-            r = run(lm, f"{arm}-lr{lr:g}", lr=lr, seed=o.seed + 1, curriculum=0.0, until=max(1, o.steps // 4))
-            tried[f"{lr:g}"] = r["val_loss"] + r["recall_loss"]
+            _, run = phase(lm, f"{arm}-lr{lr:g}", quarter, lr=lr, seed=o.seed + 1, curriculum=0.0)
+            tried[lr] = run["val_loss"] + run["recall_loss"]
         lr = min(tried, key=tried.get)
-        lm, resume = load_checkpoint(f"{o.out_dir}/{arm}-lr{lr}.pt")
-        r = run(lm, arm, lr=float(lr), seed=o.seed + 1, curriculum=0.0, resume=resume)
-        curves[arm] = r["curve"]
-        results[arm] = report(lm, r, o, corpus, tokenizer)
+        lm, start = load_checkpoint(f"{o.out_dir}/{arm}-lr{lr:g}.pt")
+        lm, run = phase(lm, arm, None, start, lr=lr, seed=o.seed + 1, curriculum=0.0)
+        results[arm] = report(lm, run, o, corpus, tokenizer) | {
+            "lr": lr, "held_out_loss_after_a_quarter": {f"{k:g}": v for k, v in tried.items()}}
         results[arm]["tokens"] += results["pretrained"]["tokens"]
-        results[arm] |= {"lr": float(lr), "held_out_loss_by_lr_after_a_quarter": tried}
-    results["config"] = {k: v for k, v in vars(o).items() if k not in ("data", "out_dir", "init_from")} | {"corpus": corpus[2]}
-    results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
-                           "threads": torch.get_num_threads()}
-    if World.rank:
-        return
-    with open(f"{o.out_dir}/results.json.tmp", "w") as f:
+    results["config"] = asdict(o) | {"corpus": corpus[2]}
+    results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__,
+                           "numpy": np.__version__, "threads": torch.get_num_threads()}
+    if processes.first:
+        finish_recipe(results, o)
+    del folder
+
+
+def finish_recipe(results, options):
+    path = f"{options.out_dir}/results.json"
+    part = f"{path}.{os.getpid()}.tmp"
+    with open(part, "w") as f:
         json.dump(results, f, indent=1)
-    os.replace(f"{o.out_dir}/results.json.tmp", f"{o.out_dir}/results.json")
-    print("\n" + table(results))
-    print(f"\n{o.out_dir}/results.json" + picture(results, curves, f"{o.out_dir}/recipe.png"))
+    os.replace(part, path)
+    for arm in ("lpt", "statex"):
+        for lr in rates(options):           # the tries for a learning rate
+            os.remove(f"{options.out_dir}/{arm}-lr{lr:g}.pt")
+    print_report(options.out_dir)
 
 
-def report(lm, run, o, corpus, tokenizer):
+def report(lm, run, options, corpus, tokenizer):
     """One arm's entry of results.json: what it cost and what it scores."""
     c = lm.config
-    numbers = sum(c.state_numbers(i) for i in range(c.n_layer))
-    with scoring(lm, o):
-        scores = recall.score(lm, corpus[1], tokenizer, pairs=sizes(o), T=o.block_size)
-        lm.generate(torch.zeros(1, 1, dtype=torch.long, device=o.device), 8)
-        t0 = time.time()
-        lm.generate(torch.zeros(1, 1, dtype=torch.long, device=o.device), 64)
-        decode = (time.time() - t0) / 64 * 1e3
-    return {"params": sum(p.numel() for p in lm.parameters()), "state_numbers": numbers, "state_bytes": 4 * numbers,
-            "tokens": run["tokens"], **scores, "tokens_per_s": run["tokens_per_s"],
-            "decode_ms_per_token": round(decode, 3), "peak_mem_mib": run["peak_mem_mib"]}
+    elements = sum(c.state_elements(i) for i in range(c.n_layer))
+    with scoring(lm.to(options.device), options):
+        scores = recall.score(lm, corpus[1], tokenizer, pairs=pair_sizes(options),
+                              T=options.block_size)
+    return {"params": sum(p.numel() for p in lm.parameters()), "state_elements": elements,
+            "lr": None, **run, **scores}
 
 
-def table(results):
-    """The three models side by side, as a Markdown table."""
-    arms = {"pretrained": "pretrained", "lpt": "LPT", "statex": "StateX"}
-    rows = [[""] + list(arms.values())]
-    put = lambda name, f: rows.append([name] + [f(results[a]) for a in arms])
-    put("parameters", lambda r: f"{r['params']:,}")
-    put("state numbers", lambda r: f"{r['state_numbers']:,}")
-    put("tokens", lambda r: f"{r['tokens'] / 1e6:.1f}M")
-    put("val loss", lambda r: f"{r['val_loss']:.3f} ± {r['val_loss_se']:.3f}")
-    put("in-context score", lambda r: f"{r['icl_score']:+.3f}")
-    for task, unit in (("mqar", "pairs"), ("passkey", "tokens"), ("fewshot", "shots")):
-        for size in results["lpt"]["recall"][task]:
-            put(f"{task}, {size} {unit}", lambda r: f"{r['recall'][task][size]:.3f} ± {r['recall_se'][task][size]:.3f}")
-    put("tokens/s in training", lambda r: f"{r['tokens_per_s']:,}")
-    put("ms a generated token", lambda r: f"{r['decode_ms_per_token']:.2f}")
-    width = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, width)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
+# ---------------------------------------------------------------------------------------
+# run as a script
 
 
-def picture(results, curves, path):
-    """Training loss and recall of the arms, where matplotlib is installed. Returns what to print of it."""
+def presets_text():
+    """PRESETS as lines for --help."""
+    return "presets:\n" + "\n".join(
+        f"  {name}: " + " ".join(f"{k}={v}" for k, v in preset.items())
+        for name, preset in PRESETS.items())
+
+
+def resolve(given):
+    """Defaults, then the preset, then what was typed."""
+    recipe_of = f"recipe-{given.get('block', 'gla')}"
+    name = given.get("preset") or ("" if given.get("ckpt") else recipe_of)
+    if name and name not in PRESETS:
+        raise BadInput(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    options = Options(**PRESETS.get(name, {}) | given)
+    if not options.out_dir:
+        options.out_dir = "out/run" if options.ckpt else f"out/recipe-{options.block}"
+    options.device = pick_device(options.device)
+    if options.device == "cpu" and "compile" not in given:
+        options.compile = False                 # presets compile, which is for GPUs
+    if options.ckpt == "resume":
+        options = resumed(options, given)
+    return options
+
+
+def main(stop=None):
+    given = command_line(Options, f"{__doc__}\n{presets_text()}")
+    options = resolve(given)
+    if options.plot:
+        return print_report(options.plot)
+    processes, options.device = join(options.device)
+    check(options, processes)
+    stop = stop or Stop()
     try:
-        import matplotlib
-    except ImportError:
-        return "   (no picture: pip install matplotlib)"
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    colors = {"pretrained": "0.6", "lpt": "tab:blue", "statex": "tab:red"}
-    for arm, curve in curves.items():
-        seen, text, asked = np.array(curve).T
-        smooth = lambda x: np.convolve(x, np.ones(9) / 9, "valid")
-        left.plot(smooth(seen) / 1e6, smooth(asked), color=colors[arm], label=f"{arm}, recall")
-        left.plot(smooth(seen) / 1e6, smooth(text), color=colors[arm], ls=":", label=f"{arm}, text")
-    left.set(xlabel="post-training tokens, millions", ylabel="training loss, nats")
-    for arm, color in colors.items():
-        y, e = ([results[arm][k]["mqar"][p] for p in results[arm]["recall"]["mqar"]] for k in ("recall", "recall_se"))
-        right.errorbar(range(len(y)), y, e, color=color, marker="o", ms=4, capsize=3, label=arm)
-    right.set(xlabel="key-value pairs", ylabel="recall accuracy", ylim=(0, 1.02))
-    right.set_xticks(range(len(y)), results["lpt"]["recall"]["mqar"])
-    left.legend(fontsize=8), right.legend(fontsize=8)
-    fig.savefig(path, dpi=150)
-    return f" and {path}"
-
-
-def typed():
-    """Names of the options on the command line."""
-    return {a[2:].partition("=")[0].replace("-", "_") for a in sys.argv[1:] if a.startswith("--")}
-
-
-def main():
-    given = command_line(__doc__, **DEFAULTS)
-    if given.preset and given.preset not in PRESETS:
-        raise BadInput(f"no preset {given.preset!r}; there are {', '.join(PRESETS)}")
-    preset = PRESETS.get(given.preset or (f"recipe-{given.block}" if not given.init_from else ""), {})
-    o = SimpleNamespace(**{**vars(given), **{k: v for k, v in preset.items() if k not in typed()}})
-    o.out_dir = o.out_dir or (f"out/recipe-{o.block}" if not o.init_from else "out/run")
-    join(o)
-    if World.rank:
-        sys.stdout = open(os.devnull, "w")
-    check(o)
-    try:
-        one_run(o) if o.init_from else recipe(o)
+        if options.ckpt:
+            one_run(options, processes, stop)
+        else:
+            recipe(options, processes, stop)
+    except torch.OutOfMemoryError as e:
+        raise BadInput(f"out of memory on {options.device}; a larger --accumulate or "
+                       "--checkpoint_activations takes less") from e
     except RuntimeError as e:
-        if World.size == 1 or isinstance(e, torch.OutOfMemoryError):
+        if processes.size == 1:
             raise
-        print(f"train.py: process {World.rank} lost the others ({' '.join(str(e).split())[:120]}); go on with --init_from=resume",
-              file=sys.stderr, flush=True)
+        say(f"train.py: process {processes.rank} lost the others "
+            f"({' '.join(str(e).split())[:120]}); go on with --ckpt=resume")
         os._exit(1)
-    if World.size > 1:
+    if processes.size > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    listen()
-    main_line(main)
+    stop_signals = Stop()
+    stop_signals.listen()
+    run_script(lambda: main(stop_signals))

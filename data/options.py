@@ -28,10 +28,10 @@ class BadInput(ValueError):
     was expected, what to do."""
 
 
-def option(default, meaning, choices=None, words=False):
+def option(default, meaning, choices=None, words=False, alias=None):
     """A field of an options dataclass. choices: the values allowed; words: it takes all
-    words of the command line that do not start with --."""
-    metadata = {"meaning": meaning, "choices": choices, "words": words}
+    words of the command line that do not start with --; alias: an older name."""
+    metadata = {"meaning": meaning, "choices": choices, "words": words, "alias": alias}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -47,15 +47,16 @@ def command_line(Options, doc, arguments=None):
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Options):
         about = field.metadata["meaning"].replace("%", "%%")
+        names = [f"--{name}" for name in (field.name, field.metadata["alias"]) if name]
         if field.metadata["words"]:
             parser.add_argument(field.name, nargs="*", help=about)
         elif isinstance(field.default, bool):
-            parser.add_argument(f"--{field.name}", type=true_or_false, nargs="?", const=True,
+            parser.add_argument(*names, type=true_or_false, nargs="?", const=True,
                                 metavar="true/false", help=about)
         else:
             kind = {int: whole_number, float: number}.get(type(field.default), str)
             shown = f" [{field.default}]" if field.default != "" else ""
-            parser.add_argument(f"--{field.name}", type=kind, choices=field.metadata["choices"],
+            parser.add_argument(*names, type=kind, choices=field.metadata["choices"],
                                 metavar=field.name.upper(), help=about + shown)
     words = sys.argv[1:] if arguments is None else arguments
     given, unknown = parser.parse_known_args([underscored(word) for word in words])

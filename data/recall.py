@@ -1,163 +1,704 @@
-"""Recall and in-context-learning tasks: generators and scores.
+"""Recall: what a model can still use of its context, in made-up sequences and in text.
 
-    python data/recall.py --ckpt=out/recipe-gla/statex.pt         score a checkpoint
+    python data/recall.py --ckpt=out/recipe-gla/statex.pt      the recipe's own numbers
+    python data/recall.py --ckpt=fla-hub/gla-1.3B-100B --data=data/text --json=gla.json
 
-Every generator returns idx and targets, both (n, T) int64 arrays: targets[i, t] is the token expected after idx[i, :t+1],
-or -100 where nothing is asked. Nothing but the context tells the answer, so a model without memory is at chance.
+Made-up sequences: nothing but the context tells the answer. A generator returns idx and
+targets, both (n, T) int64: targets[i, t] is the token expected after idx[i, :t + 1], or
+-100 where nothing is asked.
 
-    mqar      multi-query associative recall (Arora et al., arXiv 2312.04927): N key-value pairs, then the keys again
-    passkey   a 5-digit key assigned on one line of real text, asked for at the end (Mohtashami & Jaggi, arXiv 2305.16300)
-    fewshot   a fresh random map from tokens to labels, shown `shots` times, then asked
-    text_loss held-out loss, and the in-context score: late tokens' loss minus early ones' (Olsson et al., arXiv 2209.11895)
+    mqar      multi-query associative recall (Arora et al., arXiv 2312.04927): key-value
+              pairs, then every key again. Chance: 1 / pairs, any value that was shown.
+    fewshot   a fresh random map from 8 tokens to 4 labels, shown `shots` times, then
+              asked. Chance: 1 / 4.
+    passkey   5 digits on one line of real text, asked for at its end (Mohtashami and
+              Jaggi, arXiv 2305.16300). Right if all five are. Chance: 1e-5.
+
+Natural text: no training on such sequences is needed.
+
+    text_loss     held-out loss, and the in-context score: the loss of late tokens minus
+                  that of early ones (after Olsson et al., arXiv 2209.11895). Chance: 0.
+    rare_repeats  loss and accuracy on the second token of a bigram that training has at
+                  most RARE times, but that was before in the window (after the "AR hits"
+                  of Arora et al.). Training has hardly taught it; what is right comes
+                  from the state. Chance: what the model scores where such a bigram is new
+                  to its window.
+    needle_gain   how much likelier, in nats per digit, a passkey is with its line in the
+                  context than without. Chance: 0; it is above 0 long before a passkey is
+                  right.
 """
-import os, sys
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from data.options import BadInput, command_line, option, pick_device, run_script
+
+import json
+import math
+import zipfile
+from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
-SYMBOLS = 256          # mqar and fewshot draw from this many tokens of the vocabulary, the same ones always
-LABELS = 4             # of fewshot; chance is 1 in LABELS
-DIGITS = 5             # of a passkey
+from data.prepare import load_corpus, load_tokenizer, same_tokenizer
+from model import LM, load_checkpoint
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SYMBOLS = 256           # mqar and fewshot draw from this many tokens of the vocabulary
+ITEMS = 8               # of fewshot
+LABELS = 4              # of fewshot
+DIGITS = 5              # of a passkey
+NEAR = 512              # distance, in tokens, from which a repeat is no longer near
+FAR = 2048              # distance, in tokens, from which it is far
+# A bigram is rare if training has it at most this often. Of bigrams new to the window,
+# models of 0.6M parameters knew 4 % of these after 4M tokens, 12 % of those seen 11 to 30
+# times, 34 % of those seen 101 to 300 times. At every threshold two thirds of the near
+# repeats can be had by copying what followed the token last time. So a low threshold
+# costs tokens only; at 10, 1.6 % of held-out text is left where training has 57M tokens.
+RARE = 10
+
+
+# ----------------------------------------------------------------------------------------
+# made-up sequences
 
 
 def symbols(vocab_size):
-    """The fixed tokens that mqar and fewshot draw from: the first half are keys, the second half values."""
+    """The tokens that mqar and fewshot draw from, always the same ones. The first half
+    of them are keys, the second half values."""
     return np.random.default_rng(0).permutation(vocab_size)[:min(SYMBOLS, vocab_size)]
 
 
-def draw(rng, n, k, pool):
-    """n rows of k distinct entries of pool."""
-    return pool[np.argsort(rng.random((n, len(pool))), axis=1)[:, :k]]
+def draw(rng, n, count, pool):
+    """n rows of `count` distinct entries of pool."""
+    return pool[np.argsort(rng.random((n, len(pool))), axis=1)[:, :count]]
 
 
 def mqar(rng, n, pairs, vocab_size):
-    """n sequences of 4 * pairs tokens: k1 v1 k2 v2 ..., then every key again in random order, each before its value."""
+    """n sequences of 4 * pairs tokens: key, value, key, value, ...; then every key
+    again in random order, each followed by its value, which is asked for. -> idx,
+    targets"""
     pool = symbols(vocab_size)
     half = len(pool) // 2
     if pairs > half:
-        raise ValueError(f"{pairs} pairs need {2 * pairs} symbols; there are {len(pool)}")
-    keys, values = draw(rng, n, pairs, pool[:half]), draw(rng, n, pairs, pool[half:])
+        raise BadInput(f"{pairs} pairs need {2 * pairs} symbols and there are {len(pool)}; "
+                       f"ask for at most {half}")
+    keys = draw(rng, n, pairs, pool[:half])
+    values = draw(rng, n, pairs, pool[half:])
     order = np.argsort(rng.random((n, pairs)), axis=1)
-    asked, answers = np.take_along_axis(keys, order, 1), np.take_along_axis(values, order, 1)
-    idx = np.concatenate([np.stack([keys, values], 2), np.stack([asked, answers], 2)], axis=1).reshape(n, -1)
+    asked = np.take_along_axis(keys, order, axis=1)
+    answers = np.take_along_axis(values, order, axis=1)
+    shown = np.stack((keys, values), axis=2)
+    again = np.stack((asked, answers), axis=2)
+    idx = np.concatenate((shown, again), axis=1).reshape(n, -1)
     targets = np.full_like(idx, -100)
     targets[:, 2 * pairs::2] = answers
     return idx, targets
 
 
-def fewshot(rng, n, shots, vocab_size, items=8):
-    """n sequences: every item with its label, in random order, `shots` times, then once more to be asked."""
+def fewshot(rng, n, shots, vocab_size):
+    """n sequences: every item with its label, in random order, `shots` times over; then
+    once more, the labels asked for. -> idx, targets"""
     pool = symbols(vocab_size)
     half = len(pool) // 2
-    tokens, labels = draw(rng, n, items, pool[:half]), draw(rng, n, LABELS, pool[half:])
-    label = np.take_along_axis(labels, rng.integers(LABELS, size=(n, items)), 1)
+    if half < ITEMS:
+        raise BadInput(f"fewshot needs a vocabulary of at least {2 * ITEMS} tokens; this one "
+                       f"has {vocab_size}")
+    items = draw(rng, n, ITEMS, pool[:half])
+    labels = draw(rng, n, LABELS, pool[half:])
+    label = np.take_along_axis(labels, rng.integers(LABELS, size=(n, ITEMS)), axis=1)
     rounds = []
     for _ in range(shots + 1):
-        order = np.argsort(rng.random((n, items)), axis=1)
-        rounds.append(np.stack([np.take_along_axis(tokens, order, 1), np.take_along_axis(label, order, 1)], 2))
+        order = np.argsort(rng.random((n, ITEMS)), axis=1)
+        item_now = np.take_along_axis(items, order, axis=1)
+        label_now = np.take_along_axis(label, order, axis=1)
+        rounds.append(np.stack((item_now, label_now), axis=2))
     idx = np.concatenate(rounds, axis=1).reshape(n, -1)
     targets = np.full_like(idx, -100)
-    asked = 2 * items * shots
+    asked = 2 * ITEMS * shots
     targets[:, asked::2] = idx[:, asked + 1::2]
     return idx, targets
 
 
+class Needle:
+    """The pieces of a passkey in a tokenizer's ids. Its line in the text is start, the
+    digits, end; the question is start, the answer the digits."""
+
+    def __init__(self, tokenizer):
+        encode = tokenizer.encode_ordinary
+        self.start = encode("\npasskey =") + encode(" ")
+        self.end = encode("\n")
+        self.digits = np.array([encode(str(digit))[-1] for digit in range(10)])
+        self.question_tokens = len(self.start) + DIGITS
+        self.line_tokens = self.question_tokens + len(self.end)
+        self.least = self.line_tokens + self.question_tokens + 1        # with a token of text
+        if len(set(self.digits.tolist())) < 10:
+            raise BadInput("a passkey needs a tokenizer that has a token for every digit")
+
+    def room(self, length, text):
+        """Tokens of text in a sequence of `length` tokens. Raises BadInput where it has
+        none, or the text is too short."""
+        if length < self.least:
+            raise BadInput(f"a passkey sequence of {length} tokens is too short; it needs at "
+                           f"least {self.least}")
+        if len(text) <= length:
+            raise BadInput(f"a passkey sequence of {length} tokens needs more than that of "
+                           f"held-out text, and there are {len(text)}; take a shorter length")
+        return length - self.line_tokens - self.question_tokens
+
+
 def passkey(rng, n, length, text, tokenizer):
-    """n sequences of `length` tokens: text with `passkey = ddddd` on a line of its own at a random depth, and at the end
-    `passkey = ` with the digits to be filled in. text: token ids of held-out text. Each digit is a token of its own."""
-    line, line_end = tokenizer.encode_ordinary("\npasskey ="), tokenizer.encode_ordinary("\n")
-    space = tokenizer.encode_ordinary(" ")
-    digit = np.array([tokenizer.encode_ordinary(str(d))[-1] for d in range(10)])
-    question = len(line) + len(space) + DIGITS
-    room = length - 2 * question - len(line_end)
-    if room < 1:
-        raise ValueError(f"a passkey needs {2 * question + len(line_end) + 1} tokens; length is {length}")
-    idx, targets = np.empty((n, length), np.int64), np.full((n, length), -100, np.int64)
+    """n sequences of `length` tokens: held-out text (token ids) with `passkey = ddddd`
+    on a line of its own at a random depth, then `passkey = ` and the digits, which are
+    asked for. -> idx, targets"""
+    needle = Needle(tokenizer)
+    room = needle.room(length, text)
+    idx = np.empty((n, length), np.int64)
+    targets = np.full((n, length), -100, np.int64)
     for i in range(n):
-        key = digit[rng.integers(10, size=DIGITS)]
-        start, depth = rng.integers(len(text) - room), rng.integers(room)
-        words = text[start:start + room]
-        idx[i] = np.concatenate([words[:depth], line, space, key, line_end, words[depth:], line, space, key])
+        key = needle.digits[rng.integers(10, size=DIGITS)]
+        begin = rng.integers(len(text) - room)
+        depth = rng.integers(room)
+        words = text[begin:begin + room]
+        idx[i] = np.concatenate((words[:depth], needle.start, key, needle.end, words[depth:],
+                                 needle.start, key))
         targets[i, -DIGITS - 1:-1] = key
     return idx, targets
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# scores
+def needle_pairs(rng, n, length, text, tokenizer):
+    """As passkey, but each text twice: with the line written over it at a random depth,
+    and as it was. -> idx with the line, idx without it, targets"""
+    needle = Needle(tokenizer)
+    room = needle.room(length, text) + needle.line_tokens
+    present = np.empty((n, length), np.int64)
+    absent = np.empty((n, length), np.int64)
+    targets = np.full((n, length), -100, np.int64)
+    for i in range(n):
+        key = needle.digits[rng.integers(10, size=DIGITS)]
+        begin = rng.integers(len(text) - room)
+        depth = rng.integers(room - needle.line_tokens + 1)
+        line = np.concatenate((needle.start, key, needle.end))
+        absent[i] = np.concatenate((text[begin:begin + room], needle.start, key))
+        present[i] = absent[i]
+        present[i, depth:depth + needle.line_tokens] = line
+        targets[i, -DIGITS - 1:-1] = key
+    return present, absent, targets
 
 
-def accuracy(lm, idx, targets, whole=False, batch=16384):
-    """-> (accuracy, standard error over sequences). A sequence scores the share of its answers that the model's
-    likeliest token gets right; with whole=True, 1 if all are right, else 0."""
-    import torch
-    device, scores = next(lm.parameters()).device, []
-    rows = max(1, batch // idx.shape[1])
-    with torch.no_grad():
-        for i in range(0, len(idx), rows):
-            x, y = (torch.from_numpy(a[i:i + rows]).to(device) for a in (idx, targets))
-            asked = y != -100
-            right = torch.zeros_like(asked)
-            features, _ = lm.features(x)
-            logits = lm.lm_head(features[asked])[:, :lm.config.vocab_size]
-            right[asked] = logits.argmax(-1) == y[asked]
-            score = right.sum(1) / asked.sum(1)
-            scores.append((score == 1).float() if whole else score)
-    scores = torch.cat(scores)
-    return scores.mean().item(), (scores.std() / len(scores) ** 0.5).item()
+# ----------------------------------------------------------------------------------------
+# scores of made-up sequences
 
 
-def text_loss(lm, text, T, windows=64, batch=16384):
-    """-> (loss, its standard error over windows, in-context score), in nats a token, on evenly spaced windows of T + 1
-    tokens. The in-context score is the mean loss of the last quarter minus that of the second eighth of a window:
-    negative when the context helps."""
-    import torch
-    import torch.nn.functional as F
-    device, losses = next(lm.parameters()).device, []
-    windows = min(windows, max(1, (len(text) - 1) // T))
-    T = min(T, len(text) - 1)
-    starts = np.linspace(0, len(text) - T - 1, windows).astype(np.int64)
-    rows = np.stack([text[s:s + T + 1] for s in starts]).astype(np.int64)
-    with torch.no_grad():
-        for i in range(0, windows, max(1, batch // T)):
-            x = torch.from_numpy(rows[i:i + max(1, batch // T)]).to(device)
-            logits = lm(x[:, :-1])[0]
-            losses.append(F.cross_entropy(logits.float().mT, x[:, 1:], reduction="none"))
-    losses = torch.cat(losses)                                                      # (windows, T)
-    early, late = losses[:, T // 8:max(T // 4, T // 8 + 1)].mean(), losses[:, 3 * T // 4:].mean()
-    return losses.mean().item(), (losses.mean(1).std() / windows ** 0.5).item(), (late - early).item()
+@torch.no_grad()
+def asked_logits(lm, idx, targets, batch_tokens=16384):
+    """Run lm over idx, batch_tokens at a time. Yields per batch: asked (rows, T), where
+    a target counts; and for those positions, in order, the logits (answers, vocab_size)
+    and the targets (answers,)."""
+    device = next(lm.parameters()).device
+    rows = max(1, batch_tokens // idx.shape[1])
+    for start in range(0, len(idx), rows):
+        tokens = torch.from_numpy(idx[start:start + rows]).to(device)
+        expected = torch.from_numpy(targets[start:start + rows]).to(device)
+        asked = expected != -100
+        features, _ = lm.features(tokens)
+        logits = lm.lm_head(features[asked])[:, :lm.config.vocab_size]
+        yield asked, logits, expected[asked]
 
 
-def score(lm, text, tokenizer, pairs=(4, 8, 16, 32), lengths=(64, 128, 256), shots=(1, 2, 4), T=256, n=256, seed=1):
-    """All the scores of a model, on the same sequences for every model with this vocabulary: a dict with val_loss,
-    icl_score, recall (task -> size -> accuracy) and, of the same shape, the standard errors."""
-    rng = lambda size: np.random.default_rng([seed, size])
-    vocab = lm.config.vocab_size
-    tables = {"mqar": {p: accuracy(lm, *mqar(rng(p), n, p, vocab)) for p in pairs},
-              "passkey": {t: accuracy(lm, *passkey(rng(t), n, t, text, tokenizer), whole=True) for t in lengths},
-              "fewshot": {s: accuracy(lm, *fewshot(rng(s), n, s, vocab)) for s in shots}}
-    loss, loss_se, icl = text_loss(lm, text, T)
-    pick = lambda i: {task: {str(k): v[i] for k, v in table.items()} for task, table in tables.items()}
-    return {"val_loss": loss, "val_loss_se": loss_se, "icl_score": icl, "recall": pick(0), "recall_se": pick(1)}
+def answered(lm, idx, targets, all_right=False):
+    """What each sequence scores (n,): the share of its answers that are the model's
+    likeliest token; with all_right 1 where every one is, else 0."""
+    scores = []
+    for asked, logits, answers in asked_logits(lm, idx, targets):
+        right = torch.zeros_like(asked)
+        right[asked] = logits.argmax(-1) == answers
+        share = right.sum(1) / asked.sum(1)
+        scores.append((share == 1).float() if all_right else share)
+    return torch.cat(scores)
+
+
+def accuracy(lm, idx, targets, all_right=False):
+    """-> (mean, standard error over sequences) of what `answered` says."""
+    return mean_and_error(answered(lm, idx, targets, all_right))
+
+
+def mean_and_error(scores):
+    """-> (mean, standard error) of scores (n,), a tensor. One score has no error:
+    NaN."""
+    error = math.nan
+    if len(scores) > 1:
+        error = (scores.std() / len(scores) ** 0.5).item()
+    return scores.mean().item(), error
+
+
+@dataclass
+class Sizes:
+    """What `score` asks for. The defaults are those of the recipe."""
+    T: int = 256                        # tokens of a window of text
+    pairs: tuple = (4, 8, 16, 32)       # of mqar
+    shots: tuple = (1, 2, 4)            # of fewshot
+    lengths: tuple = ()                 # of passkey sequences, in tokens; none: no passkey
+    n: int = 256                        # sequences per task and size
+    seed: int = 1                       # of the sequences
+
+
+def score(lm, text, tokenizer, **sizes):
+    """The scores of a model, on the same sequences for every model of its vocabulary.
+
+    text: held-out token ids. sizes: fields of Sizes that are not to be the defaults.
+    Returns a dict of val_loss, val_loss_se, icl_score (see text_loss); recall,
+    recall_se and chance, each {task: {size: number}} for the tasks mqar, fewshot and
+    passkey; and samples, what every sequence scored, {task: {size: list}}, and every
+    window of text, {"text": list}, for differences between models on the same ones.
+    Raises BadInput."""
+    sizes = Sizes(**sizes)
+    vocab_size = lm.config.vocab_size
+    samples = {"mqar": {}, "fewshot": {}, "passkey": {}}
+    chance = {"mqar": {str(pairs): 1 / pairs for pairs in sizes.pairs},
+              "fewshot": {str(shots): 1 / LABELS for shots in sizes.shots},
+              "passkey": {str(length): 10 ** -DIGITS for length in sizes.lengths}}
+
+    def rng(size):
+        return np.random.default_rng([sizes.seed, size])
+
+    for pairs in sizes.pairs:
+        sequences = mqar(rng(pairs), sizes.n, pairs, vocab_size)
+        samples["mqar"][str(pairs)] = answered(lm, *sequences)
+    for shots in sizes.shots:
+        sequences = fewshot(rng(shots), sizes.n, shots, vocab_size)
+        samples["fewshot"][str(shots)] = answered(lm, *sequences)
+    for length in sizes.lengths:
+        sequences = passkey(rng(length), sizes.n, length, text, tokenizer)
+        samples["passkey"][str(length)] = answered(lm, *sequences, all_right=True)
+    means, errors = {}, {}
+    for task, of_task in samples.items():
+        means[task] = {size: mean_and_error(x)[0] for size, x in of_task.items()}
+        errors[task] = {size: mean_and_error(x)[1] for size, x in of_task.items()}
+        samples[task] = {size: x.tolist() for size, x in of_task.items()}
+    losses = text_losses(lm, text, sizes.T)
+    samples["text"] = losses.mean(1).tolist()
+    loss, loss_error, in_context = summary(losses)
+    return {"val_loss": loss, "val_loss_se": loss_error, "icl_score": in_context,
+            "recall": means, "recall_se": errors, "chance": chance, "samples": samples}
+
+
+def check_text(text, tokenizer, **sizes):
+    """Raises BadInput where `score` would for this text and these sizes. Asked before a
+    training run that ends with a score. Draws one sequence of each kind."""
+    sizes = Sizes(**sizes)
+    rng = np.random.default_rng(0)
+    for pairs in sizes.pairs:
+        mqar(rng, 1, pairs, tokenizer.n_vocab)
+    for length in sizes.lengths:
+        passkey(rng, 1, length, text, tokenizer)
+    for shots in sizes.shots:
+        fewshot(rng, 1, shots, tokenizer.n_vocab)
+    text_windows(text, min(sizes.T, len(text) - 1), 1)
+
+
+# ----------------------------------------------------------------------------------------
+# natural text: the loss and a hit or a miss for every token
+
+
+def text_windows(text, T, n):
+    """At most n windows of T + 1 tokens of text, evenly spaced. A window asks for each
+    of its tokens but the first, and no token of the text is asked for twice. -> windows
+    (n, T + 1), where they start (n,), both int64. Raises BadInput."""
+    if not 0 < T < len(text):
+        raise BadInput(f"a window of {T} tokens needs {T + 1} of held-out text, and there are "
+                       f"{len(text)}; take a smaller --T or more text")
+    n = min(n, (len(text) - 1) // T)
+    starts = np.linspace(0, len(text) - T - 1, n).astype(np.int64)
+    windows = np.stack([text[start:start + T + 1] for start in starts])
+    return windows.astype(np.int64), starts
+
+
+@torch.no_grad()
+def token_scores(lm, windows, batch_tokens=0):
+    """What lm makes of windows (n, T + 1) of token ids, in one pass.
+
+    -> losses (n, T) float32, in nats, and hits (n, T) bool, whether the token was the
+    likeliest one, of every token but a window's first. batch_tokens: tokens per forward
+    pass, at least one window; 0: 16,384 on a CPU, 131,072 on a GPU. The logits are made
+    for a part of a window at a time, so it can be of any length. Autocast is the
+    caller's."""
+    device = next(lm.parameters()).device
+    on_gpu = device.type == "cuda"
+    vocab_size = lm.config.vocab_size
+    n, T = len(windows), windows.shape[1] - 1
+    if not batch_tokens:
+        batch_tokens = 1 << 17 if on_gpu else 1 << 14
+    rows = max(1, batch_tokens // T)
+    # On a CPU a part's logits fit a cache, and the losses are bit for bit those of a
+    # cross-entropy over the whole (windows, vocabulary, T): a window at a time, cut where
+    # a vector of elements ends.
+    logits_at_once = 1 << 27 if on_gpu else 1 << 20
+    part_tokens = max(128, logits_at_once // vocab_size // 128 * 128)
+    losses, hits = [], []
+    for start in range(0, n, rows):
+        batch = torch.from_numpy(windows[start:start + rows]).to(device)
+        features, _ = lm.features(batch[:, :-1])
+        for window, expected in zip(features, batch[:, 1:], strict=True):
+            parts = zip(window.split(part_tokens), expected.split(part_tokens), strict=True)
+            for x, y in parts:
+                logits = lm.lm_head(x)[:, :vocab_size].float()
+                losses.append(F.cross_entropy(logits.mT[None], y[None], reduction="none")[0])
+                hits.append(logits.argmax(-1) == y)
+    losses = torch.cat(losses).view(n, T)
+    hits = torch.cat(hits).view(n, T)
+    return losses.cpu().numpy(), hits.cpu().numpy()
+
+
+def text_losses(lm, text, T, n=64):
+    """The loss of every token (windows, T), in nats, a tensor, on at most n windows of
+    T tokens; of all the text where it is shorter."""
+    windows, _ = text_windows(text, min(T, len(text) - 1), n)
+    return torch.from_numpy(token_scores(lm, windows)[0])
+
+
+def summary(losses):
+    """losses (windows, T) -> (mean, standard error over windows, in-context score).
+    That is the mean of the last quarter of T minus that of the second eighth: below 0
+    where the context helps."""
+    T = losses.shape[1]
+    mean = losses.mean().item()
+    _, error = mean_and_error(losses.mean(1))
+    early = losses[:, T // 8:max(T // 4, T // 8 + 1)].mean()
+    late = losses[:, 3 * T // 4:].mean()
+    return mean, error, (late - early).item()
+
+
+def text_loss(lm, text, T, n=64):
+    """-> (loss, its standard error over windows, in-context score), in nats per token,
+    of text_losses."""
+    return summary(text_losses(lm, text, T, n))
+
+
+# ----------------------------------------------------------------------------------------
+# natural text: repeats of rare bigrams
+
+
+def bigrams(tokens, vocab_size):
+    """Every token but the first, together with the one before it, as one number:
+    tokens (..., T + 1) -> (..., T)."""
+    kind = np.uint32 if vocab_size <= 1 << 16 else np.uint64
+    tokens = tokens.astype(kind)
+    return tokens[..., :-1] * kind(vocab_size) + tokens[..., 1:]
+
+
+class BigramCounts:
+    """How often each bigram is in a training text: pairs, as `bigrams` gives them,
+    sorted, and as many counts."""
+
+    def __init__(self, vocab_size, pairs, counts):
+        self.vocab_size = vocab_size
+        self.pairs = pairs
+        self.counts = counts
+
+    @classmethod
+    def of(cls, tokens, vocab_size, at_once=1 << 24):
+        """Count those of tokens (n,), at_once tokens at a time: 100M take some seconds
+        and, of 4,096 kinds, 1 GiB."""
+        pairs = bigrams(tokens[:1], vocab_size)
+        counts = np.zeros(0, np.int64)
+        for start in range(0, len(tokens) - 1, at_once):
+            part = bigrams(tokens[start:start + at_once + 1], vocab_size)
+            found, times = np.unique(part, return_counts=True)
+            pairs, place = np.unique(np.concatenate((pairs, found)), return_inverse=True)
+            counts = np.bincount(place, np.concatenate((counts, times))).astype(np.int64)
+        return cls(vocab_size, pairs, counts)
+
+    def times_seen(self, pairs):
+        """How often each of pairs (...) is in the training text."""
+        place = np.searchsorted(self.pairs, pairs)
+        place[place == len(self.pairs)] = 0
+        return np.where(self.pairs[place] == pairs, self.counts[place], 0)
+
+
+def bigram_counts(folder, train, meta):
+    """The BigramCounts of a corpus: load_corpus(folder) gives train and meta. Counted
+    once, then kept beside the token files in bigrams.npz, with the sha256 that they
+    belong to. In a folder that cannot be written they are counted anew each time."""
+    path = f"{folder}/bigrams.npz"
+    identity = f"{meta.get('sha256')} {meta['vocab_size']}"
+    try:
+        with np.load(path) as kept:
+            if str(kept["corpus"]) == identity:
+                return BigramCounts(meta["vocab_size"], kept["pairs"], kept["counts"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass                                        # not there, or not whole: count again
+    table = BigramCounts.of(train, meta["vocab_size"])
+    if meta.get("sha256") and os.access(folder, os.W_OK):
+        write_file(path, lambda file: np.savez(file, corpus=identity, pairs=table.pairs,
+                                               counts=table.counts))
+    return table
+
+
+def write_file(path, write):
+    """A new file at path, filled by write(file): written beside its place, then
+    renamed, so that it is never there in part. Raises BadInput."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise BadInput(f"cannot write {path}: {e.strerror}") from e
+
+
+def repeat_distance(pairs):
+    """How many tokens ago each bigram last was in its window, 0 where it is new to it.
+    pairs (n, T), as `bigrams` gives them -> (n, T) int64"""
+    order = np.argsort(pairs, axis=1, kind="stable")            # equal ones in order of time
+    in_order = np.take_along_axis(pairs, order, axis=1)
+    seen_before = in_order[:, 1:] == in_order[:, :-1]
+    ago = np.where(seen_before, order[:, 1:] - order[:, :-1], 0)
+    distance = np.zeros(pairs.shape, np.int64)
+    np.put_along_axis(distance, order[:, 1:], ago, axis=1)
+    return distance
+
+
+def rare_repeats(lm, text, counts, eot, T=4096, n=1024, at_most=RARE):
+    """Loss and accuracy of lm on the second token of bigrams that are in the training
+    text at most at_most times and were before in the window, on at most n windows of T
+    tokens.
+
+    text: held-out token ids. counts: BigramCounts of the training text. eot: the token
+    that ends a document. Returns {"T", "windows", "documents", "at_most", "groups"};
+    groups is {name: {"tokens", "loss", "accuracy", and of both the standard errors over
+    windows, "_se", and over documents, "_se_documents"}}, without the groups that have
+    no token:
+        near     the last occurrence is less than 512 tokens ago
+        middle   less than 2048
+        far      more
+        repeats  all of these
+        new      bigrams as rare, new to the window: what is known without a memory
+        other    every token that is not in `repeats`"""
+    windows, starts = text_windows(text, T, n)
+    losses, hits = token_scores(lm, windows)
+    pairs = bigrams(windows, counts.vocab_size)
+    rare = counts.times_seen(pairs) <= at_most
+    distance = repeat_distance(pairs)
+    repeats = rare & (distance > 0)
+    chosen = {"near": repeats & (distance < NEAR),
+              "middle": repeats & (distance >= NEAR) & (distance < FAR),
+              "far": repeats & (distance >= FAR),
+              "repeats": repeats,
+              "new": rare & (distance == 0),
+              "other": ~repeats}
+    place = starts[:, None] + np.arange(1, T + 1)               # in the text
+    document = np.searchsorted(np.flatnonzero(text == eot), place)
+    window = np.broadcast_to(np.arange(len(windows))[:, None], place.shape)
+    groups = {}
+    for name, mask in chosen.items():
+        if not mask.any():
+            continue
+        group = {"tokens": int(mask.sum())}
+        for measure, values in (("loss", losses[mask]), ("accuracy", hits[mask])):
+            group[measure] = float(values.mean(dtype=np.float64))
+            group[f"{measure}_se"] = cluster_error(values, window[mask])
+            group[f"{measure}_se_documents"] = cluster_error(values, document[mask])
+        groups[name] = group
+    return {"T": T, "windows": len(windows), "documents": len(np.unique(document)),
+            "at_most": at_most, "groups": groups}
+
+
+def cluster_error(values, clusters):
+    """The standard error of the mean of values (n,) where those of one cluster (n,) go
+    together: of a ratio of sums over clusters, linearised. NaN for one cluster."""
+    _, cluster = np.unique(clusters, return_inverse=True)
+    sizes = np.bincount(cluster)
+    if len(sizes) == 1:
+        return math.nan
+    off = np.bincount(cluster, values) - values.mean(dtype=np.float64) * sizes
+    return math.sqrt(len(sizes) / (len(sizes) - 1) * (off ** 2).sum()) / len(values)
+
+
+# ----------------------------------------------------------------------------------------
+# natural text: a needle
+
+
+def needle_gain(lm, text, tokenizer, length, n=256, seed=1):
+    """How much likelier a passkey is, in nats per digit, with its line in a context of
+    `length` tokens of text than without it, on n pairs of sequences.
+
+    Returns {"gain", "gain_se", "digits", "digits_se"}. gain is of the likelihood among
+    all tokens: the line also tells that digits follow, and that can be most of it.
+    digits is of the likelihood among the ten digits: the line only tells which. There a
+    model without memory has 0, a perfect one about ln 10 = 2.303."""
+    needle = Needle(tokenizer)
+    rng = np.random.default_rng([seed, length])
+    present, absent, targets = needle_pairs(rng, n, length, text, tokenizer)
+    with_line = answer_likelihood(lm, present, targets, needle.digits)
+    without = answer_likelihood(lm, absent, targets, needle.digits)
+    gain, gain_error = mean_and_error(with_line[0] - without[0])
+    digits, digits_error = mean_and_error(with_line[1] - without[1])
+    return {"gain": gain, "gain_se": gain_error, "digits": digits, "digits_se": digits_error}
+
+
+def answer_likelihood(lm, idx, targets, choices):
+    """The mean log-likelihood of each sequence's answers, in nats -> among all tokens
+    (n,), and among those of `choices` (n,)."""
+    among_all, among_choices = [], []
+    for asked, logits, answers in asked_logits(lm, idx, targets):
+        logits = logits.float()
+        right = logits.gather(1, answers[:, None])[:, 0]
+        few = logits[:, torch.from_numpy(choices).to(logits.device)]
+        rows = len(asked)
+        among_all.append((right - logits.logsumexp(1)).view(rows, -1).mean(1))
+        among_choices.append((right - few.logsumexp(1)).view(rows, -1).mean(1))
+    return torch.cat(among_all), torch.cat(among_choices)
+
+
+# ----------------------------------------------------------------------------------------
+# the script
+
+
+@dataclass
+class Options:
+    ckpt: str = option("", "the checkpoint to score: a .pt, a folder or a hub id")
+    data: str = option(f"{HERE}/python", "folder of token files, see data/prepare.py")
+    T: int = option(0, "tokens of a window of text; 0: as the checkpoint was trained, else 4096")
+    pairs: str = option("", "of mqar; empty: as the checkpoint was trained, else 4,8,16,32; "
+                            "trained on text alone, neither mqar nor fewshot")
+    lengths: str = option("", "of passkey sequences, in tokens; empty: no passkey")
+    needle: str = option("", "contexts of the needle gain, in tokens; empty: T, where a line fits")
+    n: int = option(256, "sequences per task and size")
+    windows: int = option(1024, "windows of text for rare repeats, at most")
+    rare: int = option(RARE, "a bigram is rare if training has it at most this often")
+    seed: int = option(1, "of the sequences")
+    device: str = option("", "cpu, cuda, cuda:1, ...; empty: the GPU if there is one")
+    json: str = option("", "a file to write all of it to")
 
 
 def main():
-    import torch
-    from data.prepare import BadInput, command_line, load_corpus, load_tokenizer
-    from model import LM
-    o = command_line(__doc__, ckpt="", data=f"{os.path.dirname(os.path.abspath(__file__))}/python", n=256, seed=1,
-                     device="cuda" if torch.cuda.is_available() else "cpu")
-    if not o.ckpt:
+    options = Options(**command_line(Options, __doc__))
+    device = pick_device(options.device)
+    if not options.ckpt:
         raise BadInput("name a checkpoint: --ckpt=out/recipe-gla/statex.pt")
-    lm = LM.from_pretrained(o.ckpt).to(o.device).eval()
-    _, val, meta = load_corpus(o.data)
-    if meta["vocab_size"] > lm.config.vocab_size:
-        raise BadInput(f"{o.data} has {meta['vocab_size']} token ids, the model {lm.config.vocab_size}; prepare the text with its tokenizer")
-    s = score(lm, val, load_tokenizer(meta["tokenizer"]), n=o.n, seed=o.seed)
-    print(f"val loss {s['val_loss']:.4f} +- {s['val_loss_se']:.4f}   in-context score {s['icl_score']:+.4f}")
-    for task, table in s["recall"].items():
-        print(f"{task:8s}", "   ".join(f"{k}: {v:.3f} +- {s['recall_se'][task][k]:.3f}" for k, v in table.items()))
+    if options.json and not os.path.isdir(os.path.dirname(options.json) or "."):
+        raise BadInput(f"--json={options.json}: there is no such folder; make it first")
+    if not options.n or not options.windows:
+        raise BadInput("--n and --windows must be at least 1")
+    lm, trained = read_checkpoint(options.ckpt)
+    train, text, meta = load_corpus(options.data)
+    check_tokens(lm.config, text, meta, options.data)
+    tokenizer = load_tokenizer(meta["tokenizer"])
+    sizes = chosen_sizes(options, trained, text)
+    check_text(text, tokenizer, **sizes)
+    needle = Needle(tokenizer)
+    contexts = whole_numbers("needle", options.needle)
+    if not contexts and sizes["T"] >= needle.least:
+        contexts = (sizes["T"],)
+    for length in contexts:
+        needle.room(length, text)
+    lm.to(device).eval()
+    print(f"{options.ckpt} on the held-out text of {options.data}; +- is one standard error")
+    with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
+        result = score(lm, text, tokenizer, **sizes)
+        print_scores(result, sizes["T"])
+        counts = bigram_counts(options.data, train, meta)
+        repeats = rare_repeats(lm, text, counts, tokenizer.eot_token, sizes["T"],
+                               options.windows, options.rare)
+        print_repeats(repeats)
+        gains = {}
+        for length in contexts:
+            gains[str(length)] = needle_gain(lm, text, tokenizer, length, options.n, options.seed)
+        print_gains(gains)
+    if options.json:
+        result = {"ckpt": options.ckpt, "data": options.data, "corpus": meta.get("sha256"),
+                  "T": sizes["T"], "n": options.n, "seed": options.seed, **result,
+                  "rare_repeats": repeats, "needle_gain": gains}
+        encoded = json.dumps(without_nan(result), indent=1).encode()
+        write_file(options.json, lambda file: file.write(encoded))
+        print(options.json)
+
+
+def read_checkpoint(name):
+    """-> (lm, the options that it was trained with, {} where they are not known)."""
+    if os.path.isdir(name) or not name.endswith(".pt"):
+        return LM.from_pretrained(name), {}
+    lm, train = load_checkpoint(name)
+    return lm, (train or {}).get("options", {})
+
+
+def chosen_sizes(options, trained, text):
+    """The fields of Sizes for `score`: what was typed, else the values of the training
+    run, so that the numbers are those that it ended with. Windows are no longer than
+    the text."""
+    T = options.T or trained.get("block_size", 4096)
+    sizes = {"T": min(T, len(text) - 1), "n": options.n, "seed": options.seed,
+             "lengths": whole_numbers("lengths", options.lengths),
+             "pairs": whole_numbers("pairs", options.pairs or trained.get("pairs", "4,8,16,32"))}
+    if trained.get("recall_tokens") == 0 and not options.pairs:
+        sizes |= {"pairs": (), "shots": ()}
+    return sizes
+
+
+def check_tokens(config, text, meta, folder):
+    """Raises BadInput where the ids of a corpus are not what the model learned."""
+    same_tokenizer(config.tokenizer, meta)
+    ids = max(meta["vocab_size"], int(text.max()) + 1)
+    if ids > config.vocab_size:
+        raise BadInput(f"{folder} has {ids} token ids, the model {config.vocab_size}; prepare the "
+                       "text with the model's tokenizer")
+
+
+def whole_numbers(name, text):
+    """"4,8" -> (4, 8). Raises BadInput."""
+    words = [word for word in text.split(",") if word]
+    if not all(word.isdigit() and int(word) for word in words):
+        raise BadInput(f"--{name}={text} is not a list of whole numbers from 1 up, such as 4,8")
+    return tuple(int(word) for word in words)
+
+
+def without_nan(value):
+    """JSON has no NaN: an error that cannot be known becomes null."""
+    if isinstance(value, dict):
+        return {name: without_nan(entry) for name, entry in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def print_scores(result, T):
+    print(f"\nloss {result['val_loss']:.4f} +- {result['val_loss_se']:.4f} nats per token, "
+          f"in-context score {result['icl_score']:+.4f}, windows of {T} tokens")
+    for task, table in result["recall"].items():
+        cells = []
+        for size, mean in table.items():
+            error = result["recall_se"][task][size]
+            chance = result["chance"][task][size]
+            cells.append(f"{size}: {mean:.3f} +- {error:.3f} ({chance:.2g})")
+        if cells:
+            print(f"{task:8s}", "   ".join(cells))
+
+
+def print_repeats(repeats):
+    labels = {"near": f"under {NEAR} tokens ago", "middle": f"{NEAR} to {FAR - 1}",
+              "far": f"{FAR} or more", "repeats": "all repeats", "new": "as rare, but new",
+              "other": "everything else"}
+    print(f"\nrare repeats: bigrams that training has at most {repeats['at_most']} times; "
+          f"{repeats['windows']} windows of {repeats['T']} tokens, "
+          f"{repeats['documents']} documents")
+    print(f"  {'':23s}{'tokens':>9s}   {'loss +- over windows, documents':34s}accuracy, likewise")
+    for name, group in repeats["groups"].items():
+        cells = [f"{group[m]:.4f} +- {group[m + '_se']:.4f}, {group[m + '_se_documents']:.4f}"
+                 for m in ("loss", "accuracy")]
+        print(f"  {labels[name]:23s}{group['tokens']:9d}   {cells[0]:34s}{cells[1]}")
+
+
+def print_gains(gains):
+    print("\nneedle gain, nats per digit (among the ten digits, of 2.303)")
+    for length, gain in gains.items():
+        print(f"  {length} tokens: {gain['gain']:+.4f} +- {gain['gain_se']:.4f} "
+              f"({gain['digits']:+.4f} +- {gain['digits_se']:.4f})")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from data.prepare import main_line
-    main_line(main)
+    run_script(main)

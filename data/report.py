@@ -1,0 +1,110 @@
+"""The recipe's table, closing sentence and picture, from the results.json that train.py writes.
+
+    python train.py --plot=out/recipe-gla
+"""
+from data.options import BadInput
+
+import json
+import math
+import statistics
+
+ARMS = {"pretrained": "pre-trained", "lpt": "LPT", "statex": "StateX"}
+COLORS = {"pretrained": "0.6", "lpt": "tab:blue", "statex": "tab:red"}
+TASKS = {"mqar": "of {} pairs recalled", "fewshot": "right after {} shots"}
+
+
+def print_report(folder):
+    """Print the table and what was seen; draw folder/recipe.png where matplotlib is there."""
+    try:
+        with open(f"{folder}/results.json") as f:
+            results = json.load(f)
+    except (OSError, ValueError) as e:
+        raise BadInput(f"no results.json in {folder} ({type(e).__name__}); `python train.py` "
+                       "writes one when it has ended") from e
+    print(f"\n{table(results)}\n\n{closing(results)}\n")
+    print(f"{folder}/results.json{picture(results, f'{folder}/recipe.png')}")
+
+
+def difference(results, task, size=None):
+    """StateX - LPT on the same sequences, as (mean, half of the 95 % interval)."""
+    samples = [results[arm]["samples"][task] for arm in ("statex", "lpt")]
+    if size is not None:
+        samples = [of_task[size] for of_task in samples]
+    more = [a - b for a, b in zip(*samples, strict=True)]
+    return statistics.mean(more), 1.96 * statistics.stdev(more) / math.sqrt(len(more))
+
+
+def table(results):
+    """The three models side by side, as a Markdown table."""
+    rows = [["", *ARMS.values(), "StateX - LPT", "chance"]]
+
+    def row(label, form, get, more="", chance=""):
+        values = [get(results[arm]) for arm in ARMS]
+        cells = ["" if value is None else form.format(value) for value in values]
+        rows.append([label, *cells, more, chance])
+    row("parameters", "{:,}", lambda r: r["params"])
+    row("state elements per sequence", "{:,}", lambda r: r["state_elements"])
+    row("tokens, millions", "{:.1f}", lambda r: r["tokens"] / 1e6)
+    row("learning rate", "{:g}", lambda r: r["lr"])
+    row("held-out text, nats per token", "{:.3f}", lambda r: r["val_loss"],
+        "{:+.3f} ± {:.3f}".format(*difference(results, "text")))
+    for task, what in TASKS.items():
+        for size, chance in results["lpt"]["chance"][task].items():
+            row(what.format(size), "{:.3f}", lambda r, t=task, s=size: r["recall"][t][s],
+                "{:+.3f} ± {:.3f}".format(*difference(results, task, size)), f"{chance:.3f}")
+    width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, width, strict=True)) + " |"
+             for row in rows]
+    rule = "|" + "|".join("-" * (w + 2) for w in width) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def closing(results):
+    """What was seen, in one sentence, and what the intervals are of."""
+    lpt, statex = results["lpt"], results["statex"]
+    size = list(statex["recall"]["mqar"])[-1]
+    recalled, recall_error = difference(results, "mqar", size)
+    text, text_error = difference(results, "text")
+    more = "more" if recalled > 0 else "less"
+    better = "worse" if text > 0 else "better"
+    times = statex["state_elements"] / lpt["state_elements"]
+    return (f"With {times:.0f} times the state, StateX recalls {abs(recalled):.3f} ± "
+            f"{recall_error:.3f} {more} of {size} pairs than LPT, and reads\nheld-out text "
+            f"{abs(text):.3f} ± {text_error:.3f} nats per token {better}. (± is the 95 % interval "
+            "over the sequences asked;\nanother seed or machine makes another model.)")
+
+
+def picture(results, path):
+    """Recall by the number of pairs, and held-out text over post-training. Returns what to
+    print of it."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "   (no picture: pip install matplotlib, then python train.py --plot=FOLDER)"
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    sizes = list(results["lpt"]["recall"]["mqar"])
+    for arm, label in ARMS.items():
+        scores = [results[arm]["recall"]["mqar"][size] for size in sizes]
+        bars = [1.96 * results[arm]["recall_se"]["mqar"][size] for size in sizes]
+        left.errorbar(range(len(sizes)), scores, bars, color=COLORS[arm], marker="o", ms=4,
+                      capsize=3, label=label)
+    chance = [results["lpt"]["chance"]["mqar"][size] for size in sizes]
+    left.plot(range(len(sizes)), chance, color="0.4", ls=":", label="chance")
+    left.set(title="recall (bars: 95 % over sequences)", xlabel="key-value pairs",
+             ylabel="accuracy", ylim=(0, 1.02))
+    left.set_xticks(range(len(sizes)), sizes)
+    left.legend(fontsize=8)
+    for arm in ("lpt", "statex"):
+        seen = [tokens / 1e6 for tokens, _, _ in results[arm]["evaluations"]]
+        losses = [text for _, text, _ in results[arm]["evaluations"]]
+        right.plot(seen, losses, color=COLORS[arm], marker="o", ms=4, label=ARMS[arm])
+    right.axhline(results["pretrained"]["val_loss"], color=COLORS["pretrained"],
+                  label="pre-trained")
+    right.set(title="held-out text", xlabel="post-training tokens, millions",
+              ylabel="nats per token")
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return f" and {path}"

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# The commands that made the runs in this folder. Each part can be run by itself:
+#     bash data/results/run.sh corpus|pilot|blocks|long|recipe|speed|tables
+# pilot, blocks and long want four GPUs; each of their rounds takes at most ten minutes.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+# Four blocks side by side, one per GPU: GLA and Mamba2, two seeds each. Arguments: the first
+# seed, then options of block.py.
+round() {
+    local seed=$1
+    shift
+    local family
+    for gpu in 0 1 2 3; do
+        family=gla
+        if [ $gpu -gt 1 ]; then family=mamba2; fi
+        CUDA_VISIBLE_DEVICES=$gpu python data/results/block.py --family=$family \
+            --seed=$((seed + gpu % 2)) "$@" &
+    done
+    wait
+}
+
+corpus() { python data/prepare.py --packages=data/packages.txt --tokens=1.05e8; }
+pilot() { round 100 --phase=pilot; }
+blocks() { for seed in 0 2 4 6; do round $seed; done; }
+long() { round 20 --phase=long; }
+
+recipe() {
+    for seed in 0 1 2 3 4; do
+        for threads in 1 2; do
+            for block in gla mamba2; do
+                OMP_NUM_THREADS=$threads python train.py --block=$block --seed=$seed \
+                    --out_dir=out/$block-$seed-$threads
+            done
+        done
+    done
+}
+
+speed() {
+    python kernels.py
+    python data/results/throughput.py
+    python data/results/throughput.py --models=gla-1.3b-expanded --batch_size=1 --T=65536 \
+        --checkpoint_activations --peers=false
+    python data/results/throughput.py --generate \
+        --models=gla-1.3b,gla-1.3b-expanded,gla-1.3b-preserve,mamba2-1.3b,mamba2-1.3b-expanded
+}
+
+tables() { python data/results/tables.py; }
+
+case "${1:-}" in
+    corpus | pilot | blocks | long | recipe | speed | tables) "$1" ;;
+    *)
+        echo "run.sh: name a part: corpus, pilot, blocks, long, recipe, speed or tables" >&2
+        exit 2
+        ;;
+esac

@@ -1,0 +1,612 @@
+"""The tables of README.md here, and the figures, from the runs: one run per line of *.jsonl.
+
+    python data/results/tables.py            write the tables into README.md, and the figures
+    python data/results/tables.py --check    say only whether README.md is in step
+
+    runs.jsonl          natural text: the blocks that block.py made
+    pilot.jsonl         the models that the learning rates were chosen on
+    recipe.jsonl        the recipe: results.json of train.py, with seed, threads and machine
+    recipe-inits.jsonl  the recipe with other transplants, of an earlier version
+    mixture.jsonl       25M parameters, half of the training made-up recall, of an earlier version
+
+Statistics: the pre-trained model is the unit. A difference is that of two arms that went on
+from the same model; +- is half of the 95 % interval by Student's t over models.
+"""
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from data.options import BadInput, command_line, option, run_script
+
+import json
+import math
+import re
+import statistics
+from dataclasses import dataclass
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+FAMILIES = {"gla": "GLA", "mamba2": "Mamba2"}
+PRIMARY = "preserve-x16"
+
+
+# ----------------------------------------------------------------------------------------
+# statistics
+
+
+def t_within(t, df):
+    """The probability that Student's t with df degrees of freedom is within -t and t
+    (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(df))
+    term = math.cos(angle) if df % 2 else 1.0
+    total = 0.0
+    for i in range(3 if df % 2 else 2, df + 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (i - 1) / i
+    if df % 2:
+        return 2 / math.pi * (angle + math.sin(angle) * total)
+    return math.sin(angle) * total
+
+
+def t_quantile(df, level=0.95):
+    """How many standard errors an interval of this level has on either side."""
+    low, high = 0.0, 1e4
+    for _ in range(100):
+        middle = (low + high) / 2
+        if t_within(middle, df) < level:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def interval(values):
+    """-> (mean, half of the 95 % interval); the half is NaN for one value."""
+    if len(values) < 2:
+        return statistics.mean(values), math.nan
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), t_quantile(len(values) - 1) * error
+
+
+def p_value(values):
+    """Of the mean being 0, two-sided; NaN for fewer than two values."""
+    if len(values) < 2:
+        return math.nan
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    if not error:
+        return 0.0
+    return 1 - t_within(abs(statistics.mean(values)) / error, len(values) - 1)
+
+
+def holm(p_values):
+    """{name: p} -> {name: p corrected for all being looked at, by Holm's method}."""
+    corrected = {}
+    largest = 0.0
+    in_order = sorted(p_values, key=p_values.get)
+    for i, name in enumerate(in_order):
+        largest = max(largest, min(1.0, (len(p_values) - i) * p_values[name]))
+        corrected[name] = largest
+    return corrected
+
+
+def cell(values, form="{:+.4f}"):
+    """Mean and half interval as text; empty without values."""
+    if not values:
+        return ""
+    mean, half = interval(values)
+    text = form.format(mean)
+    if not math.isnan(half):
+        text += " ± " + form.replace("+", "").format(half)
+    return text
+
+
+# ----------------------------------------------------------------------------------------
+# runs
+
+
+@dataclass
+class Model:
+    """One pre-trained model and the runs that went on from it."""
+    family: str
+    seed: int
+    phase: str
+    lines: list
+
+    def get(self, arm, lr=None):
+        """The run of an arm at its own learning rate, or at `lr`; None where there is none."""
+        for line in self.lines:
+            wanted = line["own_rate"] if lr is None else line["lr"] == lr
+            if line["arm"] == arm and wanted:
+                return line
+        return None
+
+
+def read_lines(name):
+    """The runs in a file of this folder; [] where there is no such file."""
+    try:
+        with open(f"{HERE}/{name}") as f:
+            return [json.loads(line) for line in f if line.strip()]
+    except FileNotFoundError:
+        return []
+    except ValueError as e:
+        raise BadInput(f"{name} is not one JSON object per line: {e}") from e
+
+
+def models(name, phases=("block",)):
+    """{family: [Model]} of a file's runs, in the order of their seeds."""
+    found = {}
+    for line in read_lines(name):
+        if line["phase"] in phases:
+            key = (line["family"], line["seed"], line["phase"], line["began"])
+            found.setdefault(key, []).append(line)
+    result = {family: [] for family in FAMILIES}
+    for (family, seed, phase, _), lines in sorted(found.items(), key=lambda item: item[0]):
+        result[family].append(Model(family, seed, phase, lines))
+    return result
+
+
+def group(name, measure):
+    """A measure of rare_repeats, as a function of a run's line."""
+    return lambda line: line["rare_repeats"]["groups"][name][measure]
+
+
+def needle(length):
+    return lambda line: line["needle_gain"][length]["gain"]
+
+
+repeats_loss = group("repeats", "loss")
+other_loss = group("other", "loss")
+
+
+def differences(some, arm, measure, control="lpt", equal=False):
+    """What an arm has more than the control, one number per model that has both. equal: the
+    control at the arm's learning rate, not at its own."""
+    result = []
+    for model in some:
+        line = model.get(arm)
+        other = line and model.get(control, line["lr"] if equal else None)
+        if line and other:
+            result.append(measure(line) - measure(other))
+    return result
+
+
+def values(some, arm, measure):
+    return [measure(line) for line in (model.get(arm) for model in some) if line]
+
+
+def arms_of(some, start="pre"):
+    """The arms of these models that go on from `start`, in block.py's order, without LPT."""
+    found = dict.fromkeys(line["arm"] for model in some for line in model.lines
+                          if line["start"] == start and line["arm"] != "lpt")
+    order = ["preserve-x16", "preserve-x4", "preserve-x4-half", "preserve-x4-later", "inherit",
+             "inherit-noise", "reinit", "reinit-keys", "reinit-same-state", "reinit-paper",
+             "groups-x4", "lpt-equal-flops"]
+    known = [arm for arm in order if arm in found]
+    quarter = [arm for arm in found if arm not in order]
+    return known + [arm for arm in quarter if not arm.endswith(("-quarter", "-long"))]
+
+
+# ----------------------------------------------------------------------------------------
+# tables of natural text
+
+
+def markdown(head, rows):
+    lines = ["| " + " | ".join(str(entry) for entry in row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def each_family(make, name="runs.jsonl", phases=("block",)):
+    """make(family, its models) for each family that has models."""
+    parts = [make(family, some) for family, some in models(name, phases).items() if some]
+    return "\n\n".join(parts) or "No runs yet."
+
+
+def primary_table():
+    """The primary comparison of both families, corrected for there being two."""
+    rows = []
+    found = {family: (some, differences(some, PRIMARY, repeats_loss))
+             for family, some in models("runs.jsonl").items()}
+    found = {family: entry for family, entry in found.items() if entry[1]}
+    corrected = holm({family: p_value(more) for family, (_, more) in found.items()})
+    for family, (some, more) in found.items():
+        rows.append([FAMILIES[family], len(more), cell(values(some, "lpt", repeats_loss), "{:.4f}"),
+                     cell(more), f"{p_value(more):.2g}", f"{corrected[family]:.2g}",
+                     f"{sum(x < 0 for x in more)} of {len(more)}"])
+    if not rows:
+        return "No runs yet."
+    return markdown(["family", "models", "LPT, nats", f"{PRIMARY} - LPT", "p", "p, Holm",
+                     "lower than LPT"], rows)
+
+
+MEASURES = {
+    "rare repeats, loss": (repeats_loss, "{:+.4f}"),
+    "everything else, loss": (other_loss, "{:+.4f}"),
+    "near repeats right": (group("near", "accuracy"), "{:+.4f}"),
+    "in-context score": (lambda line: line["icl_score"], "{:+.4f}"),
+}
+
+
+def arm_row(some, arm, measures=MEASURES, equal=False):
+    first = next(line for line in (model.get(arm) for model in some) if line)
+    lpt = next(model.get("lpt") for model in some)
+    state = first["state_elements"] / lpt["state_elements"]
+    cells = [cell(differences(some, arm, measure, equal=equal), form)
+             for measure, form in measures.values()]
+    count = len(differences(some, arm, repeats_loss, equal=equal))
+    return [arm, f"{state:.2f}", f"{first['lr']:g}", *cells, count]
+
+
+def arms_table():
+    """Every arm's differences to LPT, each at its own learning rate."""
+    def of_family(family, some):
+        rows = [arm_row(some, arm) for arm in arms_of(some)]
+        head = [f"{FAMILIES[family]}, more than LPT", "state x", "lr", *MEASURES, "models"]
+        return markdown(head, rows)
+    return each_family(of_family)
+
+
+def equal_rate_table():
+    """The same against LPT at the arm's rate."""
+    def of_family(family, some):
+        rows = [arm_row(some, arm, equal=True) for arm in arms_of(some)
+                if differences(some, arm, repeats_loss, equal=True)]
+        head = [f"{FAMILIES[family]}, more than LPT at the same rate", "state x", "lr", *MEASURES,
+                "models"]
+        return markdown(head, rows)
+    return each_family(of_family)
+
+
+def levels_table():
+    """The losses themselves, by distance, and what a model costs."""
+    def of_family(family, some):
+        rows = []
+        for arm in ("pre", "lpt", *arms_of(some), "ceiling-x4"):
+            lines = [line for line in (model.get(arm) for model in some) if line]
+            if not lines:
+                continue
+            cells = [f"{statistics.mean(group(name, 'loss')(line) for line in lines):.4f}"
+                     for name in ("repeats", "near", "middle", "far", "new", "other")
+                     if all(name in line["rare_repeats"]["groups"] for line in lines)]
+            rows.append([arm, f"{lines[0]['params'] / 1e6:.2f}", f"{lines[0]['state_bytes']:,}",
+                         f"{lines[0]['flops'] / 1e15:.1f}",
+                         f"{max(line['peak_mem_mib'] for line in lines) / 1024:.1f}", *cells])
+        head = [f"{FAMILIES[family]}, loss", "M parameters", "state bytes", "PFLOPs", "peak GiB",
+                "repeats", "under 512 ago", "512 to 2047", "2048 or more", "as rare, new",
+                "everything else"]
+        return markdown(head[:5 + len(cells)], rows)
+    return each_family(of_family)
+
+
+def gap_table():
+    """How far the arms go from LPT to a model that had four times the state from the start."""
+    def of_family(family, some):
+        rows = []
+        for arm in ("preserve-x4", "preserve-x4-half", "preserve-x4-later", "preserve-x16"):
+            shares = []
+            for model in some:
+                lines = [model.get(name) for name in ("lpt", arm, "ceiling-x4")]
+                if all(lines):
+                    lpt, reached, ceiling = map(repeats_loss, lines)
+                    shares.append((lpt - reached) / (lpt - ceiling))
+            if shares:
+                rows.append([arm, cell(differences(some, "ceiling-x4", repeats_loss)),
+                             cell(shares, "{:.2f}"), len(shares)])
+        head = [FAMILIES[family], "ceiling - LPT, nats", "share of the way", "models"]
+        return markdown(head, rows)
+    return each_family(of_family)
+
+
+def needle_table():
+    """Needle gain by the length of the context."""
+    def of_family(family, some):
+        lengths = list(some[0].get("lpt")["needle_gain"])
+        rows = []
+        for arm in ("pre", "lpt", *arms_of(some)):
+            rows.append([arm, *(cell(values(some, arm, needle(length)), "{:.3f}")
+                                for length in lengths)])
+        return markdown([f"{FAMILIES[family]}, nats per digit", *(f"{int(n):,} tokens"
+                                                                 for n in lengths)], rows)
+    return each_family(of_family)
+
+
+def by_tokens(family):
+    """[(post-training tokens, differences of PRIMARY to LPT of as many tokens)]."""
+    result = []
+    for name, phases in (("-quarter", ("block",)), ("", ("block", "long")), ("-long", ("long",))):
+        some = models("runs.jsonl", phases)[family]
+        more = differences(some, PRIMARY + name, repeats_loss, "lpt" + name)
+        tokens = [line["tokens"] for line in (model.get("lpt" + name) for model in some) if line]
+        if more:
+            result.append((tokens[0], more))
+    return result
+
+
+def tokens_table():
+    """The primary comparison after more and less post-training."""
+    rows = [[FAMILIES[family], f"{tokens / 1e6:.1f}", cell(more), len(more)]
+            for family in FAMILIES for tokens, more in by_tokens(family)]
+    head = ["", "post-training tokens, millions", f"rare repeats, {PRIMARY} - LPT", "models"]
+    return markdown(head, rows) if rows else "No runs yet."
+
+
+def verdict(more, against=0.0):
+    """What an interval says of a claim that the differences are below `against`."""
+    if len(more) < 2:
+        return "open: no interval"
+    mean, half = interval(more)
+    if mean + half < against:
+        return "confirmed"
+    return "refuted" if mean - half > against else "open"
+
+
+def claims_table():
+    """The paper's claims, by its own transplant (reinit-paper) and by ours."""
+    def of_family(family, some):
+        lpt_other = statistics.mean(values(some, "lpt", other_loss))
+        in_context = MEASURES["in-context score"][0]
+        rows = []
+
+        def row(claim, arm, measure, control="lpt", against=0.0):
+            more = differences(some, arm, measure, control)
+            if more:
+                rows.append([claim, f"{arm} - {control}", cell(more), verdict(more, against)])
+        for arm in ("reinit-paper", PRIMARY):
+            row("recall up: rare repeats, loss", arm, repeats_loss)
+            row("in-context learning up: in-context score", arm, in_context)
+            row("text not worse (by 1 %): everything else, loss", arm, other_loss,
+                against=0.01 * lpt_other)
+        row("reinit better than inherit: rare repeats, loss", "reinit", repeats_loss, "inherit")
+        row("few layers are enough: half of them as good as all", "preserve-x4-later",
+            repeats_loss, "preserve-x4")
+        return markdown([f"{FAMILIES[family]}: the paper's claim", "difference", "mean ± 95 %",
+                         "so"], rows)
+    return each_family(of_family)
+
+
+def pilot_table():
+    """Phase zero, and the loss on text by learning rate."""
+    def of_family(family, some):
+        zero = [[model.seed, *(f"{repeats_loss(model.get(arm)):.4f}" for arm in ("pre", "pre-x4")),
+                 f"{repeats_loss(model.get('pre-x4')) - repeats_loss(model.get('pre')):+.4f}"]
+                for model in some if model.get("pre") and model.get("pre-x4")]
+        first = markdown([f"{FAMILIES[family]}, rare repeats, seed", "small state",
+                          "four times the state, from scratch", "difference"], zero)
+        tried = {}
+        for model in some:
+            for line in model.lines:
+                if line["start"]:
+                    tried.setdefault(line["arm"], {}).setdefault(line["lr"], []).append(line)
+        rates = sorted({lr for of_arm in tried.values() for lr in of_arm})
+        rows = [[arm, *(" ".join(f"{line['loss']:.4f}" for line in of_arm.get(lr, []))
+                        for lr in rates)] for arm, of_arm in tried.items()]
+        second = markdown([f"{FAMILIES[family]}, loss on text, by model",
+                           *(f"lr {lr:g}" for lr in rates)], rows)
+        return f"{first}\n\n{second}"
+    return each_family(of_family, "pilot.jsonl", ("pilot", "zero"))
+
+
+# ----------------------------------------------------------------------------------------
+# tables of the recipe and of earlier runs
+
+
+def of_recall(task, size):
+    return lambda entry: entry["recall"][task][size]
+
+
+def recipe_rows(lines):
+    """A recipe's measures: LPT, StateX, and the difference, over models."""
+    sizes = [("mqar", size, f"of {size} pairs") for size in lines[0]["lpt"]["recall"]["mqar"]]
+    sizes += [("fewshot", size, f"after {size} shots")
+              for size in lines[0]["lpt"]["recall"]["fewshot"]]
+    measures = {"held-out text, nats": lambda entry: entry["val_loss"],
+                "in-context score": lambda entry: entry["icl_score"]}
+    measures |= {what: of_recall(task, size) for task, size, what in sizes}
+    rows = []
+    for what, measure in measures.items():
+        means = [f"{statistics.mean(measure(line[arm]) for line in lines):.3f}"
+                 for arm in ("pretrained", "lpt", "statex")]
+        more = [measure(line["statex"]) - measure(line["lpt"]) for line in lines]
+        rows.append([what, *means, cell(more, "{:+.3f}"),
+                     f"{min(more):+.3f} to {max(more):+.3f}"])
+    return rows
+
+
+def recipe_table():
+    """The recipe, by family and number of threads."""
+    found = {}
+    for line in read_lines("recipe.jsonl"):
+        key = (line["config"]["block"], line["threads"], line.get("machine", ""))
+        found.setdefault(key, []).append(line)
+    parts = []
+    for (family, threads, machine), lines in sorted(found.items()):
+        seeds = ", ".join(str(line["seed"]) for line in lines)
+        what = f"{FAMILIES[family]}, {threads} thread{'s' * (threads > 1)}, {machine}"
+        head = [f"{what}, seeds {seeds}", "pre-trained", "LPT", "StateX", "StateX - LPT", "range"]
+        parts.append(markdown(head, recipe_rows(lines)))
+    return "\n\n".join(parts) or "No runs yet."
+
+
+def inits_table():
+    """The recipe of an earlier version with each transplant: StateX - LPT."""
+    found = {}
+    for line in read_lines("recipe-inits.jsonl"):
+        key = (line["family"], line["steps"], line["init"])
+        found.setdefault(key, []).append(line)
+    measures = {"held-out text, nats": lambda entry: entry["val_loss"],
+                "of 16 pairs": of_recall("mqar", "16"), "of 32 pairs": of_recall("mqar", "32")}
+    rows = []
+    for (family, steps, init), lines in sorted(found.items()):
+        cells = [cell([measure(line["statex"]) - measure(line["lpt"]) for line in lines],
+                      "{:+.3f}") for measure in measures.values()]
+        rows.append([f"{FAMILIES[family]}, {steps} steps", init, *cells, len(lines)])
+    return markdown(["StateX - LPT", "init", *measures, "models"], rows)
+
+
+def mixture_table():
+    """25M parameters, half of the training made-up recall: differences to LPT of the same
+    model, all at the rates that were chosen at seed 0."""
+    lines = read_lines("mixture.jsonl")
+    chosen = {("gla", "lpt"): 2e-3, ("gla", "reinit"): 6e-3, ("gla", "inherit"): 6e-3,
+              ("mamba2", "lpt"): 2e-3, ("mamba2", "reinit"): 2e-3, ("mamba2", "preserve"): 6e-3}
+    kept = {(line["start"], line["steps"], line["arm"]): line for line in lines
+            if line["lr"] == chosen.get((line["family"], line["arm"]))}
+    measures = {"held-out text, nats": lambda line: line["val_loss"],
+                "of 64 pairs": lambda line: line["mqar"]["64"],
+                "of 128 pairs": lambda line: line["mqar"]["128"]}
+    rows = []
+    for (family, arm), lr in chosen.items():
+        for steps in (400, 800):
+            pairs = [(line, kept[start, steps, "lpt"])
+                     for (start, n, of_arm), line in kept.items()
+                     if (line["family"], of_arm, n) == (family, arm, steps) and of_arm != "lpt"
+                     and (start, steps, "lpt") in kept]
+            if pairs:
+                cells = [cell([measure(line) - measure(lpt) for line, lpt in pairs], "{:+.3f}")
+                         for measure in measures.values()]
+                rows.append([FAMILIES[family], steps, arm, f"{lr:g}", *cells, len(pairs)])
+    return markdown(["arm - LPT", "steps", "init", "lr", *measures, "models"], rows)
+
+
+def rates_table():
+    """The price of a learning rate: the same model at two, LPT and inherit."""
+    rows = [[line["start"], line["arm"], f"{line['lr']:g}", f"{line['val_loss']:.3f}",
+             f"{line['mqar']['128']:.3f}"]
+            for line in read_lines("mixture.jsonl")
+            if line["arm"] in ("lpt", "inherit", "reinit") and line["steps"] == 400
+            and line["family"] == "gla" and line["seed"] == 0]
+    return markdown(["GLA, from the model", "arm", "lr", "held-out text, nats", "of 128 pairs"],
+                    sorted(rows))
+
+
+SECTIONS = {
+    "primary": primary_table, "claims": claims_table, "arms": arms_table,
+    "equal rates": equal_rate_table, "gap": gap_table, "tokens": tokens_table,
+    "levels": levels_table, "needle": needle_table, "pilot": pilot_table,
+    "recipe": recipe_table, "inits": inits_table, "mixture": mixture_table, "rates": rates_table,
+}
+
+
+def updated(text):
+    """README.md with every table between its marks made anew. Raises BadInput for a mark that
+    names no table."""
+    def make(mark):
+        name = mark[1]
+        if name not in SECTIONS:
+            raise BadInput(f"README.md has a mark for the table {name!r}; there are "
+                           f"{', '.join(SECTIONS)}")
+        return f"<!-- table: {name} -->\n\n{SECTIONS[name]()}\n\n<!-- end -->"
+    return re.sub(r"<!-- table: (.*?) -->.*?<!-- end -->", make, text, flags=re.S)
+
+
+# ----------------------------------------------------------------------------------------
+# figures
+
+
+COLORS = {"gla": "tab:blue", "mamba2": "tab:red"}
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise BadInput("the figures need matplotlib: pip install matplotlib") from e
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def draw_differences(path):
+    """Paired differences to LPT, every arm, both families; and against post-training tokens."""
+    plt = pyplot()
+    found = {family: some for family, some in models("runs.jsonl").items() if some}
+    columns = len(found) + 1
+    figure, axes = plt.subplots(1, columns, figsize=(4.2 * columns, 3.8), layout="constrained")
+    for axis, (family, some) in zip(axes, found.items(), strict=False):
+        arms = [arm for arm in arms_of(some) if differences(some, arm, repeats_loss)][::-1]
+        for place, arm in enumerate(arms):
+            more = differences(some, arm, repeats_loss)
+            mean, half = interval(more)
+            axis.plot(more, [place] * len(more), "o", ms=3, color="0.7")
+            axis.errorbar(mean, place, xerr=0 if math.isnan(half) else half, fmt="o", ms=5,
+                          capsize=3, color=COLORS[family])
+        axis.axvline(0, color="0.4", lw=0.8)
+        axis.set_yticks(range(len(arms)), arms)
+        axis.set(title=FAMILIES[family], xlabel="loss on rare repeats, arm - LPT, nats")
+    axis = axes[-1]
+    for family in found:
+        points = by_tokens(family)
+        means = [interval(more) for _, more in points]
+        axis.errorbar([tokens / 1e6 for tokens, _ in points], [mean for mean, _ in means],
+                      [0 if math.isnan(half) else half for _, half in means], marker="o", ms=4,
+                      capsize=3, color=COLORS[family], label=FAMILIES[family])
+    axis.axhline(0, color="0.4", lw=0.8)
+    axis.set(title=f"{PRIMARY} - LPT", xlabel="post-training tokens, millions", xlim=(0, None))
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+MARKERS = {"lpt-equal-flops": "x", "preserve-x4-half": "v", "preserve-x4-later": "^",
+           "preserve-x4": "o", "preserve-x16": "s"}
+
+
+def draw_costs(path):
+    """The difference to LPT against the state's bytes and the post-training's FLOPs."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.6), layout="constrained")
+    for family, some in models("runs.jsonl").items():
+        for arm, marker in MARKERS.items():
+            more = differences(some, arm, repeats_loss)
+            if not more:
+                continue
+            line = next(line for line in (model.get(arm) for model in some) if line)
+            mean, half = interval(more)
+            for axis, cost in zip(axes, (line["state_bytes"], line["flops"]), strict=True):
+                axis.errorbar(cost, mean, 0 if math.isnan(half) else half, marker=marker, ms=5,
+                              capsize=3, color=COLORS[family], ls="",
+                              label=f"{FAMILIES[family]}, {arm}")
+    for axis, what in zip(axes, ("bytes of state per sequence", "post-training FLOPs"),
+                          strict=True):
+        axis.axhline(0, color="0.4", lw=0.8)
+        axis.set(xlabel=what)
+    axes[0].set(xscale="log", ylabel="loss on rare repeats, arm - LPT, nats")
+    axes[0].minorticks_off()
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Options:
+    check: bool = option(False, "write nothing; status 2 where README.md is not in step")
+
+
+def main():
+    options = Options(**command_line(Options, __doc__))
+    path = f"{HERE}/README.md"
+    with open(path) as f:
+        before = f.read()
+    after = updated(before)
+    if options.check:
+        if after != before:
+            raise BadInput("README.md is not what the runs say; run python data/results/tables.py")
+        return
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w") as f:
+        f.write(after)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    if any(models("runs.jsonl").values()):
+        draw_differences(f"{HERE}/differences.png")
+        draw_costs(f"{HERE}/costs.png")
+        print(f"{HERE}: README.md, differences.png, costs.png")
+    else:
+        print(f"{path}; no figures, for there are no runs in runs.jsonl yet")
+
+
+if __name__ == "__main__":
+    run_script(main)
