@@ -1991,11 +1991,14 @@ def ssd_chunk(T, N, dtype):
     return L, min(L, 64)
 
 
+READ_APART = 128  # states of more columns are read by a kernel of their own
+
+
 @functools.cache
 def ssd_launches(P, N, heads, shared, L, R, dtype):
     """The kernels with their tiles; heads: of all sequences, shared: heads of a group."""
     narrow = dtype == torch.bfloat16
-    apart = N > 128
+    apart = N > READ_APART
     BN = power_of_two(N, 16, 64)
     wide_n = power_of_two(N, 16, 128 if narrow else 64)
     scan_n = power_of_two(N, 16, 128)
@@ -2039,7 +2042,7 @@ def ssd_results(x, dt, A, B, C, D, state, first, L, R):
     return (torch.empty_like(x), dt.new_empty(batch, H, P, N),
             cum, low, torch.empty_like(cum), torch.empty_like(cum), dt.new_empty(batch, H, T // L),
             x.new_empty(batch, T, G, L), x.new_empty(batch, H, T // L, P, N),
-            x.new_empty(batch if N > 128 else 0, T, H, P))
+            x.new_empty(batch if N > READ_APART else 0, T, H, P))
 
 
 @operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, "
@@ -2063,10 +2066,10 @@ def ssd_forward(x, dt, A, B, C, D, state, first, L, R, y, last,
         batch * H, x, B, write_weight, decay, state, last, states,
         n=n, H=H, HX=H, HY=G, HD=H, K=P, V=N, L=L, PER_CHANNEL=False, REVERSE=False,
         DOT=DOT)
-    if N > 128:
+    if N > READ_APART:
         read(launches.read, C, states, state_read, DOT)
     launches.outputs(
-        batch * H * T // R, C, states, state_read if N > 128 else None, scores, x, dt, D,
+        batch * H * T // R, C, states, state_read if N > READ_APART else None, scores, x, dt, D,
         cum, low, y, n=n, H=H, G=G, P=P, N=N, L=L, R=R, DOT=DOT)
 
 
@@ -2098,7 +2101,7 @@ def ssd_backward(x, dt, A, B, C, D, first, cum, low, read_weight, write_weight, 
     G, N = B.shape[2:]
     n = T // L
     heads = batch * H
-    apart = N > 128
+    apart = N > READ_APART
     launches = ssd_launches(P, N, heads, H // G, L, R, x.dtype)
     DOT = product_precision(x)
     low = low if low.numel() else None
