@@ -93,11 +93,11 @@ ARMS = {
     "preserve-x16": Arm("preserve", factor=16, core=True),
     "preserve-x4": Arm("preserve", core=True),
     "preserve-x4-half": Arm("preserve", "every second", like="preserve-x4", core=True),
-    "preserve-x4-later": Arm("preserve", "later half", like="preserve-x4", core=True),
     "inherit": Arm("inherit", "last quarter", 0, core=True),
     "reinit": Arm("reinit", "last quarter", 0, core=True),
-    "reinit-paper": Arm("reinit", "four", 0, {"paper": True}, core=True),
-    # controls and the ceiling
+    # if time is left
+    "preserve-x4-later": Arm("preserve", "later half", like="preserve-x4"),
+    "reinit-paper": Arm("reinit", "four", 0, {"paper": True}, like="reinit"),
     "ceiling-x4": Arm(start="pre-x4", like="lpt"),
     "reinit-same-state": Arm("reinit", "last quarter", 0, {"same_state": True}, like="reinit"),
     "groups-x4": Arm("groups", like="preserve-x4", family="mamba2"),
