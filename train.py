@@ -69,7 +69,7 @@ PRESETS = {
     "paper-mamba2": POST | dict(block="mamba2"),
     "recipe-gla": dict(block="gla", curriculum=0.4, eval_interval=100),
     "recipe-mamba2": dict(block="mamba2", tie_embeddings=True, lr=2e-2, pretrain_steps=1800,
-                          steps=900, lr_grid="1e-2,3e-2", eval_interval=100),
+                          steps=900, curriculum=0.4, lr_grid="1e-2,3e-2", eval_interval=100),
 }
 
 
