@@ -692,9 +692,11 @@ def load_checkpoint(path):
     if not os.path.isfile(path):
         raise BadInput(f"no checkpoint at {path}; train.py and expand.py write them")
     try:
-        entries = torch.load(path, map_location="cpu", weights_only=True)
+        open(path, "rb").close()
     except OSError as e:
         raise BadInput(f"cannot read {path}: {e.strerror}") from e
+    try:
+        entries = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                  # whatever unpickling meets in a file of another kind
         raise BadInput(f"{path} is not a whole checkpoint ({type(e).__name__}); it may be cut "
                        "short or of another format") from e

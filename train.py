@@ -314,9 +314,10 @@ def start_run(lm, options, corpus, processes, stop):
         lm.slice_loss = torch.compile(lm.slice_loss, dynamic=True)
     model = lm
     if options.shard:
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
         for module in (*lm.layers, lm):
             fully_shard(module)
+        register_fsdp_forward_method(lm, "features")        # scores call it, not forward
     elif processes.size > 1:
         device_ids = [processes.local] if cuda else None
         model = torch.nn.parallel.DistributedDataParallel(lm, device_ids=device_ids)
@@ -537,9 +538,8 @@ def restore(run, train):
         run.evaluations = list(train["evaluations"])
         carried = train["carried"]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-        raise BadInput(f"{run.path} was written by another version and cannot be resumed "
-                       f"({type(e).__name__}: {' '.join(str(e).split())[:100]}); start a run "
-                       f"from its weights: --ckpt={run.path} with another --out_dir") from e
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+        raise other_version(run.path, why) from e
     if carried:
         count = passes(run.options, run.processes)
         for k in range(count):
@@ -547,6 +547,21 @@ def restore(run, train):
                          count * run.processes.size)
             mine = [tuple(None if t is None else t[rows] for t in layer) for layer in carried]
             run.carried[k] = on_device(mine, run.options.device)
+
+
+def load_run(path):
+    """load_checkpoint, for a run that is to go on. Raises BadInput."""
+    lm, held = load_checkpoint(path)
+    if held is not None:
+        fits = isinstance(held, dict) and isinstance(held.get("options"), dict)
+        if not fits or not isinstance(held.get("step"), int):
+            raise other_version(path, "its options or its step are not there")
+    return lm, held
+
+
+def other_version(path, why):
+    return BadInput(f"{path} was written by another version and cannot be resumed ({why}); "
+                    f"start a run from its weights: --ckpt={path} with another --out_dir")
 
 
 def flops_per_token(lm):
@@ -740,7 +755,7 @@ def held_run(options):
     path = f"{options.out_dir}/{options.name}.pt"
     if options.overwrite or not os.path.exists(path):
         return None, None
-    lm, held = load_checkpoint(path)
+    lm, held = load_run(path)
     if held is None:
         raise BadInput(f"{path} is there and holds no run; take another --out_dir or --name, or "
                        "--overwrite")
@@ -864,7 +879,7 @@ def one_run(options, processes, stop):
 def resumed(options, given):
     """The options of the run in out_dir, with what may change and was typed."""
     path = f"{options.out_dir}/{options.name}.pt"
-    _, held = load_checkpoint(path)
+    _, held = load_run(path)
     if held is None:
         raise BadInput(f"{path} holds no run to resume; start one with --ckpt={path} and another "
                        "--out_dir")
