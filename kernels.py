@@ -1494,9 +1494,9 @@ def gla_backward(q, k, v, g, q_start, k_end, q_seam, k_seam, block_decay, decay,
         H=H, G=G, K=K, L=L, R=R, DOT=DOT)
 
 
-def gla_save(ctx, inputs, results):
+def gla_save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:4], *results[2:])
+    ctx.save_for_backward(*inputs[:4], *output[2:])
     ctx.has_state = inputs[4] is not None
     ctx.scale, ctx.L, ctx.R = inputs[5:]
 
@@ -2140,9 +2140,9 @@ def ssd_backward(x, dt, A, B, C, D, first, cum, low, read_weight, write_weight, 
         torch.sum(dD_parts, (0, 2), out=dD)
 
 
-def ssd_save(ctx, inputs, results):
+def ssd_save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6], inputs[7], *results[2:])
+    ctx.save_for_backward(*inputs[:6], inputs[7], *output[2:])
     ctx.has_state = inputs[6] is not None
     ctx.L, ctx.R = inputs[8:]
 
