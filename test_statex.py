@@ -173,6 +173,11 @@ def fill(folder, files):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """Token files of some modules of the standard library: real text, quickly made."""
@@ -233,7 +238,7 @@ LIMITS = {torch.float32: 1e-3 if CUDA else 1e-5, torch.bfloat16: 1e-2}
 def interpreter(monkeypatch):
     """Triton's interpreter, mended. It keeps a bfloat16 as its bits in a uint16, which matrix
     products take for an integer, and cuts float32 short where a GPU rounds (seen in 3.9)."""
-    if CUDA:
+    if CUDA or not kernels.triton_installed:
         return
     from triton.language import bfloat16, float32
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -261,24 +266,31 @@ def inputs(op, batch, T, H, G, K, V, **more):
     return args
 
 
-def between(args, start, end):
+def between(args, start, end, state):
     """The arguments of tokens start to end: what has a T is cut."""
     T = args[0].shape[1]
-    return [a[:, start:end] if a.dim() > 2 and a.shape[1] == T else a for a in args[:-1]]
+    return [*(a[:, start:end] if a.dim() > 2 and a.shape[1] == T else a for a in args[:-1]), state]
+
+
+def check_against(reference, op, args, impl, but=()):
+    """Output, last state and the gradients of all inputs, of the incoming state too."""
+    found = errors(op, args, impl, reference)
+    limit = LIMITS[args[0].dtype]
+    assert all(error <= limit for name, error in found.items() if name not in but), found
 
 
 def test_recurrent_is_the_definition_by_hand():
     """Two tokens, one head, K = V = 1: S = k1 v1, then a2 k1 v1 + k2 v2."""
-    q, k, v, g = torch.tensor([[2, 3], [5, 7], [11, 13], [-0.5, -0.25]]).double().view(4, 1, 2, 1, 1)
+    values = [[2, 3], [5, 7], [11, 13], [-0.5, -0.25]]
+    q, k, v, g = torch.tensor(values).double().view(4, 1, 2, 1, 1)
     o, S = gla(q, k, v, g, scale=1, impl="recurrent")
     last = math.exp(-0.25) * 5 * 11 + 7 * 13
-    assert o.flatten().tolist() == pytest.approx([2 * 5 * 11, 3 * last])
-    assert S.item() == pytest.approx(last)
+    assert [*o.flatten().tolist(), S.item()] == pytest.approx([2 * 5 * 11, 3 * last, last])
     one = torch.ones(1).double()                        # dt = -g, A = -1: decay exp(g), v = dt x
     y, S = ssd(v, -g[..., 0], -one, k, q, D=2 * one, impl="recurrent")
     last = math.exp(-0.25) * 0.5 * 5 * 11 + 0.25 * 7 * 13
-    assert y.flatten().tolist() == pytest.approx([2 * 0.5 * 5 * 11 + 22, 3 * last + 26])
-    assert S.item() == pytest.approx(last)
+    assert [*y.flatten().tolist(), S.item()] == pytest.approx(
+        [2 * 0.5 * 5 * 11 + 2 * 11, 3 * last + 2 * 13, last])
 
 
 @pytest.mark.parametrize("T", (1, 2, 63, 64, 65, 200))
@@ -286,7 +298,6 @@ def test_recurrent_is_the_definition_by_hand():
     ("gla", 3, 3, 7, 5), ("gla", 4, 2, 33, 18), ("gla", 3, 1, 5, 9),
     ("ssd", 4, 2, 5, 9), ("ssd", 3, 1, 9, 7)))
 def test_chunked_equals_recurrent(op, H, G, K, V, T):
-    """Output, last state and the gradients of all inputs, of the incoming state too."""
     for seed, decay in enumerate(DECAYS):
         args = inputs(op, 2, T, H, G, K, V, dtype=torch.float64, decay=decay, seed=seed)
         found = errors(op, args, "chunked")
@@ -296,22 +307,22 @@ def test_chunked_equals_recurrent(op, H, G, K, V, T):
 @needs_triton
 @pytest.mark.parametrize("T", (1, 17, 64, 200) + ((1000, 8192, 65536) if CUDA else ()))
 @pytest.mark.parametrize("op,H,G,K,V", (
-    ("gla", 3, 3, 20, 36), ("gla", 4, 2, 20, 36), ("ssd", 6, 2, 20, 36)))
+    ("gla", 2, 2, 20, 36), ("gla", 2, 1, 20, 36), ("ssd", 4, 2, 20, 36)))
 def test_triton_equals_recurrent(op, H, G, K, V, T, interpreter):
-    """As above, and the same bits twice. New memory is filled with NaN, so that an element
-    left unwritten or read too early shows."""
-    batch = 3 if T <= 17 else 1
+    """And the same bits twice. New memory is filled with NaN, so that an element left unwritten
+    or read too early shows."""
     reference = "recurrent" if T <= 1000 else "chunked"             # a loop would take minutes
+    slow = not CUDA and T != 64                                     # the interpreter is
     torch.use_deterministic_algorithms(True, warn_only=True)        # fills new memory
     try:
-        for seed, decay in enumerate(DECAYS):
-            for dtype, limit in LIMITS.items():
-                if not CUDA and dtype == torch.bfloat16 and decay not in ("mixed", None):
-                    continue                                        # the interpreter is slow
-                args = inputs(op, batch, T, H, G, K, V, dtype=dtype, device=DEVICE, decay=decay,
-                              seed=seed)
-                found = errors(op, args, "triton", reference)
-                assert all(e <= limit for e in found.values()), (decay, dtype, found)
+        for seed, decay in enumerate(("mixed", None) if slow else DECAYS):
+            for dtype in LIMITS:
+                if slow and dtype == torch.bfloat16 and decay is None:
+                    continue
+                args = inputs(op, 2 if T == 17 else 1, T, H, G, K, V, dtype=dtype, device=DEVICE,
+                              decay=decay, seed=seed)
+                # at -60 dg is e^-60 of the other gradients, below their rounding
+                check_against(reference, op, args, "triton", but=("dg",) if decay == -60 else ())
         with torch.no_grad():
             first, second = (run(op, args, "triton") for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -321,26 +332,20 @@ def test_triton_equals_recurrent(op, H, G, K, V, T, interpreter):
 
 @needs_triton
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("op,T,H,G,K,V", (
-    ("gla", 40, 2, 1, 5, 150), ("gla", 40, 1, 1, 140, 20),      # several tiles of channels
-    ("ssd", 40, 2, 1, 70, 20), ("ssd", 40, 3, 1, 150, 5),
-    ("ssd", 140, 1, 1, 20, 130), ("ssd", 140, 8, 2, 20, 130)))  # states that are read apart
-def test_wide_heads(op, T, H, G, K, V, dtype, interpreter):
-    args = inputs(op, 1, T, H, G, K, V, dtype=dtype, device=DEVICE, decay="mixed")
-    found = errors(op, args, "triton")
-    assert all(e <= LIMITS[dtype] for e in found.values()), found
-
-
-@needs_triton
-@pytest.mark.parametrize("step", (-0.2, -0.33, -0.8, -3.0))
-def test_steep_and_gentle_chunks_side_by_side(step, interpreter):
-    """GLA's kernels take chunks of little decay and chunks of much decay apart: a sequence
-    with both, around the border."""
-    for dtype, limit in LIMITS.items():
-        args = inputs("gla", 1, 300, 2, 2, 16, 16, dtype=dtype, device=DEVICE)
+@pytest.mark.parametrize("op,sizes,step", (
+    # several tiles of channels: T, H, G, K, V
+    ("gla", (20, 2, 1, 5, 150), None), ("gla", (20, 1, 1, 140, 20), None),
+    ("ssd", (20, 2, 1, 70, 20), None), ("ssd", (20, 2, 1, 150, 5), None),
+    # states that are read apart, by one head and by a group of them
+    ("ssd", (130, 1, 1, 20, 130), None), ("ssd", (20, 2, 1, 20, 130), None),
+    # chunks of little and of much decay, which go apart, beside each other: around the border
+    ("gla", (300, 1, 1, 16, 16), -0.33), ("gla", (300, 1, 1, 16, 16), -0.8),
+    ("gla", (300, 1, 1, 16, 16), -3.0)))
+def test_sizes_that_go_another_way(op, sizes, step, dtype, interpreter):
+    args = inputs(op, 1, *sizes, dtype=dtype, device=DEVICE, decay=None if step else "mixed")
+    if step:
         args[3][:, 128:256] = step
-        found = errors("gla", args, "triton")
-        assert all(e <= limit for e in found.values()), found
+    check_against("recurrent", op, args, "triton")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -354,84 +359,78 @@ def test_a_reset_keeps_documents_apart(op, impl):
         results = gla(q, k, v, g.masked_fill(reset[..., None, None], -math.inf), None, state, impl)
     else:
         results = ssd(*args, impl=impl, first=reset)
-    one, _ = run(op, between(args, 0, 41) + [args[-1]], "recurrent")
-    two, last = run(op, between(args, 41, 70) + [torch.zeros_like(args[-1])], "recurrent")
+    one, _ = run(op, between(args, 0, 41, args[-1]), "recurrent")
+    two, last = run(op, between(args, 41, 70, torch.zeros_like(args[-1])), "recurrent")
     expected = torch.cat((one, two), dim=1), last
-    for x, ref in zip(results, expected, strict=True):
-        assert gap(x, ref) < 1e-4
     weights = [torch.randn_like(x) for x in expected]
     gradients = [torch.autograd.grad(of, args, weights, retain_graph=True)
                  for of in (results, expected)]
-    assert all(gap(x, ref) < LIMITS[torch.float32] for x, ref in zip(*gradients, strict=True))
+    for x, ref in zip((*results, *gradients[0]), (*expected, *gradients[1]), strict=True):
+        assert gap(x, ref) < 1e-4
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("huge", (1e6, 1e16))
 @pytest.mark.parametrize("op", ("gla", "ssd"))
-def test_a_huge_decay_leaves_the_small_ones(op, impl):
-    for huge in (1e6, 1e16):
-        args = inputs(op, 1, 70, 1, 1, 5, 7, device=DEVICE)
-        if op == "gla":
-            args[3][:, 41] = -huge
-        else:
-            args[1][:, 41], args[0][:, 41] = huge, 0
-        found = errors(op, args, impl)
-        assert max(found.values()) < 1e-3, found
+def test_a_huge_decay_leaves_the_small_ones(op, huge, impl):
+    args = inputs(op, 1, 70, 1, 1, 5, 7, device=DEVICE)
+    if op == "gla":
+        args[3][:, 41] = -huge
+    else:
+        args[1][:, 41], args[0][:, 41] = huge, 0
+    assert max(errors(op, args, impl).values()) < 1e-3
 
 
 FULL = {"gla": {"q": (2, 4, 4, 5), "k": (2, 4, 2, 5), "v": (2, 4, 4, 7), "g": (2, 4, 2, 5),
                 "state": (2, 4, 5, 7)},
         "ssd": {"x": (2, 4, 4, 5), "dt": (2, 4, 4), "A": (4,), "B": (2, 4, 2, 6),
-                "C": (2, 4, 2, 6), "state": (2, 4, 5, 6)}}
+                "C": (2, 4, 2, 6), "D": (4,), "state": (2, 4, 5, 6)}}
 
 
 def call(op, impl, **changes):
-    """gla or ssd of random tensors: of the shapes above but for the changes."""
+    """gla or ssd of random tensors of the shapes above, but for other shapes or other values.
+    -> the arguments, the results as a function"""
     torch.manual_seed(0)
-    args = {name: torch.rand(changes.get(name, shape)) for name, shape in FULL[op].items()}
-    for name in {"g", "A"} & set(args):
-        args[name].neg_()
-    args |= {name: x for name, x in changes.items() if not isinstance(x, tuple)}
-    return args, lambda **other: (gla if op == "gla" else ssd)(**args | other, impl=impl)
+    args = FULL[op] | changes
+    for name, shape in args.items():
+        if isinstance(shape, tuple):
+            args[name] = torch.rand(shape) * (-1 if name in ("g", "A") else 1)
+    return args, functools.partial(gla if op == "gla" else ssd, **args, impl=impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("op,shapes", (
     ("gla", {"g": (2, 4, 2, 1)}), ("gla", {"k": (2, 4, 1, 5), "g": (2, 4, 1, 5)}),
     ("gla", {"q": (1, 4, 4, 5)}), ("gla", {"state": (1, 4, 5, 7)}), ("ssd", {"A": (1,)}),
-    ("ssd", {"dt": (2, 4, 1)}), ("ssd", {"B": (1, 4, 2, 6), "C": (1, 4, 2, 6)})))
+    ("ssd", {"dt": (2, 4, 1)}), ("ssd", {"B": (1, 4, 2, 6), "C": (1, 4, 2, 6)}),
+    ("ssd", {"D": (1,)}), ("ssd", {"D": (4, 5)})))
 def test_what_the_definition_broadcasts_is_broadcast(op, shapes, impl):
-    args, of = call(op, impl, **shapes)
-    full = {name: x.expand(FULL[op][name]) for name, x in args.items()}
-    for x, ref in zip(of(), call(op, "recurrent")[1](**full), strict=True):
+    """D of every channel too, also where T = H."""
+    args, results = call(op, impl, **shapes)
+    full = {name: x if x.dim() == 2 else x.expand(FULL[op][name]) for name, x in args.items()}
+    skip = full.pop("D", None)
+    if op == "gla":
+        o, state = call(op, "recurrent", **full)[1]()
+    else:
+        o, state = call(op, "recurrent", **full, D=None)[1]()
+        o = o + skip.view(4, -1) * full["x"]
+    for x, ref in zip(results(), (o, state), strict=True):
         assert x.shape == ref.shape and gap(x, ref) < 1e-5
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("D", ((4,), (1,), (4, 5)))
-def test_the_skip_is_added(D, impl):
-    """Of every head or every channel, also where T = H."""
-    args, of = call("ssd", impl)
-    D = torch.randn(D)
-    skip = D.view(len(D), -1) * args["x"]
-    assert gap(of(D=D)[0], of()[0] + skip) < 1e-5
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("op,changes", (
-    ("gla", {"v": (2, 3, 4, 7)}), ("gla", {"g": (2, 1, 2, 5)}), ("gla", {"k": (2, 4, 3, 5)}),
-    ("gla", {"state": (2, 4, 7, 5)}), ("gla", {"state": (3, 4, 5, 7)}), ("gla", {"q": (4, 4, 5)}),
-    ("gla", {"v": (2, 4, 4, 0)}), ("gla", {"v": torch.ones(2, 4, 4, 7).long()}), ("gla", {"k": 1}),
-    ("gla", {"g": torch.ones(2, 4, 2, 5, device="meta")}),
-    ("ssd", {"A": (4, 6)}), ("ssd", {"C": (2, 4, 2, 5)}), ("ssd", {"state": (2, 4, 6, 5)}),
-    ("ssd", {"B": (2, 4, 3, 6), "C": (2, 4, 3, 6)}), ("ssd", {"D": torch.ones(3)}),
-    ("ssd", {"first": torch.ones(2, 4)}), ("ssd", {"first": torch.ones(2, 5) > 0})))
-def test_what_the_definition_refuses_is_refused(op, changes, impl):
-    """In one sentence, which names the argument and its shape; first of all on a GPU."""
-    args, of = call(op, impl, **changes)
-    name = next(iter(changes))
-    with raises_one_line(f"{op}: {name}") as refusal:
-        of()
-    assert str(tuple(getattr(args[name], "shape", ()))) in str(refusal.value) or name == "k"
+@pytest.mark.parametrize("op,name,value", (
+    ("gla", "v", (2, 3, 4, 7)), ("gla", "g", (2, 1, 2, 5)), ("gla", "k", (2, 4, 3, 5)),
+    ("gla", "state", (2, 4, 7, 5)), ("gla", "state", (3, 4, 5, 7)), ("gla", "q", (4, 4, 5)),
+    ("gla", "v", (2, 4, 4, 0)), ("gla", "v", torch.ones(2, 4, 4, 7).long()), ("gla", "k", 1),
+    ("ssd", "A", (4, 6)), ("ssd", "C", (2, 4, 2, 5)), ("ssd", "state", (2, 4, 6, 5)),
+    ("ssd", "B", (2, 4, 3, 6)), ("ssd", "D", (3,)), ("ssd", "first", torch.ones(2, 4)),
+    ("ssd", "first", torch.ones(2, 5) > 0)))
+def test_what_the_definition_refuses_is_refused(op, name, value, impl):
+    """In one sentence, which names the argument, or another that it does not go with."""
+    with raises_one_line(f"{op}: ") as refusal:
+        call(op, impl, **{name: value})[1]()
+    assert f"{op}: {name}" in str(refusal.value) or f"as {name}" in str(refusal.value)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -493,31 +492,31 @@ def test_one_token_steps(op, G):
     outs, state = [], args[-1]
     with torch.no_grad():
         for t in range(5):
-            o, state = run(op, between(args, t, t + 1) + [state], "triton")
+            o, state = run(op, between(args, t, t + 1, state), "triton")
             outs.append(o)
     assert gap(torch.cat(outs, dim=1), want[0]) < 1e-5 and gap(state, want[1]) < 1e-5
 
 
 @needs_triton
-@pytest.mark.parametrize("T", (1, 2, 3, 17, 200, 600))
-@pytest.mark.parametrize("taps,bias,dtype,of_weights", (
-    (4, True, torch.float32, torch.float32), (3, False, torch.float32, torch.float32),
-    (2, True, torch.bfloat16, torch.float32), (4, False, torch.bfloat16, torch.bfloat16)))
+@pytest.mark.parametrize("T,taps,bias,dtype,of_weights", (
+    (1, 4, True, torch.float32, torch.float32), (3, 4, True, torch.float32, torch.float32),
+    (17, 3, False, torch.float32, torch.float32), (200, 2, True, torch.float32, torch.float32),
+    (600, 4, True, torch.bfloat16, torch.float32), (70, 4, False, torch.bfloat16, torch.bfloat16)))
 def test_short_convolution(T, taps, bias, dtype, of_weights):
     """Against conv1d in float64, values and gradients; x is a slice, as in Mamba2."""
     rng = torch.Generator().manual_seed(T)
-    shapes = ((2, T, 70), (37, 1, taps), (37,))[:2 + bias]
-    args = [torch.randn(shape, generator=rng).to(DEVICE, dtype if len(shape) == 3 and i == 0
-            else of_weights).requires_grad_() for i, shape in enumerate(shapes)]
+    shapes = [((2, T, 70), dtype), ((37, 1, taps), of_weights), ((37,), of_weights)][:2 + bias]
+    args = [torch.randn(shape, generator=rng).to(DEVICE, kind).requires_grad_()
+            for shape, kind in shapes]
     wide = [a.detach().double().requires_grad_() for a in args]
     y = kernels.short_conv(args[0][..., 5:42], *args[1:])
     padded = F.pad(wide[0][..., 5:42].mT, (taps - 1, 0))
     ref = F.silu(F.conv1d(padded, *wide[1:], groups=37)).mT
-    assert y.dtype == dtype and gap(y, ref) < LIMITS[dtype]
     dy = torch.randn(2, T, 37, generator=rng).to(y)
-    pairs = zip(torch.autograd.grad(y, args, dy), torch.autograd.grad(ref, wide, dy.double()), args,
-                strict=True)
-    assert all(x.dtype == a.dtype and gap(x, r) < LIMITS[dtype] for x, r, a in pairs)
+    found = (y, *torch.autograd.grad(y, args, dy))
+    expected = (ref, *torch.autograd.grad(ref, wide, dy.double()))
+    assert [x.dtype for x in found] == [dtype, *(a.dtype for a in args)]
+    assert all(gap(x, r) < LIMITS[dtype] for x, r in zip(found, expected, strict=True))
 
 
 @needs_triton
@@ -528,7 +527,7 @@ def test_torch_compile_sees_no_graph_break(block, changes, monkeypatch):
         monkeypatch.setattr(model_script, name, functools.partial(op, impl="triton"))
     layer = small(block, **changes).layers[0].to(DEVICE)
     one_graph = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    for T in (20, 25, 40):
+    for T in (6, 7, 9):
         x = torch.randn(1, T, 32, device=DEVICE, requires_grad=True)
         plain, compiled = (sum(f(x)[:2]) for f in (layer, one_graph))
         assert gap(compiled, plain) < 1e-5
@@ -538,9 +537,9 @@ def test_torch_compile_sees_no_graph_break(block, changes, monkeypatch):
 @needs_triton
 def test_auto_is_triton_where_it_computes(monkeypatch):
     """On GPUs of NVIDIA from Ampere on, and not in float64."""
-    for capability, dtype, expected in (((9, 0), torch.float32, "triton"), ((8, 0), torch.float16, "triton"),
-                                        ((7, 5), torch.float32, "chunked"),
-                                        ((9, 0), torch.float64, "chunked")):
+    for capability, dtype, expected in (
+            ((9, 0), torch.float32, "triton"), ((8, 0), torch.float16, "triton"),
+            ((7, 5), torch.float32, "chunked"), ((9, 0), torch.float64, "chunked")):
         monkeypatch.setattr(kernels, "capability", lambda device, found=capability: found)
         tensor = SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype)
         assert kernels.pick("auto", tensor) == expected
@@ -587,22 +586,20 @@ def public_layers():
 @pytest.mark.parametrize("layer", public_layers())
 def test_layers_of_the_public_sizes(layer, dtype):
     op, *sizes = public_layers()[layer]
-    found = errors(op, inputs(op, 1, 300, *sizes, dtype=dtype, device=DEVICE), "triton", "chunked")
-    assert all(e <= LIMITS[dtype] for e in found.values()), found
+    check_against("chunked", op, inputs(op, 1, 300, *sizes, dtype=dtype, device=DEVICE), "triton")
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU: compares the kernels that training there picks")
-@pytest.mark.parametrize("block", ("gla", "mamba2"))
-def test_training_with_the_kernels_matches_chunked(block, monkeypatch):
+@pytest.mark.parametrize("block,changes", (("gla", {}), ("mamba2", {"headdim": 32, "d_state": 32})))
+def test_training_with_the_kernels_matches_chunked(block, changes, monkeypatch):
     """Losses of 50 steps in bfloat16, on the same data, within 1 %."""
-    curves = []
-    for impl in ("auto", "chunked"):
+    curves = {"auto": [], "chunked": []}
+    for impl, curve in curves.items():
         for name, op in (("gla", gla), ("ssd", ssd)):
             monkeypatch.setattr(model_script, name, functools.partial(op, impl=impl))
-        lm = small(block, d_model=128, headdim=32, d_state=32).cuda()
+        lm = small(block, d_model=128, **changes).cuda()
         optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-3)
         rng = torch.Generator().manual_seed(0)
-        curve = []
         for _ in range(50):
             begin = torch.randint(61, (4, 1), generator=rng)
             idx = (begin + torch.arange(300) ** 2 // 7).remainder(61).cuda()
@@ -612,9 +609,7 @@ def test_training_with_the_kernels_matches_chunked(block, monkeypatch):
             loss.backward()
             optimizer.step()
             curve.append(loss.item())
-        curves.append(curve)
-    assert curves[1][-1] < 0.9 * curves[1][0]
-    assert all(abs(a / b - 1) < 0.01 for a, b in zip(*curves, strict=True))
+    assert curve[-1] < 0.9 * curve[0] and curves["auto"] == pytest.approx(curve, rel=0.01)
 
 
 def overwrites(ttgir):
@@ -639,7 +634,7 @@ def overwrites(ttgir):
 
 def compile_for_an_absent_gpu(capability, shared, dtype, layers):
     """Forward and backward of these layers, compiled but not launched. -> what was compiled:
-    name, stages of the pipeline, shared memory, whether it overwrites"""
+    (name, shared memory that it asks for, whether it overwrites)"""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime import driver
@@ -652,7 +647,7 @@ def compile_for_an_absent_gpu(capability, shared, dtype, layers):
         return module
 
     def launcher(source, metadata):
-        made.append((metadata.name, metadata.num_stages, metadata.shared, overwritten[-1]))
+        made.append((metadata.name, metadata.shared, overwritten[-1]))
         return lambda *args: None
 
     driver.set_active(SimpleNamespace(
@@ -662,7 +657,7 @@ def compile_for_an_absent_gpu(capability, shared, dtype, layers):
         get_current_device=lambda: 0, get_current_stream=lambda device: 0))
     CUDABackend.make_cubin = lambda *args: b""              # the assembler takes half of the time
     CUDABackend.make_ttgir = staticmethod(checked)
-    for T in (256, 128, 2048):
+    for T in (256, 2048):
         for layer in layers:
             op, *sizes = public_layers()[layer]
             args = inputs(op, 1, T, *sizes, dtype=dtype)
@@ -676,21 +671,24 @@ def compile_for_an_absent_gpu(capability, shared, dtype, layers):
 @pytest.mark.slow
 @pytest.mark.skipif(CUDA or not kernels.triton_installed, reason="compiles where there is no GPU")
 @pytest.mark.parametrize("capability,kilobytes,dtype,layers", (
-    (90, 227, torch.float32, ("gla-1.3b reinit", "mamba2-1.3b x4")),
-    (90, 227, torch.bfloat16, ("gla-1.3b reinit", "gla-1.3b preserve", "mamba2-370m x4")),
+    (90, 227, torch.float32, ("gla-1.3b reinit",)),
+    (90, 227, torch.bfloat16, ("gla-1.3b preserve", "mamba2-1.3b x4")),
     (89, 99, torch.bfloat16, ("gla-1.3b reinit",))))
 def test_kernels_compile_for_absent_gpus(capability, kilobytes, dtype, layers, tmp_path):
     """The largest layers, for an H100 as they are asked for, for a smaller GPU with fewer stages.
     No kernel fetches a tile into a buffer that may still be read."""
-    with concurrent.futures.ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn")) as pool, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "0")
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        made = pool.submit(compile_for_an_absent_gpu, capability, 1024 * kilobytes, dtype,
-                           layers).result()
-    print(sorted(made))
-    assert not [name for name, _, _, overwritten in made if overwritten]
-    assert 0
+        pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        with pool:
+            made = pool.submit(compile_for_an_absent_gpu, capability, 1024 * kilobytes, dtype,
+                               layers).result()
+    assert not [name for name, _, overwritten in made if overwritten]
+    names = {name for name, _, _ in made}
+    assert len(names) >= 9 and "scan_states" in names
+    too_large = {name for name, shared, _ in made if shared > 1024 * kilobytes}
+    assert bool(too_large) == (kilobytes == 99), too_large
 
 
 # ---------------------------------------------------------------------------------------
@@ -775,7 +773,8 @@ def test_prompts_of_unlike_lengths_are_continued_as_alone():
 def test_sampling_draws_what_the_probabilities_say():
     logits = torch.tensor([1.0, 3.0, 2.0, -4.0]).expand(20000, -1)
     chance = torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for temperature, top_k, top_p, kept in ((1, None, None, 4), (0.5, 3, None, 3), (1, None, 0.8, 2)):
+    for temperature, top_k, top_p, kept in (
+            (1, None, None, 4), (0.5, 3, None, 3), (1, None, 0.8, 2)):
         drawn = model_script.choose(logits, temperature, top_k, top_p, chance)
         p = torch.softmax(logits[0] / temperature, 0)
         p[p.argsort(descending=True)[kept:]] = 0
@@ -792,7 +791,7 @@ def test_sliced_loss_equals_the_plain_loss(vocab, n, slices, dtype, limit):
     plain = F.cross_entropy(x.double() @ w.double().T[:, :vocab], targets)
     with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
         sliced = SlicedCrossEntropy.apply(x, w, targets, vocab, vocab * n // slices)
-    assert abs(plain.item() - sliced.item()) < 0.1 * limit * plain.item()
+    assert abs(plain.item() - sliced.item()) < limit * plain.item()
     expected = torch.autograd.grad(3 * plain, (x, w))
     for a, b in zip(torch.autograd.grad(3 * sliced, (x, w)), expected, strict=True):
         assert gap(a, b) < limit
@@ -966,7 +965,8 @@ def test_transplant_row_by_row_mamba2(init):
     old, new = lm.layers[1].mixer, expand(lm, [1], 4, init)[0].layers[1].mixer
     z, B, C, dt = cut(old.in_proj.weight, N)
     new_z, new_B, new_C, new_dt = cut(new.in_proj.weight, 4 * N)
-    for a, b in ((z, new_z), (dt, new_dt), (old.D, new.D), (old.out_proj.weight, new.out_proj.weight),
+    for a, b in ((z, new_z), (dt, new_dt), (old.D, new.D),
+                 (old.out_proj.weight, new.out_proj.weight),
                  (old.conv1d.weight[:d], new.conv1d.weight[:d]),
                  (old.conv1d.bias[:d], new.conv1d.bias[:d])):
         assert torch.equal(a, b)
@@ -1125,28 +1125,22 @@ def test_what_is_no_configuration(config, says):
     assert "folder/config.json" in str(refusal.value)
 
 
-def test_defaults_are_the_libraries():
-    fewest = {"hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 9}
-    gla = public.read_config({"model_type": "gla"} | fewest, "f")
-    assert gla == {"block": "gla", "d_model": 256, "n_layer": 2, "vocab_size": 9, "n_head": 4,
-                   "expand_k": 0.5, "expand_v": 1.0, "d_mlp": 768, "conv_size": 0,
-                   "norm_eps": 1e-6, "tie_embeddings": False}
-    mamba2 = public.read_config({"model_type": "mamba2"} | fewest, "f")
-    assert (mamba2["n_groups"], mamba2["tie_embeddings"]) == (8, False)
-    fla = public.read_config({"model_type": "mamba2", "fuse_norm": True} | fewest, "f")
-    assert fla["n_groups"] == 1
-    mamba = public.read_config({"d_model": 256, "n_layer": 2, "vocab_size": 9} | ssm(), "f")
-    assert (mamba["n_groups"], mamba["pad_vocab"], mamba["tie_embeddings"]) == (1, 8, True)
-    assert mamba["norm_eps"] == 1e-5
+@pytest.mark.parametrize("name", (
+    "transformers.Mamba2Config", "fla.models.Mamba2Config", "fla.models.GLAConfig"))
+def test_defaults_are_the_libraries(name):
+    """All that they write is known, and what is left out means what they take it for."""
+    module, _, name = name.rpartition(".")
+    given = {"hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 9}
+    given |= {"num_heads": 8} if name == "Mamba2Config" else {}
+    theirs = getattr(library(module), name)(**given).to_dict()
+    given["model_type"] = theirs["model_type"]
+    given |= {"fuse_norm": True} if module == "fla.models" else {}      # by which it is known
+    assert public.read_config(given, "f") == public.read_config(theirs, "f")
 
 
-def test_all_that_the_libraries_write_is_known():
-    """Every option of their configurations, not only those that differ from the default."""
-    theirs = library("transformers").Mamba2Config().to_dict()
-    assert public.read_config(theirs, "f")["n_groups"] == 8
-    fla = library("fla.models")
-    assert public.read_config(fla.GLAConfig().to_dict(), "f")["n_head"] == 4
-    assert public.read_config(fla.Mamba2Config().to_dict(), "f")["n_groups"] == 1
+def test_defaults_of_mamba_ssm():
+    config = public.read_config({"d_model": 256, "n_layer": 2, "vocab_size": 9} | ssm(), "f")
+    assert (config["n_groups"], config["pad_vocab"], config["tie_embeddings"]) == (1, 8, True)
 
 
 # ---------------------------------------------------------------------------------------
@@ -1231,8 +1225,9 @@ def test_tied_heads(tmp_path):
     assert read(True) == (True, None, None)
 
 
-def test_broken_folders(tmp_path):
+def test_broken_folders(tmp_path, monkeypatch):
     _, config, tensors = public_model("gla")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
     name = "model.layers.1.attn_norm.weight"
     lacking = {other: tensor for other, tensor in tensors.items() if other != name}
     for i, (weights, says) in enumerate((
@@ -1247,7 +1242,7 @@ def test_broken_folders(tmp_path):
             LM.from_pretrained(tmp_path / f"{i}")
     for file, content, says in (
             ("pytorch_model.bin", (tmp_path / "0/pytorch_model.bin").read_bytes()[:9000], "weights"),
-            ("model.safetensors", b"\x10\x00\x00\x00", "safetensors"),
+            ("model.safetensors", b"\x10", "pip install safetensors"),
             ("model.safetensors.index.json", "[]", "cannot read the weights"),
             ("config.json", "{", "no readable config.json"), ("config.json", "[1]", "a list")):
         fill(tmp_path / "0", {file: content})
@@ -1285,10 +1280,7 @@ def test_mamba2_is_written_for_transformers(changes, tmp_path):
             assert gap(back(part)[0], lm(part)[0]) < 1e-5
 
 
-FOLDS = ((4, 2, 1), (1, 1, 1), (4, 2, 2))
-
-
-@pytest.mark.parametrize("n_key_head", (*FOLDS, (4, 4, 4)))
+@pytest.mark.parametrize("n_key_head", ((4, 2, 1), (1, 1, 1), (4, 2, 2), (4, 4, 4)))
 def test_shared_keys_fold_into_the_projections(n_key_head, tmp_path):
     """The same function in float64, without gates and with keys of its own for each head."""
     lm = small("gla", n_key_head=list(n_key_head), conv_size=0).double().eval()
@@ -1366,10 +1358,6 @@ def test_what_cannot_be_written(tmp_path):
             write(small("mamba2"), tmp_path / name)
     assert write(small("mamba2"), tmp_path / "empty") == ["config.json", "model.safetensors"]
     assert sorted(os.listdir(tmp_path)) == ["empty", "file", "full"]
-
-
-# ---------------------------------------------------------------------------------------
-# data/public.py: tokenizers
 
 
 # of cl100k_base: possessive quantifiers
@@ -1473,25 +1461,22 @@ def task_files(folder, lm):
     return folder
 
 
-# It finds flash-linear-attention's models where that is imported first.
-HARNESS = """
-import contextlib
-with contextlib.suppress(ImportError):
-    import fla
-    from triton.runtime.autotuner import Autotuner
-    Autotuner._bench = lambda self, *args, config, **meta: 1.0
-from lm_eval.__main__ import cli_evaluate
-cli_evaluate()
+HARNESS = "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+WITH_FLA = """
+import fla
+from triton.runtime.autotuner import Autotuner
+Autotuner._bench = lambda self, *args, config, **meta: 1.0
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block,changes,names", (
-    ("mamba2", {"d_state": [8, 16, 8], "headdim": 16}, list(TASKS)),
-    # (fla 0.6.0 loses the state in transformers 5.24's generate(), so no statex_recall)
+@pytest.mark.parametrize("block,changes,names,length", (
+    ("mamba2", {"d_state": [8, 16, 8], "headdim": 16}, list(TASKS), 128),
+    # transformers finds fla's models where fla is imported. On a CPU these take 64 tokens, and
+    # fla 0.6.0 loses the state in the generate() of transformers 5.24: no statex_recall.
     ("gla", {"n_key_head": [4, 2, 1], "conv_size": 0, "d_model": 64, "expand_k": 1.0},
-     ["statex_cloze"])))
-def test_exported_models_have_the_same_scores(block, changes, names, lm_eval, tmp_path):
+     ["statex_cloze"], 60)))
+def test_exported_models_have_the_same_scores(block, changes, names, length, lm_eval, tmp_path):
     """By our script, and exported by the harness alone."""
     if block == "gla":
         library("fla.models.gla")
@@ -1500,24 +1485,27 @@ def test_exported_models_have_the_same_scores(block, changes, names, lm_eval, tm
     write(lm, tmp_path / "public")
     tasks = task_files(tmp_path / "tasks", lm)
     ran(harness, f"--ckpt={tmp_path}/x.pt", f"--tasks={','.join(names)}", f"--json={tmp_path}/ours",
-        f"--include_path={tasks}", "--max_length=128", "--device=cpu")
+        f"--include_path={tasks}", f"--max_length={length}", f"--device={DEVICE}")
     ours = json.loads((tmp_path / "ours").read_text())["results"]
     theirs = subprocess.run(
-        [sys.executable, "-c", HARNESS, "run", "--model", "hf", "--model_args",
-         "pretrained=public,max_length=128", "--tasks", *names, "--include_path", tasks,
-         "--output_path", "theirs", "--device", "cpu", "--batch_size", "5"],
+        [sys.executable, "-c", WITH_FLA + HARNESS if block == "gla" else HARNESS, "run",
+         "--model", "hf", "--model_args", f"pretrained=public,max_length={length}",
+         "--tasks", *names, "--include_path", tasks, "--output_path", "theirs",
+         "--device", DEVICE, "--batch_size", "5"],
         cwd=tmp_path, capture_output=True, text=True)
     assert theirs.returncode == 0, theirs.stderr
     theirs = json.loads(next((tmp_path / "theirs").rglob("*.json")).read_text())["results"]
     for name in names:
         scores = {k: v for k, v in theirs[name].items() if isinstance(v, float)}
-        assert scores and scores == pytest.approx({k: ours[name][k] for k in scores}, rel=1e-4)
+        expected = {k: ours[name][k] for k in scores}
+        assert scores and scores == pytest.approx(expected, rel=1e-2 if CUDA else 1e-4)
     assert "statex_recall" not in names or 0.3 < ours["statex_recall"]["exact_match,none"] < 0.7
 
 
 def test_generation_for_the_harness_ends():
-    """Rows of different lengths at once: as one at a time, and end-of-text goes on as such."""
-    lm = code_lm("gla")
+    """Of a model that no public format holds: rows of different lengths at once are as one at
+    a time, and end-of-text goes on as such."""
+    lm = code_lm("gla", n_head=[4, 1, 2])
     model = harness.HarnessModel(lm, end_of_text=4095)
     prompts = [torch.randint(4096, (n,)) for n in (3, 1, 7)]
     ids = torch.stack([F.pad(prompt, (7 - len(prompt), 0), value=4095) for prompt in prompts])
@@ -2094,8 +2082,10 @@ def made_up_arm(**changes):
     """An entry of results.json: two texts and four sequences per task."""
     arm = {"params": 1000, "state_elements": 64, "tokens": 2e6, "lr": None, "val_loss": 3.0,
            "recall": {"mqar": {"4": 0.5}, "fewshot": {"1": 0.5}}, "evaluations": [[1e6, 3.0, 1.0]],
-           "recall_se": {"mqar": {"4": 0.1}}, "chance": {"mqar": {"4": 0.25}, "fewshot": {"1": 0.25}},
-           "samples": {"text": [3.0, 3.0], "mqar": {"4": [0, 0, 1, 1]}, "fewshot": {"1": [0, 0, 1, 1]}}}
+           "recall_se": {"mqar": {"4": 0.1}},
+           "chance": {"mqar": {"4": 0.25}, "fewshot": {"1": 0.25}},
+           "samples": {"text": [3.0, 3.0], "mqar": {"4": [0, 0, 1, 1]},
+                       "fewshot": {"1": [0, 0, 1, 1]}}}
     return arm | changes
 
 
@@ -2435,7 +2425,7 @@ BAD = (
     (prepare, ("{tmp}/short.txt", "--out={tmp}/kept"), "holds other files"),
     # scores
     (recall, ("--data={corpus}",), "name a checkpoint"),
-    (recall, ("--ckpt={tmp}/public.pt", *RECALL[1:]), "prepare it with --tokenizer=hf:someone/else"),
+    (recall, ("--ckpt={tmp}/public.pt", *RECALL[1:]), "with --tokenizer=hf:someone/else"),
     (recall, ("--ckpt={tmp}/few.pt", *RECALL[1:]), "4096 token ids, the model 300"),
     (recall, (*RECALL, "--pairs=4,x"), "--pairs=4,x is not a list"),
     (recall, (*RECALL, "--pairs=1000"), "1000 pairs need 2000 symbols"),
