@@ -348,6 +348,15 @@ def test_sizes_that_go_another_way(op, sizes, step, dtype, interpreter):
     check_against("recurrent", op, args, "triton")
 
 
+@needs_triton
+@pytest.mark.parametrize("decay", ("mixed", None))
+def test_chunks_of_two_blocks(decay, monkeypatch):
+    """As large layers of GLA have them on a GPU, where the scan takes a chunk in pieces."""
+    monkeypatch.setattr(kernels, "gla_chunk", lambda *sizes: (256, 128))
+    args = inputs("gla", 1, 300, 2, 1, 16, 16, device=DEVICE, decay=decay)
+    check_against("recurrent", "gla", args, "triton")
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("op", ("gla", "ssd"))
 def test_a_reset_keeps_documents_apart(op, impl):
