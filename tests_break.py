@@ -1,7 +1,9 @@
 """What was found by trying to break things; each test belongs to the file that it names."""
 from data.options import BadInput
 
+import base64
 import contextlib
+import hashlib
 import math
 import os
 import re
@@ -86,3 +88,26 @@ def test_layers_and_numbers_that_are_none():
                  dict(layers=[0], init="inherit", noise=-1)):
         with pytest.raises(BadInput):
             expand(lm, **call)
+
+
+# data/prepare.py
+
+def test_tokenizers_and_wheels_that_are_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open("text.txt", "w") as f:
+        f.write("a line of text\n" * 500)
+    with open("odd.tiktoken", "w") as f:                # 300 tokens of two bytes each
+        for i in range(300):
+            f.write(f"{base64.b64encode(bytes([i % 256, i // 256])).decode()} {i}\n")
+    refused(prepare, "text.txt", "--out=o", "--tokenizer=odd.tiktoken", says="the 256 bytes")
+    open("blank.txt", "w").close()
+    refused(prepare, "blank.txt", "--out=o", "--train_bpe=new.tiktoken", says="no text in there")
+    os.makedirs("folder.tiktoken")
+    refused(prepare, "text.txt", "--out=o", "--train_bpe=folder.tiktoken", says="Is a directory")
+    os.makedirs("wheels/a.whl")
+    with open("wheels/b.whl", "w") as f:
+        f.write("no wheel")
+    with open("pins", "w") as f:
+        f.write(f"b==1 --hash=sha256:{hashlib.sha256(b'no wheel').hexdigest()}\n")
+    refused(prepare, "--packages=pins", "--wheels=wheels", "--out=o", says="1 wheels of pins")
+    assert not [name for name in os.listdir() if name.endswith((".tmp", "new.tiktoken"))]
