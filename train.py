@@ -159,7 +159,7 @@ def check(options, processes):
                        f"{o.accumulate} on {processes.size} processes makes {parts} passes")
     listed = o.pairs.split(",")
     most = recall.SYMBOLS // 2
-    if not all(p.isdigit() and 0 < int(p) <= most for p in listed):
+    if not all(p.isdecimal() and 0 < int(p) <= most for p in listed):
         raise BadInput(f"--pairs={o.pairs} is not a list of pairs; expected numbers from 1 to "
                        f"{most}, such as 4,8,16")
     largest = max(pair_sizes(o))
@@ -182,10 +182,14 @@ def pair_sizes(options):
 def rates(options):
     """The recipe's learning rates. Raises BadInput."""
     try:
-        return [float(x) for x in options.lr_grid.split(",")]
-    except ValueError as e:
+        listed = [float(x) for x in options.lr_grid.split(",")]
+    except ValueError:
+        listed = [math.nan]
+    names = {f"{lr:g}" for lr in listed}                # of the files that the tries write
+    if not all(0 < lr < math.inf for lr in listed) or len(names) < len(listed):
         raise BadInput(f"--lr_grid={options.lr_grid} is not a list of learning rates; expected "
-                       "numbers such as 1e-2,2e-2") from e
+                       "numbers above 0, no two alike, such as 1e-2,2e-2")
+    return listed
 
 
 # ---------------------------------------------------------------------------------------
@@ -717,6 +721,8 @@ def not_finite(run, loss, norm):
 
 def print_stopped(run):
     how = "the same command goes on"
+    if run.options.overwrite:
+        how = "the same command without --overwrite goes on"
     if run.options.ckpt:
         how = f"go on with --ckpt=resume --out_dir={run.options.out_dir} --name={run.options.name}"
     print(f"stopped by a signal: {run.path} holds step {run.step}; {how}", flush=True)
@@ -733,6 +739,7 @@ def open_folder(options, processes):
         if not processes.first:
             return None
         lock = open(f"{options.out_dir}/.lock", "w")
+        open(f"{options.out_dir}/log.jsonl", "a").close()
     except OSError as e:
         raise BadInput(f"cannot write in out_dir {options.out_dir}: {e.strerror}") from e
     try:
@@ -896,7 +903,8 @@ def resumed(options, given):
                        f"{', '.join(sorted(FREE))}. For another run from its weights: "
                        f"--ckpt={path} with another --out_dir")
     free = {name: value for name, value in given.items() if name in FREE}
-    options = Options(**kept | free | {"device": options.device, "out_dir": options.out_dir})
+    options = Options(**kept | free | {"device": options.device, "out_dir": options.out_dir,
+                                       "overwrite": False})     # the run may have begun with it
     saved = held.get("corpus", {}).get("sha256")
     meta = prepare.load_corpus(options.data)[2]
     if saved and "data" not in given and meta.get("sha256") != saved:
