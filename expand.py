@@ -23,6 +23,7 @@ where --noise breaks the tie. The state of a chosen layer grows by f in all but 
 from data.options import BadInput, command_line, option, run_script
 
 import copy
+import math
 import os
 from dataclasses import dataclass, replace
 
@@ -44,6 +45,7 @@ def expand(lm, layers, factor=None, init="preserve", seed=0, noise=0.0, same_sta
     paper: start afresh as the paper does, not as our models start (see paper_init).
 
     Returns (lm, report); `describe` prints the report. Raises BadInput."""
+    check_numbers(layers, factor, seed, noise)
     layers = sorted(set(layers))
     check(lm.config, layers, init, noise, same_state, paper)
     config = enlarged(lm.config, layers, factor, init, same_state)
@@ -55,6 +57,15 @@ def expand(lm, layers, factor=None, init="preserve", seed=0, noise=0.0, same_sta
         carry_out(plan, lm, new, fresh, noise, seed)
     new.train(lm.training)
     return new, report(lm, new, plan, layers, init, seed)
+
+
+def check_numbers(layers, factor, seed, noise):
+    if not isinstance(layers, (list, tuple, set, range)) or any(type(i) is not int for i in layers):
+        raise BadInput(f"layers is {layers!r}; expected a list of layers' indices")
+    if not isinstance(factor, (int, type(None))) or not isinstance(seed, int):
+        raise BadInput(f"factor is {factor!r} and seed {seed!r}; expected whole numbers")
+    if not 0 <= noise < math.inf:
+        raise BadInput(f"noise is {noise}; expected a number from 0 up")
 
 
 def check(config, layers, init, noise, same_state, paper):

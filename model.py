@@ -19,6 +19,7 @@ from data.options import BadInput, command_line, option, pick_device, run_script
 import contextlib
 import itertools
 import math
+import numbers
 import os
 import re
 from dataclasses import asdict, dataclass, fields
@@ -70,6 +71,13 @@ class Config:
             least = 0 if name in ("conv_size", "d_mlp", "norm_groups") else 1
             if type(value) is not int or value < least:
                 raise BadInput(f"{name} is {value!r}; expected a whole number from {least} up")
+        for name in ("norm_eps", "expand_k", "expand_v"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise BadInput(f"{name} is {value!r}; expected a number above 0")
+        for name, kind in (("tie_embeddings", bool), ("tokenizer", str)):
+            if not isinstance(getattr(self, name), kind):
+                raise BadInput(f"{name} is {getattr(self, name)!r}; expected a {kind.__name__}")
         if self.n_key_head is None:
             self.n_key_head = self.n_head
         for name in ("n_head", "n_key_head", "d_state"):
@@ -93,7 +101,7 @@ class Config:
         if not self.d_mlp:
             self.d_mlp = -(-int(self.d_model * 4 * 2 / 3) // 256) * 256
         for heads, key_heads in zip(self.n_head, self.n_key_head, strict=True):
-            if not self.d_k or self.d_k % heads or self.d_v % heads:
+            if not self.d_k * self.d_v or self.d_k % heads or self.d_v % heads:
                 raise BadInput(f"n_head {heads} does not divide the {self.d_k} key and "
                                f"{self.d_v} value channels; choose a common divisor")
             if heads % key_heads:
@@ -183,7 +191,7 @@ def causal_conv(x, weight, bias, before, sizes, document=None):
         x = F.pad(x, (0, 0, taps - 1, 0))
     else:
         x = torch.cat((before.to(x.dtype), x), dim=1)
-    if document is None:
+    if document is None or not T:
         y = sum(x[:, i:i + T] * weight[:, 0, i] for i in range(taps))
     else:
         ids = F.pad(document, (x.shape[1] - document.shape[1], 0))
@@ -476,9 +484,11 @@ class LM(nn.Module):
         so that they are computed only where a target counts. All sequences of a batch have
         the same length: there is no padding mask (`generate` takes prompts of any lengths).
         Raises BadInput for shapes that do not fit."""
-        if targets is not None and targets.shape != idx.shape:
-            raise BadInput(f"targets has shape {tuple(targets.shape)}; expected that of idx, "
-                           f"{tuple(idx.shape)}")
+        if targets is not None:
+            check_ids("targets", targets, self.config.vocab_size, not_counted=-100)
+            if not torch.is_tensor(idx) or targets.shape != idx.shape:
+                raise BadInput(f"targets {kind_of(targets)}; expected the shape of idx, which "
+                               f"{kind_of(idx)}")
         x, state = self.features(idx, state, first)
         if targets is None:
             return self.lm_head(x)[..., :self.config.vocab_size], None, state
@@ -487,14 +497,11 @@ class LM(nn.Module):
     def features(self, idx, state=None, first=None):
         """idx (B,T) -> the last layer's output after the final norm (B,T,d_model), and the
         state after the last token. For the rest see forward."""
-        if idx.dim() != 2 or idx.dtype not in (torch.int64, torch.int32):
-            raise BadInput(f"idx is {idx.dtype} of shape {tuple(idx.shape)}; expected token "
-                           "ids, (batch, length) integers")
-        if state is not None and len(state) != self.config.n_layer:
-            raise BadInput(f"state has {len(state)} entries; expected {self.config.n_layer}, "
-                           "one per layer")
-        if first is not None and first.shape != idx.shape:
-            raise BadInput(f"first has shape {tuple(first.shape)}; expected that of idx, "
+        check_ids("idx", idx, self.config.vocab_size)
+        check_state(state, self.config.n_layer)
+        if first is not None and not (torch.is_tensor(first) and first.dtype == torch.bool
+                                      and first.shape == idx.shape):
+            raise BadInput(f"first {kind_of(first)}; expected torch.bool of idx's shape, "
                            f"{tuple(idx.shape)}")
         x = self.embeddings(idx)
         update = None
@@ -543,7 +550,7 @@ class LM(nn.Module):
         that has reached it is filled up with it, and when all have, the stream ends. seed:
         prompt i draws as it would alone with seed + i; None draws from torch's generator.
         Memory does not grow with n: a step carries the state and one token. Raises BadInput."""
-        check_sampling(n, temperature, top_k, top_p)
+        check_sampling(n, temperature, top_k, top_p, seed)
         x, state = self.read_prompts(idx)
         chances = random_numbers(len(x), n, seed).to(x.device)
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -580,11 +587,18 @@ class LM(nn.Module):
             if idx.dim() != 2 or not idx.shape[1]:
                 raise BadInput(f"the prompts have shape {tuple(idx.shape)}, which is empty or not "
                                "(batch, length); begin at least with the end-of-text token")
+            check_ids("idx", idx, self.config.vocab_size)
             x, state = self.features(idx.to(device))
             return x[:, -1], state
+        if not isinstance(idx, (list, tuple)) or any(isinstance(p, (int, str)) for p in idx):
+            raise BadInput("the prompts are not token ids; expected a tensor (batch, length), or a "
+                           "list of prompts, each a list of token ids")
         if not len(idx) or not all(len(prompt) for prompt in idx):
             raise BadInput("a prompt is empty; begin at least with the end-of-text token")
-        read = [self.features(torch.as_tensor(p, device=device)[None]) for p in idx]
+        prompts = [torch.as_tensor(prompt)[None] for prompt in idx]
+        for prompt in prompts:
+            check_ids("a prompt", prompt, self.config.vocab_size)
+        read = [self.features(prompt.to(device)) for prompt in prompts]
         state = [tuple(None if parts[0] is None else torch.cat(parts)
                        for parts in zip(*layer, strict=True))
                  for layer in zip(*(state for _, state in read), strict=True)]
@@ -627,8 +641,47 @@ class LM(nn.Module):
         return lm
 
 
-def check_sampling(n, temperature, top_k, top_p):
-    if n < 0:
+def kind_of(value):
+    """What a message says of an argument."""
+    if torch.is_tensor(value):
+        return f"has shape {tuple(value.shape)} and is {value.dtype}"
+    return f"is of type {type(value).__name__}"
+
+
+def check_ids(name, ids, vocab_size, not_counted=None):
+    """Raises BadInput unless ids are token ids (B,T), or not_counted. Values are looked at on
+    a CPU only: a GPU would have to be waited for."""
+    if not torch.is_tensor(ids) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise BadInput(f"{name} {kind_of(ids)}; expected token ids, (batch, length) integers")
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    known = (ids >= 0) & (ids < vocab_size)
+    if not_counted is not None:
+        known |= ids == not_counted
+    if not known.all():
+        raise BadInput(f"{name} has the token id {ids[~known][0].item()}; expected 0 to "
+                       f"{vocab_size - 1}, the model's vocabulary")
+
+
+def check_state(state, n_layer):
+    """Raises BadInput unless state is a list of pairs. The mixers look at their shapes."""
+    if state is None:
+        return
+    if not isinstance(state, (list, tuple)):
+        raise BadInput(f"state {kind_of(state)}; expected a list, one entry per layer")
+    if len(state) != n_layer:
+        raise BadInput(f"state has {len(state)} entries; expected {n_layer}, one per layer")
+    for layer in state:
+        if layer is not None and (not isinstance(layer, (list, tuple)) or len(layer) != 2):
+            raise BadInput(f"a layer's state {kind_of(layer)}; expected a pair, as an earlier "
+                           "call returned it")
+
+
+def check_sampling(n, temperature, top_k, top_p, seed):
+    for name, value in (("n", n), ("top_k", top_k), ("seed", seed)):
+        if value is not None and not isinstance(value, numbers.Integral):
+            raise BadInput(f"{name} is {value!r}; expected a whole number")
+    if n is None or n < 0:
         raise BadInput(f"n is {n}; expected a number of tokens, 0 or more")
     if not 0 <= temperature < math.inf:
         raise BadInput(f"temperature is {temperature}; expected 0 (the likeliest token) or more")
@@ -682,9 +735,10 @@ def save_checkpoint(path, lm, train=None, weights=None):
             os.fsync(f.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as e:                    # a full disk reaches us as either
-        if os.path.exists(part):
-            os.remove(part)
         raise BadInput(f"cannot save {path}: {e}; the last checkpoint is untouched") from e
+    finally:                                                # also after Ctrl-C
+        with contextlib.suppress(OSError):
+            os.remove(part)
 
 
 def load_checkpoint(path):
@@ -692,9 +746,11 @@ def load_checkpoint(path):
     if not os.path.isfile(path):
         raise BadInput(f"no checkpoint at {path}; train.py and expand.py write them")
     try:
-        entries = torch.load(path, map_location="cpu", weights_only=True)
+        open(path, "rb").close()
     except OSError as e:
         raise BadInput(f"cannot read {path}: {e.strerror}") from e
+    try:
+        entries = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                  # whatever unpickling meets in a file of another kind
         raise BadInput(f"{path} is not a whole checkpoint ({type(e).__name__}); it may be cut "
                        "short or of another format") from e
@@ -705,10 +761,12 @@ def load_checkpoint(path):
 
 def build(config, weights, path):
     """An LM from a dict of Config's fields and a state_dict, which must fit each other."""
+    if not isinstance(config, dict) or not isinstance(weights, dict):
+        raise BadInput(f"{path} is not a StateX checkpoint; expected config and model to be dicts")
     unknown = set(config) - {field.name for field in fields(Config)}
     if unknown:
         raise BadInput(f"{path} has options that this version does not know: "
-                       f"{', '.join(sorted(unknown))}")
+                       f"{', '.join(sorted(map(str, unknown)))}")
     config = Config(**config)
     with torch.device("meta"):
         lm = LM(config)

@@ -159,7 +159,7 @@ def check(options, processes):
                        f"{o.accumulate} on {processes.size} processes makes {parts} passes")
     listed = o.pairs.split(",")
     most = recall.SYMBOLS // 2
-    if not all(p.isdigit() and 0 < int(p) <= most for p in listed):
+    if not all(p.isdecimal() and 0 < int(p) <= most for p in listed):
         raise BadInput(f"--pairs={o.pairs} is not a list of pairs; expected numbers from 1 to "
                        f"{most}, such as 4,8,16")
     largest = max(pair_sizes(o))
@@ -182,10 +182,14 @@ def pair_sizes(options):
 def rates(options):
     """The recipe's learning rates. Raises BadInput."""
     try:
-        return [float(x) for x in options.lr_grid.split(",")]
-    except ValueError as e:
+        listed = [float(x) for x in options.lr_grid.split(",")]
+    except ValueError:
+        listed = [math.nan]
+    names = {f"{lr:g}" for lr in listed}                # of the files that the tries write
+    if not all(0 < lr < math.inf for lr in listed) or len(names) < len(listed):
         raise BadInput(f"--lr_grid={options.lr_grid} is not a list of learning rates; expected "
-                       "numbers such as 1e-2,2e-2") from e
+                       "numbers above 0, no two alike, such as 1e-2,2e-2")
+    return listed
 
 
 # ---------------------------------------------------------------------------------------
@@ -314,9 +318,10 @@ def start_run(lm, options, corpus, processes, stop):
         lm.slice_loss = torch.compile(lm.slice_loss, dynamic=True)
     model = lm
     if options.shard:
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
         for module in (*lm.layers, lm):
             fully_shard(module)
+        register_fsdp_forward_method(lm, "features")        # scores call it, not forward
     elif processes.size > 1:
         device_ids = [processes.local] if cuda else None
         model = torch.nn.parallel.DistributedDataParallel(lm, device_ids=device_ids)
@@ -537,9 +542,8 @@ def restore(run, train):
         run.evaluations = list(train["evaluations"])
         carried = train["carried"]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-        raise BadInput(f"{run.path} was written by another version and cannot be resumed "
-                       f"({type(e).__name__}: {' '.join(str(e).split())[:100]}); start a run "
-                       f"from its weights: --ckpt={run.path} with another --out_dir") from e
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+        raise other_version(run.path, why) from e
     if carried:
         count = passes(run.options, run.processes)
         for k in range(count):
@@ -547,6 +551,21 @@ def restore(run, train):
                          count * run.processes.size)
             mine = [tuple(None if t is None else t[rows] for t in layer) for layer in carried]
             run.carried[k] = on_device(mine, run.options.device)
+
+
+def load_run(path):
+    """load_checkpoint, for a run that is to go on. Raises BadInput."""
+    lm, held = load_checkpoint(path)
+    if held is not None:
+        fits = isinstance(held, dict) and isinstance(held.get("options"), dict)
+        if not fits or not isinstance(held.get("step"), int):
+            raise other_version(path, "its options or its step are not there")
+    return lm, held
+
+
+def other_version(path, why):
+    return BadInput(f"{path} was written by another version and cannot be resumed ({why}); "
+                    f"start a run from its weights: --ckpt={path} with another --out_dir")
 
 
 def flops_per_token(lm):
@@ -702,6 +721,8 @@ def not_finite(run, loss, norm):
 
 def print_stopped(run):
     how = "the same command goes on"
+    if run.options.overwrite:
+        how = "the same command without --overwrite goes on"
     if run.options.ckpt:
         how = f"go on with --ckpt=resume --out_dir={run.options.out_dir} --name={run.options.name}"
     print(f"stopped by a signal: {run.path} holds step {run.step}; {how}", flush=True)
@@ -718,6 +739,7 @@ def open_folder(options, processes):
         if not processes.first:
             return None
         lock = open(f"{options.out_dir}/.lock", "w")
+        open(f"{options.out_dir}/log.jsonl", "a").close()
     except OSError as e:
         raise BadInput(f"cannot write in out_dir {options.out_dir}: {e.strerror}") from e
     try:
@@ -740,7 +762,7 @@ def held_run(options):
     path = f"{options.out_dir}/{options.name}.pt"
     if options.overwrite or not os.path.exists(path):
         return None, None
-    lm, held = load_checkpoint(path)
+    lm, held = load_run(path)
     if held is None:
         raise BadInput(f"{path} is there and holds no run; take another --out_dir or --name, or "
                        "--overwrite")
@@ -864,7 +886,7 @@ def one_run(options, processes, stop):
 def resumed(options, given):
     """The options of the run in out_dir, with what may change and was typed."""
     path = f"{options.out_dir}/{options.name}.pt"
-    _, held = load_checkpoint(path)
+    _, held = load_run(path)
     if held is None:
         raise BadInput(f"{path} holds no run to resume; start one with --ckpt={path} and another "
                        "--out_dir")
@@ -881,7 +903,8 @@ def resumed(options, given):
                        f"{', '.join(sorted(FREE))}. For another run from its weights: "
                        f"--ckpt={path} with another --out_dir")
     free = {name: value for name, value in given.items() if name in FREE}
-    options = Options(**kept | free | {"device": options.device, "out_dir": options.out_dir})
+    options = Options(**kept | free | {"device": options.device, "out_dir": options.out_dir,
+                                       "overwrite": False})     # the run may have begun with it
     saved = held.get("corpus", {}).get("sha256")
     meta = prepare.load_corpus(options.data)[2]
     if saved and "data" not in given and meta.get("sha256") != saved:

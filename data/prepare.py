@@ -108,7 +108,8 @@ def read_ranks(path):
     except (OSError, ValueError) as e:
         raise BadInput(f"no tokenizer in {path} ({type(e).__name__}); --train_bpe={path} "
                        "makes one") from e
-    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+    single_bytes = {bytes([byte]) for byte in range(256)}
+    if sorted(ranks.values()) != list(range(len(ranks))) or not single_bytes <= set(ranks):
         raise BadInput(f"{path} does not number its tokens from 0 up, the 256 bytes among them")
     return ranks
 
@@ -211,6 +212,8 @@ def train_bpe(documents, path):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=4095, initial_alphabet=alphabet, show_progress=False)
     learner.train_from_iterator((text for text, _ in documents), trainer)
+    if learner.get_vocab_size() == len(alphabet):
+        raise BadInput("no text in there to learn tokens from: every file is empty or not UTF-8")
     # The library spells a byte as one printable character: a printable byte of latin-1 as
     # itself, the others in their order from U+0100 on.
     printable = [byte for byte in range(256) if chr(byte) in alphabet]
@@ -227,6 +230,9 @@ def train_bpe(documents, path):
         os.replace(temporary, path)
     except OSError as e:
         raise BadInput(f"cannot write {path}: {e.strerror}") from e
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
 # ----------------------------------------------------------------------------------------
@@ -379,7 +385,7 @@ def fetch_wheels(pins, folder):
 def wheels_by_digest(folder):
     """{sha256: path} of the wheels in a folder."""
     found = {}
-    for path in glob.glob(f"{glob.escape(folder)}/*.whl"):
+    for path in filter(zipfile.is_zipfile, glob.glob(f"{glob.escape(folder)}/*.whl")):
         with open(path, "rb") as f:
             found[hashlib.sha256(f.read()).hexdigest()] = path
     return found

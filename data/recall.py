@@ -332,21 +332,21 @@ def token_scores(lm, windows, batch_tokens=0):
     if not batch_tokens:
         batch_tokens = 1 << 17 if on_gpu else 1 << 14
     rows = max(1, batch_tokens // T)
-    # On a CPU a part's logits fit a cache, and the losses are bit for bit those of a
-    # cross-entropy over the whole (windows, vocabulary, T): a window at a time, cut where
-    # a vector of elements ends.
+    # On a CPU a part's logits fit a cache.
     logits_at_once = 1 << 27 if on_gpu else 1 << 20
-    part_tokens = max(128, logits_at_once // vocab_size // 128 * 128)
-    losses, hits = [], []
+    losses = []
+    hits = []
     for start in range(0, n, rows):
         batch = torch.from_numpy(windows[start:start + rows]).to(device)
         features, _ = lm.features(batch[:, :-1])
-        for window, expected in zip(features, batch[:, 1:], strict=True):
-            parts = zip(window.split(part_tokens), expected.split(part_tokens), strict=True)
-            for x, y in parts:
-                logits = lm.lm_head(x)[:, :vocab_size].float()
-                losses.append(F.cross_entropy(logits.mT[None], y[None], reduction="none")[0])
-                hits.append(logits.argmax(-1) == y)
+        expected = batch[:, 1:].flatten()
+        part_tokens = max(1, logits_at_once // vocab_size)
+        parts = zip(features.flatten(0, 1).split(part_tokens), expected.split(part_tokens),
+                    strict=True)
+        for x, y in parts:
+            logits = lm.lm_head(x)[:, :vocab_size].float()
+            losses.append(F.cross_entropy(logits, y, reduction="none"))
+            hits.append(logits.argmax(-1) == y)
     losses = torch.cat(losses).view(n, T)
     hits = torch.cat(hits).view(n, T)
     return losses.cpu().numpy(), hits.cpu().numpy()

@@ -502,10 +502,12 @@ class Block:
         return all(job.name in self.done for job in core)
 
     def start_jobs(self, pool):
-        """As many as there is room for: the first that are ready, and end in time."""
+        """As many as there is room for: the first that are ready. What need not be there
+        begins when all else is under way, and if it ends in time."""
         while len(self.running) < self.options.jobs:
+            core_waits = any(job.core for job in self.waiting)
             ready = [job for job in self.waiting if not job.start or job.start in self.done]
-            ready = [job for job in ready if job.core or self.fits(job)]
+            ready = [job for job in ready if job.core or not core_waits and self.fits(job)]
             if not ready:
                 return
             job = ready[0]

@@ -576,17 +576,66 @@ def draw_costs(path):
     plt.close(figure)
 
 
+def draw_recipe(path):
+    """Recall of the recipe's three models by the number of pairs: means over the seeds, and
+    thin lines for the seeds."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    lines = read_lines("recipe.jsonl")
+    for axis, (family, title) in zip(axes, FAMILIES.items(), strict=True):
+        some = [line for line in lines if line["config"]["block"] == family]
+        sizes = list(lines[0]["lpt"]["recall"]["mqar"])
+        for arm, (label, color) in ARMS_OF_RECIPE.items():
+            runs = [[line[arm]["recall"]["mqar"][size] for size in sizes] for line in some]
+            for run in runs:
+                axis.plot(sizes, run, color=color, lw=0.6, alpha=0.5)
+            means = [statistics.mean(of_size) for of_size in zip(*runs, strict=True)]
+            axis.plot(sizes, means, color=color, marker="o", ms=4, label=label)
+        axis.plot(sizes, [1 / int(size) for size in sizes], color="0.4", ls=":", label="chance")
+        axis.set(title=f"{title}, {len(some)} pre-trained models", xlabel="key-value pairs",
+                 ylabel="share recalled", ylim=(0, 1.02))
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+ARMS_OF_RECIPE = {"pretrained": ("pre-trained", "0.6"),
+                  "lpt": ("LPT: trained longer as it is", "tab:blue"),
+                  "statex": ("StateX: trained longer with 4 times the state", "tab:red")}
+
+
 # ----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Options:
     check: bool = option(False, "write nothing; status 2 where README.md is not in step")
+    recipe: str = option("", "first append the recipe in this folder to recipe.jsonl")
+    machine: str = option("", "where it ran, in words")
+
+
+def append_recipe(folder, machine):
+    """results.json of a recipe, without the scores of single sequences, as one line."""
+    try:
+        with open(f"{folder}/results.json") as f:
+            results = json.load(f)
+    except (OSError, ValueError) as e:
+        raise BadInput(f"no results.json in {folder} ({type(e).__name__})") from e
+    for arm in ARMS_OF_RECIPE:
+        results[arm].pop("samples")
+    config = {name: value for name, value in results["config"].items()
+              if name not in ("data", "out_dir", "plot")}
+    line = {"seed": config["seed"], "threads": results["versions"]["threads"],
+            "machine": machine, **results, "config": config}
+    with open(f"{HERE}/recipe.jsonl", "a") as f:
+        f.write(json.dumps(line) + "\n")
 
 
 def main():
     options = Options(**command_line(Options, __doc__))
     path = f"{HERE}/README.md"
+    if options.recipe:
+        append_recipe(options.recipe, options.machine)
     with open(path) as f:
         before = f.read()
     after = updated(before)
@@ -600,6 +649,8 @@ def main():
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+    if read_lines("recipe.jsonl"):
+        draw_recipe(f"{HERE}/recipe.png")
     if any(models("runs.jsonl").values()):
         draw_differences(f"{HERE}/differences.png")
         draw_costs(f"{HERE}/costs.png")
