@@ -1136,12 +1136,14 @@ def gla_grad_queries_keys(
 
 @triton.jit
 def sum_pairs(pairs, writes, DOT: tl.constexpr):
-    """For every token t of a block: the pairs of t and later, and the writes before t."""
-    if DOT is not None:
-        return tl.cumsum(pairs, 0, reverse=True) + tl.cumsum(writes, 0) - writes
+    """For every token t of a block: the pairs of t and later, and the writes before t.
+
+    Not as a running sum less its last term: of small sums only that term's rounding is left."""
     i = tl.arange(0, pairs.shape[0])
-    before = sum_rows(i[:, None] > i[None, :], writes - pairs, DOT)
-    return tl.sum(pairs, 0)[None, :] + before
+    earlier = i[:, None] > i[None, :]
+    if DOT is not None:
+        return tl.cumsum(pairs, 0, reverse=True) + sum_rows(earlier, writes, DOT)
+    return tl.sum(pairs, 0)[None, :] + sum_rows(earlier, writes - pairs, DOT)
 
 
 @chunk_kernel
@@ -1340,7 +1342,8 @@ def gla_grad_decays_steep(
     always = tl.load(state_pairs_ptr + of_state) * tl.exp2(tl.load(decay_ptr + of_state))
     if L > R:
         always += tl.load(around_ptr + of_block)
-    dg = tl.cumsum(pairs, 0, reverse=True) + tl.cumsum(k * dk_after, 0) - k * dk_after + always[None, :]
+    writes_before = sum_rows(i > j, k * dk_after, DOT)
+    dg = tl.cumsum(pairs, 0, reverse=True) + writes_before + always[None, :]
     tl.store(dg_ptr + at_k, tl.where(tl.load(g_ptr + at_k) > FORGOTTEN_32, dg, 0.0))
 
 
