@@ -1363,18 +1363,20 @@ def gla_launches(K, V, heads, L, R, dtype):
     BV = power_of_two(V, 16, 64)
     wide_k = power_of_two(K, 16, 128 if narrow else 64)
     wide_v = power_of_two(V, 16, 128 if narrow else 64)
-    if narrow and V % 256 == 0 and (K // wide_k) * (V // 256) * heads >= 128:
-        scan = dict(BK=wide_k, BV=256, R=min(R, 64), num_warps=8, num_stages=3)
-    elif narrow and (K // wide_k) * (V // wide_v) * heads >= 128:
-        scan = dict(BK=wide_k, BV=wide_v, R=R, num_warps=8, num_stages=2)
+    many = narrow and K // BK * (V // wide_v) * heads >= 128  # programs for every processor
+    if many and L > R:
+        scan = dict(BK=BK, BV=wide_v, R=64, num_warps=4, num_stages=4)
+    elif many:
+        scan = dict(BK=BK, BV=wide_v, R=R, num_warps=8, num_stages=2)
     else:
         scan = dict(BK=BK, BV=BV, R=R, num_warps=4, num_stages=3)
-    rows = dict(BK=BK, BV=wide_v, num_warps=8 if K > 256 or L > R else 4, num_stages=3)
+    rows = dict(BK=BK, BV=wide_v)
+    rows |= dict(num_warps=8, num_stages=4) if L > R else dict(num_warps=4, num_stages=3)
     finish = dict(BK=power_of_two(K, 16, 32), num_warps=8)
     return types.SimpleNamespace(
         scores=Launch(gla_scores, BK=BK, num_warps=8, num_stages=1),
         scores_steep=Launch(gla_scores_steep, BK=finish["BK"], num_warps=8, num_stages=1),
-        scores_across=Launch(gla_scores_across, BK=BK, num_warps=8, num_stages=2),
+        scores_across=Launch(gla_scores_across, BK=BK, num_warps=8, num_stages=3),
         scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, **scan),
         outputs=Launch(gla_outputs, cut={"BV": "V"}, **rows),
         grad_scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, **scan),
@@ -1988,13 +1990,15 @@ def ssd_grad_decays(
     tl.store(dA_ptr + (batch * H + head) * n + chunk, tl.sum(dg * dt, axis=0))
 
 
-def ssd_chunk(T, N, dtype):
-    """Tokens of a chunk, and of its one or two blocks."""
-    L = power_of_two(T, 16) if T <= 32 else 128
-    return L, min(L, 64)
-
-
 READ_APART = 128  # states of more columns are read by a kernel of their own
+
+
+def ssd_chunk(T, N, dtype):
+    """Tokens of a chunk, and of its blocks."""
+    if T <= 32:
+        L = power_of_two(T, 16)
+        return L, L
+    return (256, 64) if dtype == torch.bfloat16 and N > READ_APART and T > 128 else (128, 64)
 
 
 @functools.cache
@@ -2003,29 +2007,28 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
     narrow = dtype == torch.bfloat16
     apart = N > READ_APART
     BN = power_of_two(N, 16, 64)
-    wide_n = power_of_two(N, 16, 128 if narrow else 64)
     scan_n = power_of_two(N, 16, 128)
     # A program for each of a large GPU's processors; fewer of them must each be quick.
     if N // scan_n * heads < 128:
         scan_n = min(scan_n, 32)
     read = 128 if narrow and shared * P % 128 == 0 else P
-    if apart and narrow and L == 128:
-        through = dict(BR=L, BN=128, num_warps=8, num_stages=3)
+    if apart and narrow and L >= 128:
+        through = dict(BR=128, BN=128, num_warps=8, num_stages=3 if L == 128 else 2)
     else:
         through = dict(BR=R, BN=BN, num_warps=4, num_stages=3)
     # A whole chunk at a time where programs are few.
     scan = dict(BK=P, BV=scan_n, R=min(L, 64 if scan_n > 32 else 128), num_warps=4)
     return types.SimpleNamespace(
-        decays=Launch(ssd_decays, cut={"BH": "H"}, BH=16, num_warps=4),
+        decays=Launch(ssd_decays, cut={"BH": "H"}, BH=8, num_warps=4),
         scores=Launch(ssd_scores, BN=BN, num_warps=4),
         scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, num_stages=4 if narrow else 3, **scan),
-        read=Launch(read_states, cut={"BV": "HP"}, BV=read, BN=BN, num_warps=8, num_stages=3),
+        read=Launch(read_states, cut={"BV": "HP"}, BV=read, BN=BN, num_warps=8,
+                    num_stages=3 if L <= 128 else 4),
         outputs=Launch(
-            ssd_outputs, BN=wide_n, num_warps=4, num_stages=2 if narrow else 3,
-            maxnreg=(128 if apart else 168) if narrow else None),
+            ssd_outputs, BN=BN, num_warps=4, num_stages=3, maxnreg=128 if narrow else None),
         grad_scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, num_stages=3, **scan),
         grad_values=Launch(
-            ssd_grad_values, BN=wide_n, num_warps=4, num_stages=2,
+            ssd_grad_values, BN=BN, num_warps=4, num_stages=3 if narrow else 2,
             maxnreg=168 if narrow else None),
         grad_scores=Launch(ssd_grad_scores, num_warps=4, num_stages=3),
         grad_queries_keys=Launch(
