@@ -260,10 +260,7 @@ def interpreter(monkeypatch):
 
 def inputs(op, batch, T, H, G, K, V, **more):
     """Arguments of gla, or of ssd with K = P and V = N; keys are shared by H / G heads."""
-    args = example(op, batch, T, H, K, V, G=G, **more)
-    if op == "gla":
-        args[1], args[3] = args[1][:, :, :G], args[3][:, :, :G]
-    return args
+    return example(op, batch, T, H, K, V, G=G, **more)
 
 
 def between(args, start, end, state):
@@ -344,6 +341,27 @@ def test_sizes_that_go_another_way(op, sizes, step, dtype, interpreter):
     if step:
         args[3][:, 128:256] = step
     check_against("recurrent", op, args, "triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("decay", DECAYS)
+def test_the_first_kernels_are_the_definition(decay):
+    """The short ones, which nothing but this test runs."""
+    for T in (1, 17, 40):
+        q, k, v, g, state = args = inputs("gla", 2, T, 4, 2, 16, 32, device=DEVICE, decay=decay)
+        o, last = torch.empty_like(v), torch.empty_like(state)
+        kernels.gla_first[(2 * 4 * 2,)](
+            q, k, v, g, state, o, last, 0.25, T, H=4, G=2, K=16, V=32, L=16, BV=16)
+        want = run("gla", [a.double() for a in args], "recurrent")
+        assert gap(o, want[0]) < 1e-4 and gap(last, want[1]) < 1e-4
+
+        x, dt, A, B, C, _, state = args = inputs(
+            "ssd", 2, T, 4, 2, 16, 32, device=DEVICE, decay=decay)
+        y, last = torch.empty_like(x), torch.empty_like(state)
+        kernels.ssd_first[(2 * 4,)](
+            x, dt, A, B, C, state, y, last, T, H=4, G=2, P=16, N=32, L=16)
+        want = ssd(*(a.double() for a in args[:5]), state=state.double(), impl="recurrent")
+        assert gap(y, want[0]) < 1e-4 and gap(last, want[1]) < 1e-4
 
 
 @needs_triton
@@ -537,6 +555,34 @@ def test_short_convolution(T, taps, bias, dtype, of_weights):
 
 
 @needs_triton
+@pytest.mark.parametrize("taps", (1, 2, 4))
+def test_short_convolution_of_packed_documents(taps):
+    """Is that of each document alone, values and gradients."""
+    rng = torch.Generator().manual_seed(taps)
+    args = [torch.randn(shape, generator=rng).to(DEVICE).requires_grad_()
+            for shape in ((1, 600, 5), (5, 1, taps), (5,))]
+    starts = [0, 1, 2, 200, 413, 600]
+    document = torch.arange(5).repeat_interleave(torch.tensor(starts).diff())[None].to(DEVICE)
+    y = kernels.short_conv(*args, document)
+    alone = [kernels.short_conv(args[0][:, i:j], *args[1:]) for i, j in itertools.pairwise(starts)]
+    ref = torch.cat(alone, dim=1)
+    dy = torch.randn(y.shape, generator=rng).to(y)
+    for found, expected in ((y, ref), *zip(torch.autograd.grad(y, args, dy),
+                                           torch.autograd.grad(ref, args, dy), strict=True)):
+        assert gap(found, expected) < LIMITS[torch.float32]
+
+
+@needs_triton
+@pytest.mark.parametrize("change,says", (
+    ({"weight": (4, 1, 4)}, "weight has shape (4, 1, 4)"), ({"bias": (4,)}, "bias has shape"),
+    ({"document": (2, 6)}, "document has shape"), ({"x": (7, 5)}, "x has shape")))
+def test_what_the_short_convolution_refuses(change, says):
+    shapes = {"x": (2, 7, 5), "weight": (5, 1, 4), "bias": (5,), "document": (2, 7)} | change
+    with raises_one_line(f"short_conv: {says}"):
+        kernels.short_conv(**{name: torch.zeros(shape) for name, shape in shapes.items()})
+
+
+@needs_triton
 @pytest.mark.parametrize("block,changes", (("gla", {"n_key_head": 2}), ("mamba2", {})))
 def test_torch_compile_sees_no_graph_break(block, changes, monkeypatch):
     """A layer with the kernels in it is one graph, forward and backward, for any T."""
@@ -583,26 +629,11 @@ def test_grids_fit_a_gpu(op, T, monkeypatch):
     assert grids and all(size <= 65535 for grid in grids for size in grid[1:])
 
 
-def public_layers():
-    """name -> op, H, G, K, V: the public models' layers and what expansion makes of them."""
-    layers = {}
-    for name, config in SIZES.items():
-        if config.block == "gla":
-            H = config.n_head[0]
-            K, V = config.d_k // H, config.d_v // H
-            layers |= {name: ("gla", H, H, K, V), f"{name} preserve": ("gla", H, 1, K, V),
-                       f"{name} reinit": ("gla", 1, 1, H * K, H * V)}
-        else:
-            H, P, N = config.d_inner // config.headdim, config.headdim, config.d_state[0]
-            layers |= {name: ("ssd", H, 1, P, N), f"{name} x4": ("ssd", H, 1, P, 4 * N)}
-    return layers
-
-
 @pytest.mark.skipif(not CUDA, reason="needs a GPU: layers of the public sizes")
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("layer", public_layers())
+@pytest.mark.parametrize("layer", kernels.layers())
 def test_layers_of_the_public_sizes(layer, dtype):
-    op, *sizes = public_layers()[layer]
+    op, *sizes = kernels.layers()[layer]
     check_against("chunked", op, inputs(op, 1, 300, *sizes, dtype=dtype, device=DEVICE), "triton")
 
 
@@ -635,7 +666,8 @@ def overwrites(ttgir):
     for loop in ttgir.split("scf.for")[1:]:
         buffer, loaded, multiplied, running = {}, set(), set(), False
         for line in loop.split("\n"):
-            if found := re.search("(%[^ ]+) = ttg.memdesc_(?:index|trans|subslice) (%[^ [,]+)", line):
+            view = "(%[^ ]+) = ttg.memdesc_(?:index|trans|subslice) (%[^ [,]+)"
+            if found := re.search(view, line):
                 buffer[found[1]] = buffer.get(found[2], found[2])
             elif found := re.search("ttg.local_load (%[^ ,]+)", line):
                 loaded.add(buffer.get(found[1]))
@@ -676,7 +708,7 @@ def compile_for_an_absent_gpu(capability, shared, dtype, layers):
     CUDABackend.make_ttgir = staticmethod(checked)
     for T in (256, 2048):
         for layer in layers:
-            op, *sizes = public_layers()[layer]
+            op, *sizes = kernels.layers()[layer]
             args = inputs(op, 1, T, *sizes, dtype=dtype)
             args = [torch.empty_like(a).requires_grad_() for a in args]
             results = run(op, args, "triton")
@@ -688,9 +720,9 @@ def compile_for_an_absent_gpu(capability, shared, dtype, layers):
 @pytest.mark.slow
 @pytest.mark.skipif(CUDA or not kernels.triton_installed, reason="compiles where there is no GPU")
 @pytest.mark.parametrize("capability,kilobytes,dtype,layers", (
-    (90, 227, torch.float32, ("gla-1.3b reinit",)),
-    (90, 227, torch.bfloat16, ("gla-1.3b preserve", "mamba2-1.3b x4")),
-    (89, 99, torch.bfloat16, ("gla-1.3b reinit",))))
+    (90, 227, torch.float32, ("gla-1.3b merged",)),
+    (90, 227, torch.bfloat16, ("gla-1.3b shared", "mamba2-1.3b x4")),
+    (89, 99, torch.bfloat16, ("gla-1.3b merged",))))
 def test_kernels_compile_for_absent_gpus(capability, kilobytes, dtype, layers, tmp_path):
     """The largest layers, for an H100 as they are asked for, for a smaller GPU with fewer stages.
     No kernel fetches a tile into a buffer that may still be read."""
