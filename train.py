@@ -140,39 +140,38 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 def check(options, processes):
     """Raises BadInput for options that cannot be run, before anything is written."""
-    o = options
     for name in ("steps", "pretrain_steps", "batch_size", "block_size", "accumulate",
                  "eval_interval", "n_layer", "d_model", "headdim"):
-        if not getattr(o, name):
+        if not getattr(options, name):
             raise BadInput(f"--{name}=0; expected 1 or more")
-    if max(o.beta1, o.beta2) >= 1 or not o.clip:
-        raise BadInput(f"beta1 {o.beta1} and beta2 {o.beta2} must be below 1, and clip {o.clip} "
-                       "above 0")
-    if not o.name or os.path.basename(o.name) != o.name:
-        raise BadInput(f"--name={o.name} is not a file's name; the folder is --out_dir")
-    if o.size and o.size not in SIZES:
-        raise BadInput(f"no size {o.size!r}; there are {', '.join(SIZES)}")
-    rates(o)
-    parts = passes(o, processes) * processes.size
-    if parts % processes.size or o.batch_size % parts:
-        raise BadInput(f"batch_size {o.batch_size} cannot be shared out: accumulate "
-                       f"{o.accumulate} on {processes.size} processes makes {parts} passes")
-    listed = o.pairs.split(",")
+    if max(options.beta1, options.beta2) >= 1 or not options.clip:
+        raise BadInput(f"beta1 {options.beta1} and beta2 {options.beta2} must be below 1, and "
+                       f"clip {options.clip} above 0")
+    if not options.name or os.path.basename(options.name) != options.name:
+        raise BadInput(f"--name={options.name} is not a file's name; the folder is --out_dir")
+    if options.size and options.size not in SIZES:
+        raise BadInput(f"no size {options.size!r}; there are {', '.join(SIZES)}")
+    rates(options)
+    parts = passes(options, processes) * processes.size
+    if options.batch_size % parts:
+        raise BadInput(f"batch_size {options.batch_size} cannot be shared out: accumulate "
+                       f"{options.accumulate} on {processes.size} processes makes {parts} passes")
+    listed = options.pairs.split(",")
     most = recall.SYMBOLS // 2
     if not all(p.isdecimal() and 0 < int(p) <= most for p in listed):
-        raise BadInput(f"--pairs={o.pairs} is not a list of pairs; expected numbers from 1 to "
-                       f"{most}, such as 4,8,16")
-    largest = max(pair_sizes(o))
-    if o.recall_tokens and -(-o.recall_tokens // (4 * largest)) < parts:
-        raise BadInput(f"recall_tokens {o.recall_tokens} are fewer than {parts} sequences of "
+        raise BadInput(f"--pairs={options.pairs} is not a list of pairs; expected numbers from "
+                       f"1 to {most}, such as 4,8,16")
+    largest = max(pair_sizes(options))
+    if options.recall_tokens and -(-options.recall_tokens // (4 * largest)) < parts:
+        raise BadInput(f"recall_tokens {options.recall_tokens} are fewer than {parts} sequences of "
                        f"{largest} pairs, one for each pass of a step")
-    if o.shard and (processes.size == 1 or not o.ckpt):
+    if options.shard and (processes.size == 1 or not options.ckpt):
         raise BadInput("--shard cuts one run over processes: start it with torchrun and --ckpt")
-    if o.compile and o.device == "cpu":
+    if options.compile and options.device == "cpu":
         raise BadInput("--compile is for GPUs: on a CPU the first step takes minutes and the "
                        "others gain little")
-    if os.path.exists(o.out_dir) and not os.path.isdir(o.out_dir):
-        raise BadInput(f"out_dir {o.out_dir} is a file; expected a folder, or a name that is free")
+    if os.path.exists(options.out_dir) and not os.path.isdir(options.out_dir):
+        raise BadInput(f"out_dir {options.out_dir} is a file; expected a folder, or a free name")
 
 
 def pair_sizes(options):
@@ -291,7 +290,6 @@ class Run:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0            # of training
-    best: float = math.inf          # held-out loss, text and recall together
     evaluations: list = field(default_factory=list)     # [tokens, text loss, recall loss]
     carried: list = field(default_factory=list)         # with --carry_state: per pass
     recent: collections.deque = field(default_factory=lambda: collections.deque(maxlen=20))
@@ -365,41 +363,53 @@ def batches(run, part):
     The data depends on the seed and the step alone, so that both arms see the same tokens in
     the same order, any number of processes the same batch, and a resumed run goes on with
     what comes next."""
-    o = run.options
-    tokens = run.corpus[0]
-    parts = passes(o, run.processes) * run.processes.size
-    rng = np.random.default_rng([o.seed, run.step, 0])
-    if o.carry_state:                       # row r reads the r-th stretch of the text
-        slices = slices_per_row(run)
-        starts = np.arange(o.batch_size) * slices * o.block_size
-        starts = starts + run.step % slices * o.block_size
-    else:
-        starts = rng.integers(len(tokens) - o.block_size, size=o.batch_size)
-    starts = starts[share(o.batch_size, part, parts)]
-    text = np.stack([tokens[s:s + o.block_size + 1] for s in starts]).astype(np.int64)
-    first = None
-    if o.documents:                         # a document begins after the end of the one before
-        first = np.zeros((len(text), o.block_size), bool)
-        first[:, 1:] = text[:, :-2] == run.end_of_text
-    data = [(text[:, :-1], text[:, 1:], first, len(text) / o.batch_size)]
-    if o.recall_tokens:
-        grown = 1.0
-        if run.step < o.curriculum * o.steps:
-            grown = run.step / (o.curriculum * o.steps)
-        sizes = pair_sizes(o)
-        pairs = int(rng.choice(sizes[:1 + int(grown * len(sizes))]))
-        n = -(-o.recall_tokens // (4 * pairs))
-        rows = share(n, part, parts)
-        idx, targets = recall.mqar(rng, n, pairs, run.lm.config.vocab_size)
-        data.append((idx[rows], targets[rows], None, (rows.stop - rows.start) / n))
-    return [tuple(torch.from_numpy(x).to(o.device) if isinstance(x, np.ndarray) else x
+    options = run.options
+    parts = passes(options, run.processes) * run.processes.size
+    rng = np.random.default_rng([options.seed, run.step, 0])
+    data = [text_batch(run, rng, share(options.batch_size, part, parts))]
+    if options.recall_tokens:
+        data.append(recall_batch(run, rng, part, parts))
+    return [tuple(torch.from_numpy(x).to(options.device) if isinstance(x, np.ndarray) else x
                   for x in entry) for entry in data]
+
+
+def text_batch(run, rng, rows):
+    """These rows of the step's text."""
+    options = run.options
+    tokens = run.corpus[0]
+    if options.carry_state:                 # row r reads the r-th stretch of the text
+        slices = slices_per_row(run)
+        starts = np.arange(options.batch_size) * slices * options.block_size
+        starts = starts + run.step % slices * options.block_size
+    else:
+        starts = rng.integers(len(tokens) - options.block_size, size=options.batch_size)
+    text = np.stack([tokens[start:start + options.block_size + 1] for start in starts[rows]])
+    text = text.astype(np.int64)
+    first = None
+    if options.documents:                   # one begins after the end of the one before
+        first = np.zeros((len(text), options.block_size), bool)
+        first[:, 1:] = text[:, :-2] == run.end_of_text
+    return text[:, :-1], text[:, 1:], first, len(text) / options.batch_size
+
+
+def recall_batch(run, rng, part, parts):
+    """A part of the step's recall sequences. With a curriculum the sizes join in one by one,
+    from the smallest."""
+    options = run.options
+    sizes = pair_sizes(options)
+    growing = options.curriculum * options.steps
+    grown = run.step / growing if run.step < growing else 1.0
+    pairs = int(rng.choice(sizes[:1 + int(grown * len(sizes))]))
+    n = -(-options.recall_tokens // (4 * pairs))
+    rows = share(n, part, parts)
+    idx, targets = recall.mqar(rng, n, pairs, run.lm.config.vocab_size)
+    return idx[rows], targets[rows], None, (rows.stop - rows.start) / n
 
 
 def slices_per_row(run):
     """With --carry_state: steps until the text begins again."""
-    o = run.options
-    return (len(run.corpus[0]) - 1) // o.batch_size // o.block_size
+    options = run.options
+    return (len(run.corpus[0]) - 1) // options.batch_size // options.block_size
 
 
 def learning_rate(options, step):
@@ -412,24 +422,24 @@ def learning_rate(options, step):
 def forward_backward(run):
     """Add up the gradients of this step. Returns a tensor: loss of text, loss of recall,
     tokens, 1 if a signal asked to stop; each summed over the processes."""
-    o = run.options
+    options = run.options
     size = run.processes.size
-    count = passes(o, run.processes)
-    sums = torch.zeros(4, dtype=torch.float64, device=o.device)
-    begins = o.carry_state and run.step % slices_per_row(run) == 0
+    count = passes(options, run.processes)
+    sums = torch.zeros(4, dtype=torch.float64, device=options.device)
+    begins = options.carry_state and run.step % slices_per_row(run) == 0
     for k in range(count):
         data = batches(run, run.processes.rank * count + k)
         for i, (idx, targets, first, weight) in enumerate(data):
-            carries = o.carry_state and i == 0
+            carries = options.carry_state and i == 0
             state = run.carried[k] if carries and not begins else None
             last = k == count - 1 and i == len(data) - 1
             with exchange_gradients(run, last):         # once per step
-                with precision(o):
+                with precision(options):
                     _, loss, state = run.model(idx, targets, state, first)
                 loss = loss * weight
                 (loss * size).backward()                # averaged over the processes
             if carries:
-                run.carried[k] = on_device(state, o.device)
+                run.carried[k] = on_device(state, options.device)
             sums[i] += loss.detach()
             sums[2] += idx.numel()
     sums[3] += bool(run.stop.signal)
@@ -478,19 +488,18 @@ def scoring(lm, options):
 def evaluate(run):
     """Loss on held-out text, in windows of block_size but at most 8192 tokens, and on recall
     sequences that training never draws, in nats per answer; appended to run.evaluations."""
-    o = run.options
+    options = run.options
     val = run.corpus[1]
     asked = 0.0
-    with scoring(run.lm, o):
-        text = recall.text_loss(run.lm, val, min(o.block_size, 8192, len(val) - 1))[0]
-        for pairs in pair_sizes(o) if o.recall_tokens else ():
+    with scoring(run.lm, options):
+        text = recall.text_loss(run.lm, val, min(options.block_size, 8192, len(val) - 1))[0]
+        for pairs in pair_sizes(options) if options.recall_tokens else ():
             rng = np.random.default_rng([7, pairs])
             idx, targets = recall.mqar(rng, 64, pairs, run.lm.config.vocab_size)
-            idx = torch.from_numpy(idx).to(o.device)
-            targets = torch.from_numpy(targets).to(o.device)
-            asked += run.lm(idx, targets)[1].item() / len(pair_sizes(o))
+            idx = torch.from_numpy(idx).to(options.device)
+            targets = torch.from_numpy(targets).to(options.device)
+            asked += run.lm(idx, targets)[1].item() / len(pair_sizes(options))
     run.evaluations.append([run.tokens, text, asked])
-    run.best = min(run.best, text + asked)
 
 
 def save(run):
@@ -501,7 +510,7 @@ def save(run):
     if run.processes.first:
         meta = run.corpus[2]
         train = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds,
-                 "best": run.best, "evaluations": run.evaluations, "carried": carried,
+                 "evaluations": run.evaluations, "carried": carried,
                  "options": asdict(run.options), "optimizer": optimizer,
                  "corpus": {"sha256": meta.get("sha256"), "tokenizer": meta["tokenizer"]}}
         save_checkpoint(run.path, run.lm, train, weights)
@@ -538,7 +547,6 @@ def restore(run, train):
         run.step = train["step"]
         run.tokens = train["tokens"]
         run.seconds = train["seconds"]
-        run.best = train["best"]
         run.evaluations = list(train["evaluations"])
         carried = train["carried"]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
@@ -593,16 +601,19 @@ class Log:
     """log.jsonl, and on request TensorBoard; a progress bar in a terminal, lines elsewhere."""
 
     def __init__(self, run, until):
-        o = run.options
+        options = run.options
         first = run.processes.first
         self.run = run
-        self.file = open(f"{o.out_dir}/log.jsonl" if first else os.devnull, "a", buffering=1)
-        self.board = tensorboard(o.out_dir) if o.tensorboard and first else None
+        path = f"{options.out_dir}/log.jsonl" if first else os.devnull
+        self.file = open(path, "a", buffering=1)
+        self.board = tensorboard(options.out_dir) if options.tensorboard and first else None
         self.every = max(1, until // 8)
-        what = o.name if until == o.steps else f"{o.name}, the first {until} of {o.steps} steps"
-        self.what = what
-        self.bar = tqdm(total=until, initial=run.step, desc=what, unit="step", mininterval=1,
-                        dynamic_ncols=True, disable=not first or not sys.stderr.isatty())
+        self.what = options.name
+        if until < options.steps:
+            self.what += f", the first {until} of {options.steps} steps"
+        self.bar = tqdm(total=until, initial=run.step, desc=self.what, unit="step",
+                        mininterval=1, dynamic_ncols=True,
+                        disable=not first or not sys.stderr.isatty())
         peaks = [f for card, f in PEAK.items()
                  if run.cuda and card in torch.cuda.get_device_name()]
         self.peak_flops = peaks[0] * run.processes.size if peaks else None
@@ -694,7 +705,7 @@ def train(lm, options, corpus, resume=None, until=None, processes=Processes(), s
         if run.step % options.eval_interval == 0 or run.step == until:
             evaluate(run)
             log.write(val_loss=run.evaluations[-1][1], val_recall_loss=run.evaluations[-1][2],
-                      best=run.best, peak_mem_mib=peak_memory(run.cuda))
+                      peak_mem_mib=peak_memory(run.cuda))
             save(run)
         elif stopping:
             save(run)
@@ -752,13 +763,15 @@ def open_folder(options, processes):
 
 
 # What may differ between a run and its continuation: it changes nothing that is computed.
+# A folder's run that goes on without being asked to resume keeps its start and its text, too.
 FREE = {"ckpt", "preset", "device", "out_dir", "overwrite", "plot", "accumulate", "compile",
         "checkpoint_activations", "shard", "tensorboard", "eval_interval", "data"}
 
 
-def held_run(options):
-    """The run that options.out_dir holds under options.name: its "train" entry with the same
-    options, to go on with, or None for none. Raises BadInput for one with other options."""
+def held_run(options, meta):
+    """The run that options.out_dir holds under options.name with the same options and the
+    corpus of this meta, to go on with. -> (its model, its "train" entry), or (None, None) for
+    none. Raises BadInput for another run."""
     path = f"{options.out_dir}/{options.name}.pt"
     if options.overwrite or not os.path.exists(path):
         return None, None
@@ -766,36 +779,49 @@ def held_run(options):
     if held is None:
         raise BadInput(f"{path} is there and holds no run; take another --out_dir or --name, or "
                        "--overwrite")
+    kept = held["options"]
+    free = FREE
+    if options.ckpt != "resume":
+        free = FREE - {"data"} if kept.get("ckpt") == "resume" else FREE - {"data", "ckpt"}
+        same_text(path, held, options, meta)
     other = [name for name, value in asdict(options).items()
-             if name not in FREE and held["options"].get(name, value) != value]
+             if name not in free and kept.get(name, value) != value]
     if other:
-        had = ", ".join(f"{name} = {held['options'][name]}" for name in other)
+        had = ", ".join(f"{name} = {kept[name]}" for name in other)
         raise BadInput(f"{path} holds a run with {had}; go on with it: --ckpt=resume; or take "
                        "another --out_dir, or --overwrite")
     return lm, held
 
 
+def same_text(path, held, options, meta):
+    """Raises BadInput where the run in path began with another text than is there now."""
+    saved = held.get("corpus", {}).get("sha256")
+    if saved and meta.get("sha256") != saved:
+        raise BadInput(f"the text in {options.data} has changed since the run in {path} began "
+                       "(another sha256); make it as it was, or go on with this one: "
+                       f"--ckpt=resume --out_dir={options.out_dir} --data={options.data}")
+
+
 def prepared(options, processes):
     """The corpus in options.data; the default one is made when it is missing."""
-    o = options
     default = Options().data
-    if o.data == default and not os.path.exists(f"{default}/meta.json"):
+    if options.data == default and not os.path.exists(f"{default}/meta.json"):
         if processes.first:
             print("preparing the Python source on this machine")
             documents = prepare.read_documents(prepare.python_files())
             prepare.write_corpus(documents, default, "code4096")
         if processes.size > 1:
             dist.barrier()
-    corpus = prepare.load_corpus(o.data)
+    corpus = prepare.load_corpus(options.data)
     tokens, val, _ = corpus
-    if len(tokens) <= o.block_size:
-        raise BadInput(f"{o.data} has {len(tokens)} tokens to train on; expected more than "
-                       f"block_size = {o.block_size}")
+    if len(tokens) <= options.block_size:
+        raise BadInput(f"{options.data} has {len(tokens)} tokens to train on; expected more than "
+                       f"block_size = {options.block_size}")
     if len(val) < 64:
-        raise BadInput(f"{o.data} has {len(val)} held-out tokens; expected at least 64")
-    if o.carry_state and len(tokens) <= o.batch_size * o.block_size:
-        raise BadInput(f"{o.data} has {len(tokens)} tokens; --carry_state reads batch_size x "
-                       f"block_size = {o.batch_size * o.block_size} per step")
+        raise BadInput(f"{options.data} has {len(val)} held-out tokens; expected at least 64")
+    if options.carry_state and len(tokens) <= options.batch_size * options.block_size:
+        raise BadInput(f"{options.data} has {len(tokens)} tokens; --carry_state reads batch_size x "
+                       f"block_size = {options.batch_size * options.block_size} per step")
     return corpus
 
 
@@ -814,15 +840,14 @@ def check_corpus(lm, options, meta):
 
 def new_model(options, meta):
     """A model with random weights, by options.seed, for the corpus."""
-    o = options
-    torch.manual_seed(o.seed)
-    if o.vocab_size and o.vocab_size < meta["vocab_size"]:
-        raise BadInput(f"vocab_size {o.vocab_size} is less than the {meta['vocab_size']} token "
-                       f"ids in {o.data}")
-    vocab = dict(vocab_size=o.vocab_size or meta["vocab_size"], tokenizer=meta["tokenizer"])
-    if o.size:
-        return LM(replace(SIZES[o.size], **vocab))
-    shape = {name: getattr(o, name) for name in (
+    torch.manual_seed(options.seed)
+    if options.vocab_size and options.vocab_size < meta["vocab_size"]:
+        raise BadInput(f"vocab_size {options.vocab_size} is less than the {meta['vocab_size']} "
+                       f"token ids in {options.data}")
+    vocab = dict(vocab_size=options.vocab_size or meta["vocab_size"], tokenizer=meta["tokenizer"])
+    if options.size:
+        return LM(replace(SIZES[options.size], **vocab))
+    shape = {name: getattr(options, name) for name in (
         "block", "n_layer", "d_model", "tie_embeddings", "norm_eps", "conv_size", "n_head",
         "d_mlp", "d_state", "headdim")}
     return LM(Config(**vocab, **shape))
@@ -867,8 +892,8 @@ def minutes(lm, options, corpus, steps):
 def one_run(options, processes, stop):
     """--ckpt=scratch, or from a checkpoint, or a run that is resumed."""
     folder = open_folder(options, processes)
-    lm, held = held_run(options)
     corpus = prepared(options, processes)
+    lm, held = held_run(options, corpus[2])
     if held is None and options.ckpt == "scratch":
         lm = new_model(options, corpus[2])
     elif held is None:
@@ -905,12 +930,8 @@ def resumed(options, given):
     free = {name: value for name, value in given.items() if name in FREE}
     options = Options(**kept | free | {"device": options.device, "out_dir": options.out_dir,
                                        "overwrite": False})     # the run may have begun with it
-    saved = held.get("corpus", {}).get("sha256")
-    meta = prepare.load_corpus(options.data)[2]
-    if saved and "data" not in given and meta.get("sha256") != saved:
-        raise BadInput(f"the text in {options.data} has changed since the run in {path} began "
-                       "(another sha256); make it as it was, or go on with this one: "
-                       f"--data={options.data}")
+    if "data" not in given:
+        same_text(path, held, options, prepare.load_corpus(options.data)[2])
     return options
 
 
@@ -920,50 +941,50 @@ def resumed(options, given):
 
 def recipe(options, processes, stop):
     """Pre-train a small model; LPT and StateX go on from it, alike in all but the state."""
-    o = options
-    corpus = prepared(o, processes)
-    small = new_model(o, corpus[2])
-    check_corpus(small, o, corpus[2])
-    layers = choose_layers(o.n_layer, o.every, o.layers)
-    expand(small, layers, o.factor or None, o.init, o.seed)     # what cannot be, stops here
+    corpus = prepared(options, processes)
+    small = new_model(options, corpus[2])
+    check_corpus(small, options, corpus[2])
+    layers = choose_layers(options.n_layer, options.every, options.layers)
+    transplant = dict(factor=options.factor or None, init=options.init, seed=options.seed)
+    expand(small, layers, **transplant)             # what cannot be, stops here
     tokenizer = prepare.load_tokenizer(corpus[2]["tokenizer"])
-    recall.check_text(corpus[1], tokenizer, pairs=pair_sizes(o), T=o.block_size)
-    folder = open_folder(o, processes)
-    quarter = max(1, o.steps // 4)
-    tries = quarter * (len(rates(o)) - 1)           # of learning rates that are not taken
-    print_banner(small, o, corpus, o.pretrain_steps + 2 * (o.steps + tries))
+    recall.check_text(corpus[1], tokenizer, pairs=pair_sizes(options), T=options.block_size)
+    folder = open_folder(options, processes)
+    quarter = max(1, options.steps // 4)
+    tries = quarter * (len(rates(options)) - 1)           # of learning rates that are not taken
+    print_banner(small, options, corpus, options.pretrain_steps + 2 * (options.steps + tries))
 
     def phase(lm, name, until=None, start=None, **changes):
         """Train lm, or go on where an earlier start of this recipe stopped."""
-        of_phase = replace(o, name=name, **changes)
-        held_lm, held = held_run(of_phase)
+        of_phase = replace(options, name=name, **changes)
+        held_lm, held = held_run(of_phase, corpus[2])
         if held and held["step"] > 0:
             lm, start = held_lm, held
         return lm, train(lm, of_phase, corpus, start, until, processes, stop)
 
-    small, run = phase(small, "pretrained", steps=o.pretrain_steps)
-    results = {"pretrained": report(small, run, o, corpus, tokenizer)}
-    larger, changes = expand(small, layers, o.factor or None, o.init, o.seed)
+    small, run = phase(small, "pretrained", steps=options.pretrain_steps)
+    results = {"pretrained": report(small, run, options, corpus, tokenizer)}
+    larger, changes = expand(small, layers, **transplant)
     print(describe(changes))
+    post = dict(seed=options.seed + 1, curriculum=0.0)      # another seed: the data is new
     for arm, start in (("lpt", small), ("statex", larger)):
         tried = {}
-        for lr in rates(o):
-            # Another seed than pre-training's, so that the data is new.
-            lm = LM(start.config).to(o.device)
+        for lr in rates(options):
+            lm = LM(start.config).to(options.device)
             lm.load_state_dict(start.state_dict())
-            _, run = phase(lm, f"{arm}-lr{lr:g}", quarter, lr=lr, seed=o.seed + 1, curriculum=0.0)
+            _, run = phase(lm, f"{arm}-lr{lr:g}", quarter, lr=lr, **post)
             tried[lr] = run["val_loss"] + run["recall_loss"]
         lr = min(tried, key=tried.get)
-        lm, start = load_checkpoint(f"{o.out_dir}/{arm}-lr{lr:g}.pt")
-        lm, run = phase(lm, arm, None, start, lr=lr, seed=o.seed + 1, curriculum=0.0)
-        results[arm] = report(lm, run, o, corpus, tokenizer) | {
+        lm, start = load_checkpoint(f"{options.out_dir}/{arm}-lr{lr:g}.pt")
+        lm, run = phase(lm, arm, None, start, lr=lr, **post)
+        results[arm] = report(lm, run, options, corpus, tokenizer) | {
             "lr": lr, "held_out_loss_after_a_quarter": {f"{k:g}": v for k, v in tried.items()}}
         results[arm]["tokens"] += results["pretrained"]["tokens"]
-    results["config"] = asdict(o) | {"corpus": corpus[2]}
+    results["config"] = asdict(options) | {"corpus": corpus[2]}
     results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__,
                            "numpy": np.__version__, "threads": torch.get_num_threads()}
     if processes.first:
-        finish_recipe(results, o)
+        finish_recipe(results, options)
     del folder
 
 

@@ -31,6 +31,8 @@ def difference(results, task, size=None):
     if size is not None:
         samples = [of_task[size] for of_task in samples]
     more = [a - b for a, b in zip(*samples, strict=True)]
+    if len(more) < 2:
+        return statistics.mean(more), math.nan
     return statistics.mean(more), 1.96 * statistics.stdev(more) / math.sqrt(len(more))
 
 
