@@ -14,7 +14,16 @@ A run writes out_dir/NAME.pt and out_dir/log.jsonl. A folder that holds a run go
 if the options are the same, and is left alone if they are not. Ctrl-C, SIGTERM and a closed
 terminal save and stop; kill -9 loses the steps since the last save.
 """
-from data.options import BadInput, command_line, option, pick_device, run_script
+from data.options import (
+    BadInput,
+    command_line,
+    numbers,
+    one_line,
+    option,
+    pick_device,
+    run_script,
+    write_file,
+)
 
 import collections
 import contextlib
@@ -134,8 +143,9 @@ class Options:
                           "with the lower held-out loss goes on")
 
 
-# FLOP/s in bfloat16, dense, of the SXM cards; for MFU
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+# The shape of a model from scratch without --size.
+SHAPE = ("block", "n_layer", "d_model", "tie_embeddings", "norm_eps", "conv_size", "n_head",
+         "d_mlp", "d_state", "headdim")
 
 
 def check(options, processes):
@@ -156,11 +166,9 @@ def check(options, processes):
     if options.batch_size % parts:
         raise BadInput(f"batch_size {options.batch_size} cannot be shared out: accumulate "
                        f"{options.accumulate} on {processes.size} processes makes {parts} passes")
-    listed = options.pairs.split(",")
     most = recall.SYMBOLS // 2
-    if not all(p.isdecimal() and 0 < int(p) <= most for p in listed):
-        raise BadInput(f"--pairs={options.pairs} is not a list of pairs; expected numbers from "
-                       f"1 to {most}, such as 4,8,16")
+    if not pair_sizes(options) or max(pair_sizes(options)) > most:
+        raise BadInput(f"--pairs={options.pairs}; expected numbers from 1 to {most}")
     largest = max(pair_sizes(options))
     if options.recall_tokens and -(-options.recall_tokens // (4 * largest)) < parts:
         raise BadInput(f"recall_tokens {options.recall_tokens} are fewer than {parts} sequences of "
@@ -175,19 +183,14 @@ def check(options, processes):
 
 
 def pair_sizes(options):
-    return [int(p) for p in options.pairs.split(",")]
+    return numbers("pairs", options.pairs)
 
 
 def rates(options):
     """The recipe's learning rates. Raises BadInput."""
-    try:
-        listed = [float(x) for x in options.lr_grid.split(",")]
-    except ValueError:
-        listed = [math.nan]
-    names = {f"{lr:g}" for lr in listed}                # of the files that the tries write
-    if not all(0 < lr < math.inf for lr in listed) or len(names) < len(listed):
-        raise BadInput(f"--lr_grid={options.lr_grid} is not a list of learning rates; expected "
-                       "numbers above 0, no two alike, such as 1e-2,2e-2")
+    listed = numbers("lr_grid", options.lr_grid, float)
+    if not listed or len({f"{lr:g}" for lr in listed}) < len(listed):     # names of files
+        raise BadInput(f"--lr_grid={options.lr_grid} names no rates, or two that look alike")
     return listed
 
 
@@ -209,7 +212,7 @@ class Processes:
 
 def join(device):
     """Take this process's place among those that torchrun started (gloo on CPUs, NCCL on
-    GPUs). -> (Processes, its device)"""
+    GPUs). All but the first print nothing. -> (Processes, its device)"""
     if "RANK" not in os.environ:
         return Processes(), device
     processes = Processes(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
@@ -413,6 +416,7 @@ def slices_per_row(run):
 
 
 def learning_rate(options, step):
+    """Linear warm-up, then a cosine to 0. `steps` counts both."""
     if step < options.warmup:
         return options.lr * (step + 1) / (options.warmup + 1)
     done = (step - options.warmup) / max(1, options.steps - options.warmup)
@@ -449,7 +453,8 @@ def forward_backward(run):
 
 
 def exchange_gradients(run, last):
-    """The backward pass exchanges gradients between processes only if `last`."""
+    """A context for the backward pass, which exchanges gradients between processes only if
+    `last`. (FSDP has a switch in its place.)"""
     if run.options.shard:
         run.model.set_requires_gradient_sync(last)
     elif run.processes.size > 1 and not last:
@@ -487,7 +492,7 @@ def scoring(lm, options):
 
 def evaluate(run):
     """Loss on held-out text, in windows of block_size but at most 8192 tokens, and on recall
-    sequences that training never draws, in nats per answer; appended to run.evaluations."""
+    sequences, the same ones every time, in nats per answer; appended to run.evaluations."""
     options = run.options
     val = run.corpus[1]
     asked = 0.0
@@ -534,7 +539,7 @@ def gather_carried(run):
 def restore(run, train):
     """Put a run where the "train" entry of a checkpoint says it was. Raises BadInput."""
     try:
-        # Options of AdamW are this torch's and this device's; only moments and steps are kept.
+        # What this torch's AdamW does not know is left out, and `fused` is this device's.
         groups = run.optimizer.state_dict()["param_groups"]
         kept = {key for group in groups for key in group}
         saved = train["optimizer"]
@@ -550,8 +555,7 @@ def restore(run, train):
         run.evaluations = list(train["evaluations"])
         carried = train["carried"]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-        why = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
-        raise other_version(run.path, why) from e
+        raise other_version(run.path, f"{type(e).__name__}: {one_line(e, 100)}") from e
     if carried:
         count = passes(run.options, run.processes)
         for k in range(count):
@@ -578,14 +582,14 @@ def other_version(path, why):
 
 def flops_per_token(lm):
     """Of forward and backward: 6 per weight of a matrix product, 12 per element of state (2 to
-    decay and write it, 2 to read it, and twice that backward). What is computed twice to save
-    memory is not counted."""
+    write it and 2 to read it, a product and a sum each, and twice that backward). What is
+    computed twice to save memory is not counted."""
     c = lm.config
     weights = sum(p.numel() for name, p in lm.named_parameters()
                   if p.dim() == 2 and not name.startswith("embeddings"))
     if c.tie_embeddings:
         weights += lm.embeddings.weight.numel()
-    return 6 * weights + 12 * sum(c.state_elements(i) for i in range(c.n_layer))
+    return 6 * weights + 12 * c.total_state()
 
 
 def peak_memory(cuda):
@@ -595,6 +599,10 @@ def peak_memory(cuda):
     if resource is None:
         return None
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+
+
+# FLOP/s in bfloat16, dense, of the SXM cards by NVIDIA's data sheets; for MFU
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 class Log:
@@ -734,8 +742,6 @@ def print_stopped(run):
     how = "the same command goes on"
     if run.options.overwrite:
         how = "the same command without --overwrite goes on"
-    if run.options.ckpt:
-        how = f"go on with --ckpt=resume --out_dir={run.options.out_dir} --name={run.options.name}"
     print(f"stopped by a signal: {run.path} holds step {run.step}; {how}", flush=True)
 
 
@@ -847,16 +853,13 @@ def new_model(options, meta):
     vocab = dict(vocab_size=options.vocab_size or meta["vocab_size"], tokenizer=meta["tokenizer"])
     if options.size:
         return LM(replace(SIZES[options.size], **vocab))
-    shape = {name: getattr(options, name) for name in (
-        "block", "n_layer", "d_model", "tie_embeddings", "norm_eps", "conv_size", "n_head",
-        "d_mlp", "d_state", "headdim")}
+    shape = {name: getattr(options, name) for name in SHAPE}
     return LM(Config(**vocab, **shape))
 
 
 def print_banner(lm, options, corpus, steps):
     """What is about to run, where, and how long so many steps of it take here."""
     c = lm.config
-    elements = sum(c.state_elements(i) for i in range(c.n_layer))
     params = sum(p.numel() for p in lm.parameters())
     where = options.device
     if where.startswith("cuda"):
@@ -864,13 +867,15 @@ def print_banner(lm, options, corpus, steps):
     if where == "cpu":
         where = f"a CPU with {torch.get_num_threads()} threads (OMP_NUM_THREADS sets them)"
     tokens, val, meta = corpus
-    print(f"{c.block}, {c.n_layer} layers, {params:,} parameters, {elements:,} elements of state "
-          f"per sequence\non {where}\ntext: {options.data}, {len(tokens):,} tokens to train on, "
-          f"{len(val):,} held out, tokenizer {meta['tokenizer']}", flush=True)
+    print(f"{c.block}, {c.n_layer} layers, {params:,} parameters, {c.total_state():,} elements "
+          f"of state per sequence\non {where}\n"
+          f"text: {options.data}, {len(tokens):,} tokens to train on, {len(val):,} held out, "
+          f"tokenizer {meta['tokenizer']}", flush=True)
     if options.device == "cpu" and params > 1e8:
-        print("this is a model for GPUs: on a CPU it takes weeks", flush=True)
-    elif options.device == "cpu":
-        print(f"about {minutes(lm, options, corpus, steps):.0f} minutes", flush=True)
+        print("this is a model for GPUs", flush=True)
+    elif options.device == "cpu" and steps:
+        expected = max(1, round(minutes(lm, options, corpus, steps)))
+        print(f"about {expected} minute{'s' * (expected > 1)}", flush=True)
 
 
 def minutes(lm, options, corpus, steps):
@@ -897,7 +902,8 @@ def one_run(options, processes, stop):
     if held is None and options.ckpt == "scratch":
         lm = new_model(options, corpus[2])
     elif held is None:
-        lm = LM.from_pretrained(options.ckpt)
+        block = PRESETS[options.preset]["block"] if options.preset else None
+        lm = LM.from_pretrained(options.ckpt, block)
     check_corpus(lm, options, corpus[2])
     print_banner(lm, options, corpus, options.steps - (held["step"] if held else 0))
     if held and held["step"] == options.steps:
@@ -942,6 +948,8 @@ def resumed(options, given):
 def recipe(options, processes, stop):
     """Pre-train a small model; LPT and StateX go on from it, alike in all but the state."""
     corpus = prepared(options, processes)
+    if already_done(options, corpus[2]):
+        return print_report(options.out_dir)
     small = new_model(options, corpus[2])
     check_corpus(small, options, corpus[2])
     layers = choose_layers(options.n_layer, options.every, options.layers)
@@ -958,26 +966,27 @@ def recipe(options, processes, stop):
         """Train lm, or go on where an earlier start of this recipe stopped."""
         of_phase = replace(options, name=name, **changes)
         held_lm, held = held_run(of_phase, corpus[2])
-        if held and held["step"] > 0:
-            lm, start = held_lm, held
+        if held:
+            lm = held_lm
+            start = held
         return lm, train(lm, of_phase, corpus, start, until, processes, stop)
 
-    small, run = phase(small, "pretrained", steps=options.pretrain_steps)
-    results = {"pretrained": report(small, run, options, corpus, tokenizer)}
+    small, trained = phase(small, "pretrained", steps=options.pretrain_steps)
+    results = {"pretrained": report(small, trained, options, corpus, tokenizer)}
     larger, changes = expand(small, layers, **transplant)
     print(describe(changes))
     post = dict(seed=options.seed + 1, curriculum=0.0)      # another seed: the data is new
-    for arm, start in (("lpt", small), ("statex", larger)):
+    for arm, model in (("lpt", small), ("statex", larger)):
         tried = {}
         for lr in rates(options):
-            lm = LM(start.config).to(options.device)
-            lm.load_state_dict(start.state_dict())
-            _, run = phase(lm, f"{arm}-lr{lr:g}", quarter, lr=lr, **post)
-            tried[lr] = run["val_loss"] + run["recall_loss"]
+            lm = LM(model.config).to(options.device)
+            lm.load_state_dict(model.state_dict())
+            _, trained = phase(lm, f"{arm}-lr{lr:g}", quarter, lr=lr, **post)
+            tried[lr] = trained["val_loss"] + trained["recall_loss"]
         lr = min(tried, key=tried.get)
-        lm, start = load_checkpoint(f"{options.out_dir}/{arm}-lr{lr:g}.pt")
-        lm, run = phase(lm, arm, None, start, lr=lr, **post)
-        results[arm] = report(lm, run, options, corpus, tokenizer) | {
+        lm, held = load_checkpoint(f"{options.out_dir}/{arm}-lr{lr:g}.pt")
+        lm, trained = phase(lm, arm, None, held, lr=lr, **post)
+        results[arm] = report(lm, trained, options, corpus, tokenizer) | {
             "lr": lr, "held_out_loss_after_a_quarter": {f"{k:g}": v for k, v in tried.items()}}
         results[arm]["tokens"] += results["pretrained"]["tokens"]
     results["config"] = asdict(options) | {"corpus": corpus[2]}
@@ -988,27 +997,33 @@ def recipe(options, processes, stop):
     del folder
 
 
+def already_done(options, meta):
+    """Whether out_dir holds the results of this very recipe, on this very text."""
+    try:
+        with open(f"{options.out_dir}/results.json") as f:
+            config = json.load(f)["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return not options.overwrite and config == asdict(options) | {"corpus": meta}
+
+
 def finish_recipe(results, options):
-    path = f"{options.out_dir}/results.json"
-    part = f"{path}.{os.getpid()}.tmp"
-    with open(part, "w") as f:
-        json.dump(results, f, indent=1)
-    os.replace(part, path)
+    encoded = json.dumps(results, indent=1).encode()
+    write_file(f"{options.out_dir}/results.json", lambda file: file.write(encoded))
     for arm in ("lpt", "statex"):
         for lr in rates(options):           # the tries for a learning rate
             os.remove(f"{options.out_dir}/{arm}-lr{lr:g}.pt")
     print_report(options.out_dir)
 
 
-def report(lm, run, options, corpus, tokenizer):
-    """One arm's entry of results.json: what it cost and what it scores."""
-    c = lm.config
-    elements = sum(c.state_elements(i) for i in range(c.n_layer))
+def report(lm, trained, options, corpus, tokenizer):
+    """One arm's entry of results.json: what it cost (`train`'s dict) and what it scores."""
     with scoring(lm.to(options.device), options):
         scores = recall.score(lm, corpus[1], tokenizer, pairs=pair_sizes(options),
                               T=options.block_size)
-    return {"params": sum(p.numel() for p in lm.parameters()), "state_elements": elements,
-            "lr": None, **run, **scores}
+    costs = {"params": sum(p.numel() for p in lm.parameters()),
+             "state_elements": lm.config.total_state(), "lr": None}
+    return costs | trained | scores                     # val_loss is that of scores
 
 
 # ---------------------------------------------------------------------------------------
@@ -1029,6 +1044,12 @@ def resolve(given):
     if name and name not in PRESETS:
         raise BadInput(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     options = Options(**PRESETS.get(name, {}) | given)
+    shaped = [name for name in (*SHAPE[1:], "size") if name in given]
+    if shaped and options.ckpt not in ("", "scratch", "resume"):
+        say(f"train.py: --{shaped[0]} is for a model from scratch; the one in {options.ckpt} "
+            "keeps its shape")
+    if options.size and shaped[:-1]:
+        raise BadInput(f"--{shaped[0]} is part of the shape that --size={options.size} names")
     if not options.out_dir:
         options.out_dir = "out/run" if options.ckpt else f"out/recipe-{options.block}"
     options.device = pick_device(options.device)
@@ -1059,7 +1080,7 @@ def main(stop=None):
         if processes.size == 1:
             raise
         say(f"train.py: process {processes.rank} lost the others "
-            f"({' '.join(str(e).split())[:120]}); go on with --ckpt=resume")
+            f"({one_line(e, 120)}); go on with --ckpt=resume")
         os._exit(1)
     if processes.size > 1:
         dist.destroy_process_group()

@@ -39,7 +39,7 @@ import zipfile
 from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from data.options import BadInput, command_line, option, run_script
+from data.options import BadInput, command_line, one_line, option, run_script, write_file
 
 import numpy as np
 
@@ -153,10 +153,6 @@ class HuggingFace:
         return self.tokenizer.decode(ids)
 
 
-def one_line(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def fingerprint(tokenizer):
     """sha256 of what decides a text's ids: the vocabulary, and the ids of a line that
     contains most of what tokenizers treat unlike."""
@@ -197,7 +193,7 @@ def same_tokenizer(name, meta):
 
 def train_bpe(documents, path):
     """Learn 4,095 byte-level BPE tokens from (text, share) documents, and write them to path,
-    as `read_ranks` reads them. About a second per MB."""
+    as `read_ranks` reads them."""
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError as e:
@@ -220,19 +216,11 @@ def train_bpe(documents, path):
     others = [byte for byte in range(256) if chr(byte) not in alphabet]
     byte_of = {chr(byte): byte for byte in printable}
     byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w") as f:
-            for token, rank in sorted(learner.get_vocab().items(), key=lambda item: item[1]):
-                spelling = base64.b64encode(bytes(byte_of[letter] for letter in token))
-                f.write(f"{spelling.decode()} {rank}\n")
-            flush(f)
-        os.replace(temporary, path)
-    except OSError as e:
-        raise BadInput(f"cannot write {path}: {e.strerror}") from e
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+    lines = []
+    for token, rank in sorted(learner.get_vocab().items(), key=lambda item: item[1]):
+        spelling = base64.b64encode(bytes(byte_of[letter] for letter in token))
+        lines.append(f"{spelling.decode()} {rank}\n")
+    write_file(path, lambda file: file.write("".join(lines).encode()))
 
 
 # ----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from data.options import BadInput, command_line, option, pick_device, run_script
+from data.options import BadInput, command_line, one_line, option, pick_device, run_script
 
 import concurrent.futures
 import contextlib
@@ -346,7 +346,7 @@ def train_and_score(job, options, folder, place):
     if job.start:
         os.remove(f"{place}/ckpt.pt")
     config = lm.config
-    elements = sum(config.state_elements(i) for i in range(config.n_layer))
+    elements = config.total_state()
     per_token = train.flops_per_token(lm)
     device = "cpu"
     if options.device.startswith("cuda"):
@@ -538,7 +538,7 @@ class Block:
             line = future.result()
         except Exception as e:
             say(f"{self.seconds():4.0f} s  {job.name}: {type(e).__name__}: "
-                f"{' '.join(str(e).split())[:300]}; see {self.folder}/{job.name}/log.txt")
+                f"{one_line(e, 300)}; see {self.folder}/{job.name}/log.txt")
             if job.name in self.failed:
                 return not job.core
             self.failed.append(job.name)
