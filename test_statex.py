@@ -190,7 +190,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def text(corpus):
     """Its held-out tokens, and their tokenizer."""
-    return prepare.load_corpus(corpus)[1], prepare.load_tokenizer("code4096")
+    return prepare.load_corpus(corpus).val, prepare.load_tokenizer("code4096")
 
 
 @pytest.fixture(scope="session")
@@ -1726,7 +1726,7 @@ def test_the_tokenizer_of_a_model_and_of_a_text(tmp_path):
     name = save_hf(tmp_path / "hf", eos_token="</s>")
     fill(tmp_path, {"a.txt": "abcdefgh " * 2000})
     prepared(tmp_path / "a.txt", f"--tokenizer={name}", tmp_path / "out")
-    meta = prepare.load_corpus(f"{tmp_path}/out")[2]
+    meta = prepare.load_corpus(f"{tmp_path}/out").meta
     shutil.copytree(tmp_path / "hf", tmp_path / "copy")
     for same in (name, f"hf:{tmp_path}/copy", ""):
         prepare.same_tokenizer(same, meta)
@@ -1755,7 +1755,7 @@ def test_a_bpe_learned_from_your_own_text(tmp_path):
     train, val = prepared(fill(tmp_path, {"a.txt": words}) / "a.txt", f"--train_bpe={bpe}",
                           tmp_path / "out")
     assert (train + val).startswith(words)
-    meta = prepare.load_corpus(tmp_path / "out")[2]
+    meta = prepare.load_corpus(tmp_path / "out").meta
     assert meta["tokenizer"] == bpe and meta["train_tokens"] + meta["val_tokens"] < 3000 * 10
     refused(prepare, tmp_path / "a.txt", "--train_bpe=x.bpe", says="does not end in .tiktoken")
 
@@ -1842,11 +1842,11 @@ def test_a_data_set_streams(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     refused(prepare, "fineweb-edu", f"--out={tmp_path}/out", says="the connection is lost")
     _, val = prepared("fineweb-edu", "--tokens=9000", tmp_path / "out")
-    tokens = len(prepare.load_corpus(f"{tmp_path}/out")[0])
+    tokens = len(prepare.load_corpus(f"{tmp_path}/out").train)
     assert 9000 <= tokens < 9500 and "row 19." in val
     monkeypatch.setitem(sys.modules, "datasets", None)
     refused(prepare, "slimpajama", f"--out={tmp_path}/out", says="pip install datasets")
-    assert len(prepare.load_corpus(f"{tmp_path}/out")[0]) == tokens         # still there
+    assert len(prepare.load_corpus(f"{tmp_path}/out").train) == tokens         # still there
 
 
 # ---------------------------------------------------------------------------------------

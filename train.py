@@ -286,7 +286,7 @@ class Run:
     model: torch.nn.Module          # lm, or what wraps it for several processes
     optimizer: torch.optim.Optimizer
     options: Options
-    corpus: tuple                   # (training tokens, held-out tokens, meta)
+    corpus: prepare.Corpus
     processes: Processes
     stop: Stop
     end_of_text: int | None = None  # with --documents
@@ -329,7 +329,7 @@ def start_run(lm, options, corpus, processes, stop):
     run = Run(lm, model, make_optimizer(lm, options), options, corpus, processes, stop)
     run.carried = [None] * passes(options, processes)
     if options.documents:
-        run.end_of_text = prepare.load_tokenizer(corpus[2]["tokenizer"]).eot_token
+        run.end_of_text = prepare.load_tokenizer(corpus.meta["tokenizer"]).eot_token
     return run
 
 
@@ -379,7 +379,7 @@ def batches(run, part):
 def text_batch(run, rng, rows):
     """These rows of the step's text."""
     options = run.options
-    tokens = run.corpus[0]
+    tokens = run.corpus.train
     if options.carry_state:                 # row r reads the r-th stretch of the text
         slices = slices_per_row(run)
         starts = np.arange(options.batch_size) * slices * options.block_size
@@ -412,7 +412,7 @@ def recall_batch(run, rng, part, parts):
 def slices_per_row(run):
     """With --carry_state: steps until the text begins again."""
     options = run.options
-    return (len(run.corpus[0]) - 1) // options.batch_size // options.block_size
+    return (len(run.corpus.train) - 1) // options.batch_size // options.block_size
 
 
 def learning_rate(options, step):
@@ -494,7 +494,7 @@ def evaluate(run):
     """Loss on held-out text, in windows of block_size but at most 8192 tokens, and on recall
     sequences, the same ones every time, in nats per answer; appended to run.evaluations."""
     options = run.options
-    val = run.corpus[1]
+    val = run.corpus.val
     asked = 0.0
     with scoring(run.lm, options):
         text = recall.text_loss(run.lm, val, min(options.block_size, 8192, len(val) - 1))[0]
@@ -513,7 +513,7 @@ def save(run):
     weights, optimizer = sharded.get_state_dict(run.lm, run.optimizer, options=full)
     carried = gather_carried(run)
     if run.processes.first:
-        meta = run.corpus[2]
+        meta = run.corpus.meta
         train = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds,
                  "evaluations": run.evaluations, "carried": carried,
                  "options": asdict(run.options), "optimizer": optimizer,
@@ -898,13 +898,13 @@ def one_run(options, processes, stop):
     """--ckpt=scratch, or from a checkpoint, or a run that is resumed."""
     folder = open_folder(options, processes)
     corpus = prepared(options, processes)
-    lm, held = held_run(options, corpus[2])
+    lm, held = held_run(options, corpus.meta)
     if held is None and options.ckpt == "scratch":
-        lm = new_model(options, corpus[2])
+        lm = new_model(options, corpus.meta)
     elif held is None:
         block = PRESETS[options.preset]["block"] if options.preset else None
         lm = LM.from_pretrained(options.ckpt, block)
-    check_corpus(lm, options, corpus[2])
+    check_corpus(lm, options, corpus.meta)
     print_banner(lm, options, corpus, options.steps - (held["step"] if held else 0))
     if held and held["step"] == options.steps:
         print("all steps are done already")
@@ -937,7 +937,7 @@ def resumed(options, given):
     options = Options(**kept | free | {"device": options.device, "out_dir": options.out_dir,
                                        "overwrite": False})     # the run may have begun with it
     if "data" not in given:
-        same_text(path, held, options, prepare.load_corpus(options.data)[2])
+        same_text(path, held, options, prepare.load_corpus(options.data).meta)
     return options
 
 
@@ -948,15 +948,15 @@ def resumed(options, given):
 def recipe(options, processes, stop):
     """Pre-train a small model; LPT and StateX go on from it, alike in all but the state."""
     corpus = prepared(options, processes)
-    if already_done(options, corpus[2]):
+    if already_done(options, corpus.meta):
         return print_report(options.out_dir)
-    small = new_model(options, corpus[2])
-    check_corpus(small, options, corpus[2])
+    small = new_model(options, corpus.meta)
+    check_corpus(small, options, corpus.meta)
     layers = choose_layers(options.n_layer, options.every, options.layers)
     transplant = dict(factor=options.factor or None, init=options.init, seed=options.seed)
     expand(small, layers, **transplant)             # what cannot be, stops here
-    tokenizer = prepare.load_tokenizer(corpus[2]["tokenizer"])
-    recall.check_text(corpus[1], tokenizer, pairs=pair_sizes(options), T=options.block_size)
+    tokenizer = prepare.load_tokenizer(corpus.meta["tokenizer"])
+    recall.check_text(corpus.val, tokenizer, pairs=pair_sizes(options), T=options.block_size)
     folder = open_folder(options, processes)
     quarter = max(1, options.steps // 4)
     tries = quarter * (len(rates(options)) - 1)           # of learning rates that are not taken
@@ -965,7 +965,7 @@ def recipe(options, processes, stop):
     def phase(lm, name, until=None, start=None, **changes):
         """Train lm, or go on where an earlier start of this recipe stopped."""
         of_phase = replace(options, name=name, **changes)
-        held_lm, held = held_run(of_phase, corpus[2])
+        held_lm, held = held_run(of_phase, corpus.meta)
         if held:
             lm = held_lm
             start = held
@@ -989,7 +989,7 @@ def recipe(options, processes, stop):
         results[arm] = report(lm, trained, options, corpus, tokenizer) | {
             "lr": lr, "held_out_loss_after_a_quarter": {f"{k:g}": v for k, v in tried.items()}}
         results[arm]["tokens"] += results["pretrained"]["tokens"]
-    results["config"] = asdict(options) | {"corpus": corpus[2]}
+    results["config"] = asdict(options) | {"corpus": corpus.meta}
     results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__,
                            "numpy": np.__version__, "threads": torch.get_num_threads()}
     if processes.first:
@@ -1019,7 +1019,7 @@ def finish_recipe(results, options):
 def report(lm, trained, options, corpus, tokenizer):
     """One arm's entry of results.json: what it cost (`train`'s dict) and what it scores."""
     with scoring(lm.to(options.device), options):
-        scores = recall.score(lm, corpus[1], tokenizer, pairs=pair_sizes(options),
+        scores = recall.score(lm, corpus.val, tokenizer, pairs=pair_sizes(options),
                               T=options.block_size)
     costs = {"params": sum(p.numel() for p in lm.parameters()),
              "state_elements": lm.config.total_state(), "lr": None}

@@ -37,6 +37,7 @@ import sys
 import sysconfig
 import zipfile
 from dataclasses import dataclass
+from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.options import BadInput, command_line, one_line, option, run_script, write_file
@@ -431,8 +432,7 @@ def write_corpus(documents, out, tokenizer, max_tokens=math.inf):
     temporary = f"{out}.{os.getpid()}.tmp"
     try:
         others = set(os.listdir(out)) if os.path.isdir(out) else set()
-        others -= {"train.bin", "val.bin", "meta.json"}
-        if any(not name.startswith("bigrams") for name in others):     # data/recall.py's counts
+        if others - {"train.bin", "val.bin", "meta.json", "bigrams.npz"}:   # that is recall.py's
             raise BadInput(f"{out} holds other files; --out names a folder of its own")
         os.makedirs(temporary)
         meta = write_tokens(documents, temporary, encoder, max_tokens)
@@ -523,9 +523,15 @@ def replace_folder(new, place):
         shutil.rmtree(old, ignore_errors=True)
 
 
+class Corpus(NamedTuple):
+    """A folder of token files: two memory-mapped arrays of ids, and meta.json."""
+    train: np.ndarray
+    val: np.ndarray                 # held out
+    meta: dict
+
+
 def load_corpus(folder):
-    """(train, val, meta) of a folder of token files: two memory-mapped arrays of ids and
-    meta.json as a dict. Raises BadInput."""
+    """-> Corpus. Raises BadInput."""
     try:
         with open(f"{folder}/meta.json") as f:
             meta = json.load(f)
@@ -542,10 +548,11 @@ def load_corpus(folder):
     if (len(train), len(val)) != expected:
         raise BadInput(f"the token files in {folder} are cut short; make them again: "
                        "python data/prepare.py")
-    return train, val, meta
+    return Corpus(train, val, meta)
 
 
 # ----------------------------------------------------------------------------------------
+# run as a script
 
 
 def source(options, left_out):
