@@ -14,11 +14,11 @@ Both model families are one recurrence. Per head, with a state S of K x V elemen
     python kernels.py                    checks every implementation, on a GPU times them
     python kernels.py --only=merged      only these layers; --help lists the options
 
-"recurrent" is the definition: a loop over time. "chunked" does the same sums with matrix
-products and is the fast path on a CPU. "triton" is the fast path on a GPU. Decays travel
-as logarithms g = log a <= 0. Any decay is safe: none at all (g = 0), a state that forgets
-everything at every step (g = -60), and a reset (g = -inf, or `first` of ssd), which keeps
-packed documents apart.
+"recurrent" is the definition: a loop over time. "chunked" does the same sums with
+matrix products and is the fast path on a CPU. "triton" is the fast path on a GPU.
+Decays travel as logarithms g = log a <= 0. Any decay is safe: none at all (g = 0), a
+state that forgets everything at every step (g = -60), and a reset (g = -inf, or `first`
+of ssd), which keeps packed documents apart.
 """
 from __future__ import annotations  # so that tl.constexpr below needs no Triton until a kernel runs
 
@@ -47,17 +47,18 @@ except ImportError:  # not on this platform: recurrent and chunked still work
 def gla(q, k, v, g, scale=None, state=None, impl="auto"):
     """Gated linear attention (arXiv 2312.06635, eq. 3).
 
-    q (B,T,H,K); v (B,T,H,V); k, g (B,T,G,K), where g are log decays <= 0, -inf for a reset;
-    state (B,H,K,V) or None for zeros. G divides H: head h reads the keys and decays of
-    group h // (H / G). Any dimension but T may be 1 where another argument has more.
+    q (B,T,H,K); v (B,T,H,V); k, g (B,T,G,K), where g are log decays <= 0, -inf for a
+    reset; state (B,H,K,V) or None for zeros. G divides H: head h reads the keys and
+    decays of group h // (H / G). Any dimension but T may be 1 where another argument
+    has more.
     scale multiplies q; K**-0.5 when None.
     impl: "recurrent" | "chunked" | "triton" | "auto", which is triton on a GPU that it
     supports, else chunked. Triton has no float64: there it is chunked too.
 
-    Returns o (B,T,H,V) in v's dtype and the final state (B,H,K,V) in float32 (float64 where
-    any input is). Differentiable in q, k, v, g and state, through both results: recurrent
-    and chunked any number of times, triton once (a second derivative raises RuntimeError).
-    Raises BadInput where shapes, dtypes or devices do not fit.
+    Returns o (B,T,H,V) in v's dtype and the final state (B,H,K,V) in float32 (float64
+    where any input is). Differentiable in q, k, v, g and state, through both results:
+    recurrent and chunked any number of times, triton once (a second derivative raises
+    RuntimeError). Raises BadInput where shapes, dtypes or devices do not fit.
     """
     q, k, v, g, state = check_gla(q, k, v, g, state)
     impl = pick(impl, q, k, v, g, state)
@@ -74,16 +75,18 @@ def gla(q, k, v, g, scale=None, state=None, impl="auto"):
 
 
 def ssd(x, dt, A, B, C, D=None, state=None, impl="auto", first=None):
-    """Mamba2's recurrence: S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t
-    (arXiv 2405.21060, eq. 1).
+    """Mamba2's recurrence (arXiv 2405.21060, eq. 1):
+    S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T,  y_t = S_t C_t + D x_t.
 
-    x (B,T,H,P); dt (B,T,H) > 0, already through softplus; A (H,) < 0; B, C (B,T,G,N), where
-    G divides H; D (H,) or (H,P) or None; state (B,H,P,N) or None for zeros; first (B,T) bool
-    or None: a document begins at this token, the state before it is forgotten. Any
-    dimension but T may be 1 where another argument has more. impl as in gla.
+    x (B,T,H,P); dt (B,T,H) > 0, already through softplus; A (H,) < 0; B, C (B,T,G,N),
+    where G divides H; D (H,) or (H,P) or None; state (B,H,P,N) or None for zeros; first
+    (B,T) bool or None: a document begins at this token, the state before it is
+    forgotten. Any dimension but T may be 1 where another argument has more.
+    impl as in gla.
 
-    Returns y (B,T,H,P) in x's dtype and the final state (B,H,P,N) in float32 (float64 where
-    any input is). Differentiable in every floating tensor, as gla. Raises BadInput.
+    Returns y (B,T,H,P) in x's dtype and the final state (B,H,P,N) in float32 (float64
+    where any input is). Differentiable in every floating tensor, as gla. Raises
+    BadInput.
     """
     x, dt, A, B, C, D, state, first = check_ssd(x, dt, A, B, C, D, state, first)
     impl = pick(impl, x, dt, A, B, C, D, state)
@@ -111,8 +114,8 @@ SHAPES = {
 
 
 def check_gla(q, k, v, g, state):
-    """The arguments, broadcast. Where nothing is to be done this takes a few microseconds,
-    for small layers wait for the processor."""
+    """The arguments, broadcast. Where nothing is to be done this takes a few
+    microseconds, for small layers wait for the processor."""
     try:
         batch, T, H, K = q.shape
         keys = k.shape
@@ -197,7 +200,7 @@ def misfit(op, name, tensor, layout):
 
 
 def check_kind(op, name, tensor, first_name, first):
-    """That this argument is a tensor of the right dtype, on the device of the first one."""
+    """That it is a tensor of the right dtype, on the device of the first one."""
     if not isinstance(tensor, torch.Tensor):
         raise BadInput(f"{op}: {name} is of type {type(tensor).__name__}; expected a tensor")
     if name == "first" and tensor.dtype != torch.bool:
@@ -227,8 +230,8 @@ def pick(impl, *tensors):
 
 @torch.compiler.assume_constant_result
 def triton_supports(device):
-    """Whether "auto" may take the Triton kernels there: NVIDIA from capability 8.0 on, the
-    first with bfloat16 matrix products."""
+    """Whether "auto" may take the Triton kernels there: NVIDIA from capability 8.0 on,
+    the first with bfloat16 matrix products."""
     return triton_installed and torch.version.hip is None and capability(device) >= (8, 0)
 
 
@@ -256,8 +259,8 @@ def widen(*tensors):
 
 
 def no_tokens(v, state, sizes, others):
-    """The results where T or B is 0: no output, the state as it came. The sums are zero and
-    keep every argument in the graph."""
+    """The results where T or B is 0: no output, the state as it came. The sums are zero
+    and keep every argument in the graph."""
     dtype = wide_dtype((v, state, *others))
     nothing = sum(t.to(dtype).sum() * 0 for t in (v, *others))
     if state is None:
@@ -310,21 +313,21 @@ def ssd_recurrent(x, dt, A, B, C, D, state, first):
 # chunked: matrix products inside chunks, one state handed from chunk to chunk
 
 
-# exp(FORGOTTEN) is 0 even in float64. Larger decays are cut off there, so that a sum over
-# several tokens stays finite, and keeps the small decays of the others.
+# exp(FORGOTTEN) is 0 even in float64. Larger decays are cut off there, so that a sum
+# over several tokens stays finite, and keeps the small decays of the others.
 FORGOTTEN = -1000.0
 
 
 def gla_chunked(q, k, v, g, scale, state, L=32):
-    """In a chunk of L tokens, o_i sums q_i . k_j exp(g_{j+1} + ... + g_i) v_j over j <= i,
-    with a decay of its own for every channel.
+    """In a chunk of L tokens, o_i sums q_i . k_j exp(g_{j+1} + ... + g_i) v_j over j <=
+    i, with a decay of its own for every channel.
 
     Blocks of 1, 2, 4, ... L tokens are merged in pairs. When two neighbours merge, the
-    queries of the right one meet the keys of the left one, and the decay between them splits
-    at the seam: from key j to the end of the left block (`after`), and from the start of the
-    right block to query i (`upto`). Both are sums of g over part of one block, so both are
-    <= 0, and exact however large the decay elsewhere is. That is log2(L) levels, with one
-    exponential per token, channel and level.
+    queries of the right one meet the keys of the left one, and the decay between them
+    splits at the seam: from key j to the end of the left block (`after`), and from the
+    start of the right block to query i (`upto`). Both are sums of g over part of one
+    block, so both are <= 0, and exact however large the decay elsewhere is. That is
+    log2(L) levels, with one exponential per token, channel and level.
     """
     q, k, v, g, S = widen(q, k, v, g, state)
     batch, T, H, K = q.shape
@@ -356,7 +359,7 @@ def gla_chunked(q, k, v, g, scale, state, L=32):
         o0, o1 = pairs(o)
         upto0, upto1 = pairs(upto)
         after0, after1 = pairs(after)
-        # the queries of all heads of a group are rows of one product with the group's keys
+        # the queries of a group's heads are rows of one product with its keys
         rows = (q1 * upto1.exp()).flatten(3, 4)
         scores = rows @ (k0 * after0.exp()).squeeze(3).mT
         o = torch.cat((o0, o1 + scores.view(*o1.shape[:-1], -1) @ v0), dim=-2)
@@ -364,7 +367,8 @@ def gla_chunked(q, k, v, g, scale, state, L=32):
         after = torch.cat((after0 + upto1[..., -1:, :], after1), dim=-2)
         q, k, v = merge(q), merge(k), merge(v)
 
-    # what a chunk adds to the state of all heads of a group, side by side, and what it forgets
+    # what a chunk adds to the states of a group's heads, side by side, and what it
+    # forgets
     q = q * upto.exp()
     values = v.transpose(3, 4).flatten(4, 5)
     writes = (k * after.exp()).squeeze(3).mT @ values
@@ -383,12 +387,12 @@ def gla_chunked(q, k, v, g, scale, state, L=32):
 
 
 def ssd_chunked(x, dt, A, B, C, D, state, first, L=64):
-    """In a chunk of L tokens, y_i sums (C_i . B_j) exp(g_{j+1} + ... + g_i) dt_j x_j over
-    j <= i, with g = dt A.
+    """In a chunk of L tokens, y_i sums (C_i . B_j) exp(g_{j+1} + ... + g_i) dt_j x_j
+    over j <= i, with g = dt A.
 
-    There is one decay per head, so the exponents form one L x L table per head, and C B^T is
-    computed once for all heads of a group. The running sums are taken in float64:
-    differences of large float32 sums would lose the small decays.
+    There is one decay per head, so the exponents form one L x L table per head, and C
+    B^T is computed once for all heads of a group. The running sums are taken in
+    float64: differences of large float32 sums would lose the small decays.
     """
     x, dt, A, B, C, D, S = widen(x, dt, A, B, C, D, state)
     batch, T, H, P = x.shape
@@ -410,9 +414,9 @@ def ssd_chunked(x, dt, A, B, C, D, state, first, L=64):
     B, C = (F.pad(t, (0, 0, 0, 0, 0, padding)).view(batch, n, L, G, N).permute(0, 3, 1, 2, 4)
             for t in (B, C))  # (B,G,n,L,N)
 
-    # Keys after the query are not seen. The query's own key, on the diagonal, has no decay:
-    # it is kept out of the exponentials, where its large gradient would cancel only to
-    # rounding.
+    # Keys after the query are not seen. The query's own key, on the diagonal, has no
+    # decay: it is kept out of the exponentials, where its large gradient would cancel
+    # only to rounding.
     unseen = torch.ones(L, L, dtype=torch.bool, device=x.device).triu()
     between = (upto[..., :, None] - upto[..., None, :]).to(x.dtype).masked_fill(unseen, -torch.inf)
     scores = (C @ B.mT).unsqueeze(3) * between.exp()
@@ -435,8 +439,8 @@ def ssd_chunked(x, dt, A, B, C, D, state, first, L=64):
 
 
 # ---------------------------------------------------------------------------------------
-# Triton, first: each recurrence as one short kernel, forward only. They are right and slow,
-# are tested and never dispatched; read them before the fast path.
+# Triton, first: each recurrence as one short kernel, forward only. They are right and
+# slow, are tested and never dispatched; read them before the fast path.
 
 
 chunk_kernel = triton.jit(do_not_specialize=["n", "heads"])  # one compilation for every T
@@ -453,8 +457,8 @@ def split(number, size):
 
 @triton.jit
 def split3(number, inner, middle):
-    """The same with three: inner + inner's size * (middle + middle's size * outer), outer in
-    64 bits, so that what it multiplies may pass 2^31."""
+    """The same with three: inner + inner's size * (middle + middle's size * outer),
+    outer in 64 bits, so that what it multiplies may pass 2^31."""
     return number % inner, number // inner % middle, (number // inner // middle).to(tl.int64)
 
 
@@ -472,12 +476,12 @@ def gla_first(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, BV: tl.constexpr,
 ):
-    """With c the running sum of g in a chunk of L tokens, o_i = S^T (q_i exp c_i) + sum over
-    j <= i of (q_i . k_j exp(c_i - c_j)) v_j, and then S becomes
-    exp(c_L) S + sum over j of (k_j exp(c_L - c_j)) v_j^T.
+    """With c the running sum of g in a chunk of L tokens, o_i = S^T (q_i exp c_i) + sum
+    over j <= i of (q_i . k_j exp(c_i - c_j)) v_j, and then S becomes exp(c_L) S + sum
+    over j of (k_j exp(c_L - c_j)) v_j^T.
 
-    One program owns BV columns of one head's state. They stay in registers from the first
-    token to the last."""
+    One program owns BV columns of one head's state. They stay in registers from the
+    first token to the last."""
     v_block, rest = split(tl.program_id(0), V // BV)
     head, batch = split(rest, H)
     i = tl.arange(0, L)
@@ -500,7 +504,7 @@ def gla_first(
         c = tl.cumsum(g, 0)
         total = tl.sum(g, 0)[None, :]
 
-        # what queries read from the keys up to them, (L,L,K) decays without a positive exponent
+        # what queries read from the keys up to them; no exponent is positive
         decay = tl.exp(tl.minimum(c[:, None, :] - c[None, :, :], 0.0))
         scores = tl.sum(q[:, None, :] * k[None, :, :] * decay, 2)
         scores = tl.where(i[:, None] >= i[None, :], scores, 0.0)
@@ -567,10 +571,11 @@ def ssd_first(
 #   small tiles          several programs share a state, and fetch ahead what they multiply
 #   gradients by hand    from the kept states, with nothing computed twice but factors
 #
-# What was measured of them, on an H100, batch 4, 8192 tokens, bfloat16, forward and backward:
-# long chunks take gla-340m with one head from 1.49 to 1.41 ms and from 0.89 to 0.69 GB, and
-# Mamba2-1.3b with d_state 512 from 2.9 to 2.0 GB in the same 4.8 ms; tiles of 64 x 128 for
-# 128 x 256 take both scans of gla-1.3b with one head from 2.36 to 0.95 of now 3.6 ms.
+# What was measured of them, on an H100, batch 4, 8192 tokens, bfloat16, forward and
+# backward: long chunks take gla-340m with one head from 1.49 to 1.41 ms and from 0.89
+# to 0.69 GB, and Mamba2-1.3b with d_state 512 from 2.9 to 2.0 GB in the same 4.8 ms;
+# tiles of 64 x 128 for 128 x 256 take both scans of gla-1.3b with one head from 2.36 to
+# 0.95 of now 3.6 ms.
 #
 #   launch             gla                                   ssd
 #   decays             (in gla_scores)                       ssd_decays
@@ -584,18 +589,19 @@ def ssd_first(
 #   decays             gla_grad_decays, _steep               ssd_grad_decays
 #
 # The fast kernels mask neither tokens nor channels: their callers pad T to whole chunks
-# (with g = 0, or dt = 0, and k = v = 0, which leaves the state alone) and channels to whole
-# tiles. Sizes are constants of the compilation, so that addresses fold into instructions;
-# n, the number of chunks, is not: one compilation serves every T.
+# (with g = 0, or dt = 0, and k = v = 0, which leaves the state alone) and channels to
+# whole tiles. Sizes are constants of the compilation, so that addresses fold into
+# instructions; n, the number of chunks, is not: one compilation serves every T.
 
 
 @triton.jit
-def finished(x):
+def waited_for(x):
     """x, a running sum of matrix products in a loop, waited for.
 
-    Triton's pipeliner counts too few buffers for a tile that a product still under way and
-    registers both read: the next fetch may write over it (triton-lang/triton issue 6691, open).
-    A loop with such a tile adds 0 to its sums at every turn, which waits for the products."""
+    Triton's pipeliner counts too few buffers for a tile that a product still under way
+    and registers both read: the next fetch may write over it (triton-lang/triton issue
+    6691, open). A loop with such a tile adds 0 to its sums at every turn, which waits
+    for the products."""
     return x + 0.0
 
 
@@ -603,8 +609,8 @@ def finished(x):
 def sum_rows(which, x, DOT: tl.constexpr):
     """For every row of which (R,R) the sum of the rows of x (R,BK) that it names.
 
-    A matrix product in place of a scan. In bfloat16 (DOT is None) x goes in as the sum of
-    two bfloat16, which keeps 16 of its bits."""
+    A matrix product in place of a scan. In bfloat16 (DOT is None) x goes in as the sum
+    of two bfloat16, which keeps 16 of its bits."""
     if DOT is not None:
         return tl.dot(which.to(tl.float32), x, input_precision=DOT)
     ones = which.to(tl.bfloat16)
@@ -628,8 +634,9 @@ def scan_states(
     BK: tl.constexpr, BV: tl.constexpr,
     PER_CHANNEL: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr,
 ):
-    """S_{c+1} = decay_c S_c + sum of weight_t x_t y_t^T over a chunk, R tokens at a time, from
-    chunk to chunk; REVERSE: from the last to the first. One program owns BK x BV elements."""
+    """S_{c+1} = decay_c S_c + sum of weight_t x_t y_t^T over a chunk, R tokens at a
+    time, from chunk to chunk; REVERSE: from the last to the first. One program owns BK
+    x BV elements."""
     k_block, rest = split(tl.program_id(0), K // BK)
     v_block, head, batch = split3(rest, V // BV, H)
     i = tl.arange(0, R)
@@ -734,11 +741,12 @@ def step_state(
 
 
 class Launch:
-    """A kernel with its tile. `cut` says which sizes programs share out: {"BV": "HP"} is one
-    program for every BV of H P channels.
+    """A kernel with its tile. `cut` says which sizes programs share out: {"BV": "HP"}
+    is one program for every BV of H P channels.
 
-    It has as many stages of the software pipeline as asked for, or as the GPU's shared memory
-    holds, which it finds once. (An H100's 227 KiB hold all that are asked for here.)"""
+    It has as many stages of the software pipeline as asked for, or as the GPU's shared
+    memory holds, which it finds once. (An H100's 227 KiB hold all that are asked for
+    here.)"""
 
     def __init__(self, kernel, cut=None, **options):
         self.kernel = kernel
@@ -759,8 +767,8 @@ class Launch:
 
 
 def power_of_two(x, low, high=1 << 30):
-    """The power of two from x up, within low and high. (Not triton's next_power_of_2: small
-    layers wait for the processor.)"""
+    """The power of two from x up, within low and high. (Not triton's next_power_of_2:
+    small layers wait for the processor.)"""
     return max(low, min(high, 1 << (x - 1).bit_length()))
 
 
@@ -778,9 +786,9 @@ def pad(x, multiples):
     return F.pad(x, ends) if any(ends) else x
 
 
-def whole_tile(channels, x):
-    """Channels are padded to a multiple of this; in the interpreter, where size costs and
-    nothing is compiled, by less."""
+def tile_multiple(channels, x):
+    """Channels are padded to a multiple of this; in the interpreter, where size costs
+    and nothing is compiled, by less."""
     return power_of_two(channels, 64 if x.is_cuda else 16, 128)
 
 
@@ -789,9 +797,9 @@ def needs_grad(*tensors):
 
 
 def operator(schema, results):
-    """Makes launch(*arguments, *results) a PyTorch operator, which torch.compile leaves in one
-    piece; results(*arguments) allocates what launch fills. `.plain` is the same function
-    without PyTorch's way to it, which is long for small layers."""
+    """Makes launch(*arguments, *results) a PyTorch operator, which torch.compile leaves
+    in one piece; results(*arguments) allocates what launch fills. `.plain` is the same
+    function without PyTorch's way to it, which is long for small layers."""
     def make(launch):
         def call(*arguments):
             out = results(*arguments)
@@ -807,9 +815,10 @@ def operator(schema, results):
 
 
 class FirstDerivativeOnly(torch.autograd.Function):
-    """Hands on the first n tensors, gradients that a backward pass made by hand. Whoever
-    differentiates them is told that it cannot be done. (PyTorch's once_differentiable says so
-    only where the incoming gradient depends on something, and is silently wrong elsewhere.)"""
+    """Hands on the first n tensors, gradients that a backward pass made by hand.
+    Whoever differentiates them is told that it cannot be done. (PyTorch's
+    once_differentiable says so only where the incoming gradient depends on something,
+    and is silently wrong elsewhere.)"""
 
     @staticmethod
     def forward(ctx, n, *tensors):
@@ -821,9 +830,9 @@ class FirstDerivativeOnly(torch.autograd.Function):
 
 
 def differentiable(forward, save, backward, chain):
-    """Two operators as one differentiable function. save(ctx, inputs, results) keeps what
-    chain(backward, ctx, *gradients) needs. Inside torch.compile the operators are called,
-    elsewhere their plain functions."""
+    """Two operators as one differentiable function. save(ctx, inputs, results) keeps
+    what chain(backward, ctx, *gradients) needs. Inside torch.compile the operators are
+    called, elsewhere their plain functions."""
     forward.register_autograd(functools.partial(chain, backward), setup_context=save)
 
     class Plain(torch.autograd.Function):
@@ -862,8 +871,8 @@ def is_steep(decay_ptr, LIMIT, K: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def half_sums(g, bit, DOT: tl.constexpr):
-    """g (R,BK) in pieces of 2^bit rows: for every row the sum from its piece's start to it,
-    and the sum after it to the piece's end."""
+    """g (R,BK) in pieces of 2^bit rows: for every row the sum from its piece's start to
+    it, and the sum after it to the piece's end."""
     i = tl.arange(0, g.shape[0])[:, None]
     j = tl.arange(0, g.shape[0])[None, :]
     same = (i ^ j) >> bit == 0
@@ -875,8 +884,8 @@ def decayed_rows(
     q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, group, n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
 ):
-    """Where a block's queries and keys go, decayed to its borders: of two blocks of a chunk
-    the first one's keys and the second one's queries go to the seam, where they meet."""
+    """Where a block's queries and keys go, decayed to its borders. Of two blocks of a
+    chunk the first one's keys and the second one's queries meet at the seam."""
     token = batch * n * L + block * R
     q_start_ptr += (token * H + head) * K
     k_end_ptr += (token * G + group) * K
@@ -900,12 +909,14 @@ def gla_scores(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
-    """scores_ij = scale sum_k q_ik k_jk exp(c_ik - c_jk) for j <= i, c the running sum of g.
+    """scores_ij = scale sum_k q_ik k_jk exp(c_ik - c_jk), j <= i, c the running sum of
+    g.
 
-    One program owns one block of R tokens of one head. The decay is split at the block's
-    middle m: exp(c_i - m) goes to the query and exp(m - c_j) to the key, so that all pairs
-    are one matrix product. One of the two exponents can be positive, by at most half of the
-    block's decay; where that is too much, gla_scores_steep does the block again."""
+    One program owns one block of R tokens of one head. The decay is split at the
+    block's middle m: exp(c_i - m) goes to the query and exp(m - c_j) to the key, so
+    that all pairs are one matrix product. One of the two exponents can be positive, by
+    at most half of the block's decay; where that is too much, gla_scores_steep does the
+    block again."""
     head, block, batch = split3(tl.program_id(0), H, n * (L // R))
     group = head // (H // G)
     i = tl.arange(0, R)
@@ -961,13 +972,14 @@ def gla_scores_steep(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
-    """gla_scores for a block that decays by more than 2 LIMIT bits in some channel. Where
-    none does (a GLA model's g is above -1 almost always) the program returns at once.
+    """gla_scores for a block that decays by more than 2 LIMIT bits in some channel.
+    Where none does (as nearly always in a GLA model) the program returns at once.
 
-    Tokens i and j < i part at their highest unequal bit, 2^b: in a piece of 2^(b+1) tokens
-    j is in the lower half, i in the upper one, and exp(sum from the upper half's start to i)
-    exp(sum after j to the lower half's end) has no positive exponent. So there is one matrix
-    product for each bit, of which that bit's pairs are written over what gla_scores left."""
+    Tokens i and j < i part at their highest unequal bit, 2^b: in a piece of 2^(b+1)
+    tokens j is in the lower half, i in the upper one, and exp(sum from the upper half's
+    start to i) exp(sum after j to the lower half's end) has no positive exponent. So
+    there is one matrix product for each bit, of which that bit's pairs are written over
+    what gla_scores left."""
     head, block, batch = split3(tl.program_id(0), H, n * (L // R))
     group = head // (H // G)
     if not is_steep(decay_ptr + ((batch * G + group) * n * (L // R) + block) * K, LIMIT, K, BK):
@@ -1011,8 +1023,8 @@ def gla_scores_across(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
-    """The scores of a chunk's second block of queries with its first block of keys, where a
-    chunk is two blocks of R tokens. The decay splits at the seam between them.
+    """The scores of a chunk's second block of queries with its first block of keys,
+    where a chunk is two blocks of R tokens. The decay splits at the seam between them.
 
     One program owns one chunk of one head."""
     head, chunk, batch = split3(tl.program_id(0), H, n)
@@ -1037,9 +1049,9 @@ def gla_scores_across(
         at_k = i[:, None] * (G * K) + channel[None, :]
         q = tl.load(q_seam_ptr + at_q)
         k = tl.load(k_seam_ptr + at_k)
-        scores = finished(tl.dot(q, tl.trans(k), scores, input_precision=DOT))
+        scores = waited_for(tl.dot(q, tl.trans(k), scores, input_precision=DOT))
 
-        # the queries are one block further from the state before, the keys from that after
+        # queries are one block further from the state before, keys from that after
         of_first = tl.load(block_decay_ptr + channel)
         of_second = tl.load(block_decay_ptr + K + channel)
         tl.store(q_start_ptr + at_q, (q.to(tl.float32) * tl.exp2(of_first)[None, :]).to(dtype))
@@ -1053,8 +1065,8 @@ def gla_scores_across(
 def load_scores(
     scores_ptr, query, key, H: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
 ):
-    """A tile of one head's scores of a chunk of one or two blocks: no query of the first
-    block has one with a key of the second."""
+    """A tile of one head's scores of a chunk of one or two blocks: no query of the
+    first block has one with a key of the second."""
     at = scores_ptr + query[:, None] * (H * L) + key[None, :]
     if L > R:
         return tl.load(at, query[:, None] // R >= key[None, :] // R, 0.0)
@@ -1159,7 +1171,8 @@ def gla_grad_scores(
 ):
     """grad_scores_ij = do_i . v_j for j < i.
 
-    One program owns a block of queries and one of keys, no later, of one chunk of one head."""
+    One program owns a block of queries and one of keys, no later, of one chunk of one
+    head."""
     key_block, rest = split(tl.program_id(0), L // R)
     query_block, rest = split(rest, L // R)
     head, chunk, batch = split3(rest, H, n)
@@ -1199,10 +1212,12 @@ def gla_grad_queries_keys(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq_start_i = S do_i and dk_end_j = dS v_j, through the states alone. Of two blocks of a
-    chunk, `around` is the weight x gradient of one's pairs with a state around the other one.
+    """dq_start_i = S do_i and dk_end_j = dS v_j, through the states alone. Of two
+    blocks of a chunk, `around` is the weight x gradient of one's pairs with a state
+    around the other one.
 
-    One program owns BK channels of one block of R tokens of one group, its heads in turn."""
+    One program owns BK channels of one block of R tokens of one group, its heads in
+    turn."""
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n * (L // R))
     i = tl.arange(0, R)
@@ -1232,8 +1247,8 @@ def gla_grad_queries_keys(
             dq = tl.dot(do, tl.trans(s), dq, input_precision=DOT)
             dk = tl.dot(v, tl.trans(ds), dk, input_precision=DOT)
             state_pairs += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
-            dq = finished(dq)
-            dk = finished(dk)
+            dq = waited_for(dq)
+            dk = waited_for(dk)
         tl.store(dq_start_ptr + row * K + at_q, dq.to(dtype))
         if L > R:
             if block % 2 == 1:
@@ -1250,19 +1265,20 @@ def gla_grad_queries_keys(
         tl.store(around_ptr + other * K + k, around)
 
 
-# The gradient of decays. The weight of key j in query i is exp of the sum of g over
-# j < t <= i, so dg_t adds up weight x gradient over all pairs that span t: within t's block
-# those that end at t or later, less those that begin at t or later; of the block's queries
-# with what is before the block those at t or later; of its keys with what is after it those
-# before t; what is before with what is after always. A query with its own key spans nothing:
-# it is left out, else it would drown small gradients.
+# The gradient of decays. The weight of key j in query i is exp of the sum of g over j <
+# t <= i, so dg_t adds up weight x gradient over all pairs that span t: within t's block
+# those that end at t or later, less those that begin at t or later; of the block's
+# queries with what is before the block those at t or later; of its keys with what is
+# after it those before t; what is before with what is after always. A query with its
+# own key spans nothing: it is left out, else it would drown small gradients.
 
 
 @triton.jit
 def sum_pairs(pairs, writes, DOT: tl.constexpr):
     """For every token t of a block: the pairs of t and later, and the writes before t.
 
-    Not as a running sum less its last term: of small sums only that term's rounding is left."""
+    Not as a running sum less its last term: of small sums only that term's rounding is
+    left."""
     i = tl.arange(0, pairs.shape[0])
     earlier = i[:, None] > i[None, :]
     if DOT is not None:
@@ -1285,8 +1301,9 @@ def meet_other_block(
     dq_before, dk_after, scores_ptr, queries, keys, other, second, at_scores,
     H: tl.constexpr, L: tl.constexpr, R: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq_before of a chunk's second block with the keys of the first one, or dk_after of its
-    first block with the queries of the second one. other: the decay over the other block."""
+    """dq_before of a chunk's second block with the keys of the first one, or dk_after
+    of its first block with the queries of the second one. other: the decay over the
+    other block."""
     if second:
         scores = tl.load(scores_ptr + at_scores)
         dq_before = tl.dot(scores, tl.load(keys), dq_before * other, input_precision=DOT)
@@ -1309,8 +1326,8 @@ def gla_grad_decays(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq, dk and dg. One program owns BK channels of one block of one group, its heads in
-    turn. The decay is split at the block's middle, as in gla_scores."""
+    """dq, dk and dg. One program owns BK channels of one block of one group, its heads
+    in turn. The decay is split at the block's middle, as in gla_scores."""
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n * (L // R))
     of_chunk = block % (L // R)
@@ -1351,7 +1368,7 @@ def gla_grad_decays(
         q = tl.load(q_ptr + row * K + at_q).to(tl.float32) * scale
         q_mid = (q * to_q).to(dtype)
 
-        # within the block; the rounded factors make the pairs of both ends cancel exactly
+        # within the block; of rounded factors, so that the pairs of both ends cancel
         scores = tl.load(grad_scores_ptr + row * L + of_chunk * R + (i * (H * L) + j))
         dq_mid = tl.dot(scores, k_mid, input_precision=DOT)
         dk_mid = tl.dot(tl.trans(scores), q_mid, input_precision=DOT)
@@ -1368,8 +1385,8 @@ def gla_grad_decays(
         dq_before *= to_q * half
         pairs += q * dq_before
 
-        own = diagonal_ptr + (batch * H + head) * n * L + block * R + tl.arange(0, R)
-        diagonal = tl.load(own)[:, None]
+        at_diagonal = diagonal_ptr + (batch * H + head) * n * L + block * R + tl.arange(0, R)
+        diagonal = tl.load(at_diagonal)[:, None]
         dq = (dq_mid * to_q + diagonal * k + dq_before) * scale
         dk += dk_mid * to_k + diagonal * q
         tl.store(dq_ptr + row * K + at_q, dq.to(dtype))
@@ -1440,8 +1457,8 @@ def gla_grad_decays_steep(
         head = group * (H // G) + head_of_group
         row = token * H + head
         q = tl.load(q_ptr + row * K + at_q).to(tl.float32) * scale
-        own = diagonal_ptr + (batch * H + head) * n * L + block * R + tl.arange(0, R)
-        diagonal = tl.load(own)[:, None]
+        at_diagonal = diagonal_ptr + (batch * H + head) * n * L + block * R + tl.arange(0, R)
+        diagonal = tl.load(at_diagonal)[:, None]
         dq = diagonal * k
         dk += diagonal * q
         for bit in range(7):
@@ -1527,16 +1544,16 @@ def product_precision(x):
 
 
 def steep_limit(x):
-    """Bits that half of a block may decay by before its scores leave the range of x's dtype
-    or, in float32, its digits."""
+    """Bits that half of a block may decay by before its scores leave the range of x's
+    dtype or, in float32, its digits."""
     return 30.0 if x.dtype == torch.float32 else 90.0
 
 
 def gla_results(q, k, v, g, state, scale, L, R):
-    """o (B,T,H,V), the last state (B,H,K,V), and for the backward pass q_start (B,T,H,K),
-    k_end (B,T,G,K), q_seam (B,n,R,H,K), k_seam (B,n,R,G,K), block_decay (B,G,n,2,K), these
-    three empty where a chunk is one block, decay (B,G,n,K), scores (B,T,H,L) and states
-    (B,H,n,K,V)."""
+    """o (B,T,H,V), the last state (B,H,K,V), and for the backward pass q_start
+    (B,T,H,K), k_end (B,T,G,K), q_seam (B,n,R,H,K), k_seam (B,n,R,G,K), block_decay
+    (B,G,n,2,K), these three empty where a chunk is one block, decay (B,G,n,K), scores
+    (B,T,H,L) and states (B,H,n,K,V)."""
     B, T, H, K = q.shape
     G = k.shape[2]
     V = v.shape[3]
@@ -1579,7 +1596,8 @@ def gla_forward(q, k, v, g, state, scale, L, R,
 
 def gla_gradients(q, k, v, g, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, states,
                   do, dlast, scale, L, R, has_state):
-    """Of q, k, v, g, and of the incoming state (B,H,K,V), empty where there was none."""
+    """Of q, k, v, g, and of the incoming state (B,H,K,V), empty where there was
+    none."""
     B, _, H, K = q.shape
     dstate = g.new_empty(B, H, K, v.shape[3]) if has_state else g.new_empty(0)
     return (*(torch.empty_like(x) for x in (q, k, v, g)), dstate)
@@ -1661,8 +1679,8 @@ def gla_triton(q, k, v, g, scale, state):
     narrow = q.dtype == k.dtype == v.dtype == torch.bfloat16
     dtype = torch.bfloat16 if narrow else torch.float32
     L, R = gla_chunk(T, K, V, dtype)
-    BK = whole_tile(K, q)
-    BV = whole_tile(V, q)
+    BK = tile_multiple(K, q)
+    BV = tile_multiple(V, q)
     q, k, g = (pad(x, {1: L, 3: BK}).contiguous() for x in (q.to(dtype), k.to(dtype), g.float()))
     v = pad(v.to(dtype), {1: L, 3: BV}).contiguous()
     if state is not None:
@@ -1677,10 +1695,12 @@ def gla_triton(q, k, v, g, scale, state):
 
 @triton.jit
 def decay_table(cum_ptr, low_ptr, query, key):
-    """exp(g_{key+1} + ... + g_query) for query >= key, else 0; tokens of one head's chunk.
+    """exp(g_{key+1} + ... + g_query) for query >= key, else 0; tokens of one head's
+    chunk.
 
-    In float32 the running sum is a float64 cut in two: a difference of two large sums then
-    keeps the digits of the small decays. bfloat16 has fewer digits to keep, low_ptr is None."""
+    In float32 the running sum is a float64 cut in two: a difference of two large sums
+    then keeps the digits of the small decays. bfloat16 has fewer digits to keep,
+    low_ptr is None."""
     between = tl.load(cum_ptr + query)[:, None] - tl.load(cum_ptr + key)[None, :]
     if low_ptr is not None:
         between += tl.load(low_ptr + query)[:, None] - tl.load(low_ptr + key)[None, :]
@@ -1764,7 +1784,8 @@ def read_states(
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
     BV: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """read = S c, for states of more than 128 columns: neighbouring heads share the tile of c.
+    """read = S c, for states of more than 128 columns: neighbouring heads share the
+    tile of c.
 
     One program owns BV channels, of one head or several of one group, of one chunk."""
     v_block, chunk, batch = split3(tl.program_id(0), H * P // BV, n)
@@ -1815,7 +1836,8 @@ def ssd_outputs(
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """y_i = exp(cum_i) S C_i + sum_{j <= i} scores_ij exp(cum_i - cum_j) dt_j x_j + D x_i.
+    """y_i = exp(cum_i) S C_i + sum_{j <= i} scores_ij exp(cum_i - cum_j) dt_j x_j + D
+    x_i.
 
     One program owns R queries of one chunk of one head."""
     head, block, batch = split3(tl.program_id(0), H, n * (L // R))
@@ -1857,8 +1879,9 @@ def ssd_outputs(
 def written(
     x, dv, cum_ptr, low_ptr, write_ptr, writes_ptr, key, L: tl.constexpr,
 ):
-    """The part of dv that keys get through the state after their chunk: dv, the gradient that
-    they find there, decayed from the chunk's end. Stores weight x gradient of these pairs."""
+    """The part of dv that keys get through the state after their chunk: dv, the
+    gradient that they find there, decayed from the chunk's end. Stores weight x
+    gradient of these pairs."""
     write = tl.load(write_ptr + key)
     tl.store(writes_ptr + key, write * tl.sum(x * dv, axis=1))
     end = tl.load(cum_ptr + L - 1) - tl.load(cum_ptr + key)
@@ -1883,8 +1906,8 @@ def ssd_grad_values(
     L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
     """The gradient of v = dt x, dv_j = exp(after_j) dS B_j + sum_{i >= j} scores_ij
-    exp(cum_i - cum_j) dy_i; from it dx = dt dv + D dy and a part of ddt. dx may be the buffer
-    of grad_read. One program owns R keys of one chunk of one head."""
+    exp(cum_i - cum_j) dy_i; from it dx = dt dv + D dy and a part of ddt. dx may be the
+    buffer of grad_read. One program owns R keys of one chunk of one head."""
     head, block, batch = split3(tl.program_id(0), H, n * (L // R))
     chunk, block = block // (L // R), block % (L // R)
     group = head // (H // G)
@@ -1944,10 +1967,11 @@ def ssd_grad_scores(
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """grad_scores_ij = sum over the group's heads of exp(cum_i - cum_j) dt_j (dy_i . x_j).
+    """grad_scores_ij = sum over the group's heads of exp(cum_i - cum_j) dt_j (dy_i .
+    x_j).
 
-    One program owns R queries and R keys, no later, of one chunk of one group, its heads in
-    turn."""
+    One program owns R queries and R keys, no later, of one chunk of one group, its
+    heads in turn."""
     key_block, rest = split(tl.program_id(0), L // R)
     query_block, rest = split(rest, L // R)
     group, chunk, batch = split3(rest, G, n)
@@ -1976,7 +2000,7 @@ def ssd_grad_scores(
         pairs *= decay_table(cum_ptr + of_head, low_of_head, query, key)
         grad_scores += pairs
 
-        # The diagonal spans nothing. The two sums nearly cancel: float64 for float32 inputs.
+        # The diagonal spans nothing. The two sums nearly cancel: float64 for float32.
         pairs = tl.where(below, pairs * scores, 0.0).to(ends_ptr.dtype.element_ty)
         of_query = (key_block * heads).to(tl.int64) * n * L + of_head + query
         of_key = (query_block * heads).to(tl.int64) * n * L + of_head + key
@@ -1990,8 +2014,8 @@ def through_scores(
     B_ptr, C_ptr, grad_scores_ptr, mine, channel,
     G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dC and dB of the tokens `mine` through the scores of their chunk: from the keys up to a
-    query, from the queries from a key on."""
+    """dC and dB of the tokens `mine` through the scores of their chunk: from the keys
+    up to a query, from the queries from a key on."""
     dC = tl.zeros((mine.shape[0], channel.shape[0]), tl.float32)
     dB = tl.zeros((mine.shape[0], channel.shape[0]), tl.float32)
     for other_block in range(L // R):
@@ -2021,9 +2045,9 @@ def ssd_grad_queries_keys(
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dC_i = sum over heads of exp(cum_i) dy_i S + sum_j grad_scores_ij B_j, dB_j = the same
-    of exp(after_j) v_j dS + sum_i grad_scores_ij C_i. One program owns BN columns of BR
-    tokens of one chunk of one group, its heads in turn."""
+    """dC_i = sum over heads of exp(cum_i) dy_i S + sum_j grad_scores_ij B_j, dB_j = the
+    same of exp(after_j) v_j dS + sum_i grad_scores_ij C_i. One program owns BN columns
+    of BR tokens of one chunk of one group, its heads in turn."""
     n_block, rest = split(tl.program_id(0), N // BN)
     group, block, batch = split3(rest, G, n * (L // BR))
     chunk, block = block // (L // BR), block % (L // BR)
@@ -2060,8 +2084,8 @@ def ssd_grad_queries_keys(
         v = tl.load(x_ptr + (token * H + head) * P + row).to(tl.float32)
         v *= tl.load(write_ptr + of_head)[:, None]
         dB = tl.dot(v.to(ds.dtype), ds, dB, input_precision=DOT)
-        dC = finished(dC)
-        dB = finished(dB)
+        dC = waited_for(dC)
+        dB = waited_for(dB)
         if block == 0:
             state_pairs = tl.sum(s.to(tl.float32) * ds.to(tl.float32))
             part = (n_block * heads + batch * H + head) * n
@@ -2082,15 +2106,15 @@ def ssd_grad_decays(
     H: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     READS: tl.constexpr, PARTS: tl.constexpr,
 ):
-    """dg by the sums over all pairs that span a token, as in gla_grad_decays; from g = dt A
-    the gradients of dt and A. One program owns one chunk of one head."""
+    """dg by the sums over all pairs that span a token, as in gla_grad_decays; from g =
+    dt A the gradients of dt and A. One program owns one chunk of one head."""
     head, chunk, batch = split3(tl.program_id(0), H, n)
     i = tl.arange(0, L)
     T = n * L
     mine = (batch * H + head) * T + chunk * L + i
     all_heads = heads.to(tl.int64) * T
 
-    # pairs that end at a token, less those that begin there; a block that is later has none
+    # pairs that end at a token, less those that begin there, by the other's block
     ended = tl.zeros((L,), ends_ptr.dtype.element_ty)
     for block in range(L // R):
         ended += tl.load(ends_ptr + block * all_heads + mine, block <= i // R, 0.0)
@@ -2127,7 +2151,8 @@ def ssd_chunk(T, N, dtype):
 
 @functools.cache
 def ssd_launches(P, N, heads, shared, L, R, dtype):
-    """The kernels with their tiles; heads: of all sequences, shared: heads of a group."""
+    """The kernels with their tiles; heads: of all sequences, shared: heads of a
+    group."""
     narrow = dtype == torch.bfloat16
     apart = N > READ_APART
     BN = power_of_two(N, 16, 64)
@@ -2162,9 +2187,10 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
 
 
 def ssd_results(x, dt, A, B, C, D, state, first, L, R):
-    """y (B,T,H,P), the last state (B,H,P,N), and for the backward pass cum, low (empty in
-    bfloat16), read_weight, write_weight (B,H,T), decay (B,H,n), scores (B,T,G,L), states
-    (B,H,n,P,N), state_read (B,T,H,P), empty where the states are not read apart."""
+    """y (B,T,H,P), the last state (B,H,P,N), and for the backward pass cum, low (empty
+    in bfloat16), read_weight, write_weight (B,H,T), decay (B,H,n), scores (B,T,G,L),
+    states (B,H,n,P,N), state_read (B,T,H,P), empty where the states are not read
+    apart."""
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
     cum = dt.new_empty(batch, H, T)
@@ -2181,7 +2207,8 @@ def ssd_results(x, dt, A, B, C, D, state, first, L, R):
           ssd_results)
 def ssd_forward(x, dt, A, B, C, D, state, first, L, R, y, last,
                 cum, low, read_weight, write_weight, decay, scores, states, state_read):
-    """T a multiple of L; P 16, 32 or 64; N a multiple of 128, or a power of two from 16."""
+    """T a multiple of L; P 16, 32 or 64; N a multiple of 128, or a power of two from
+    16."""
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
     n = T // L
@@ -2203,8 +2230,8 @@ def ssd_forward(x, dt, A, B, C, D, state, first, L, R, y, last,
 
 def ssd_gradients(x, dt, A, B, C, D, first, cum, low, read_weight, write_weight, decay, scores,
                   states, state_read, dy, dlast, L, R, has_state):
-    """Of x, dt, A, B, C, D, and of the incoming state (B,H,P,N); the last two empty where
-    they were not given."""
+    """Of x, dt, A, B, C, D, and of the incoming state (B,H,P,N); the last two empty
+    where they were not given."""
     batch, _, H, P = x.shape
     dD = torch.empty_like(A) if D is not None else A.new_empty(0)
     dstate = dt.new_empty(batch, H, P, B.shape[3]) if has_state else dt.new_empty(0)
@@ -2305,11 +2332,12 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
         return y, new
     narrow = x.dtype == B.dtype == C.dtype == torch.bfloat16
     dtype = torch.bfloat16 if narrow else torch.float32
-    # A tile has all channels of a head, 64 at most: a wider head is several of one decay.
+    # A tile has all channels of a head, 64 at most: a wider head is several of one
+    # decay.
     parts = -(-P // 64)
     L, R = ssd_chunk(T, N, dtype)
-    BP = whole_tile(min(P, 64), x)
-    BN = whole_tile(N, x)
+    BP = tile_multiple(min(P, 64), x)
+    BN = tile_multiple(N, x)
     x = pad(x.to(dtype), {1: L, 3: parts * BP}).unflatten(3, (parts, BP)).flatten(2, 3).contiguous()
     dt = pad(dt.float(), {1: L})
     A, D = (None if t is None else t.float() for t in (A, D))
@@ -2331,10 +2359,10 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
 # ---------------------------------------------------------------------------------------
 # Triton: the short convolution of Mamba2 (and of GLA, where it has one)
 #
-# pre_t = bias + sum over i of weight_i x_{t - taps + 1 + i},  y = silu(pre). Forward, x is
-# read and y written once: the shifted copies of a tile come out of the cache. Backward, one
-# kernel writes the gradient of pre and sums those of weight and bias, a second makes that of
-# x. Offsets within a sequence have 32 bits (see conv_fits).
+# pre_t = bias + sum over i of weight_i x_{t - taps + 1 + i},  y = silu(pre). Forward, x
+# is read and y written once: the shifted copies of a tile come out of the cache.
+# Backward, one kernel writes the gradient of pre and sums those of weight and bias, a
+# second makes that of x. Offsets within a sequence have 32 bits (see conv_fits).
 
 
 @triton.jit
@@ -2389,8 +2417,8 @@ def conv_gradients(
 ):
     """dpre = dy silu'(pre), pre computed again, and sums of dpre x_s and of dpre.
 
-    One program owns STEPS tiles of BT tokens, one after the other, of BD channels of one
-    sequence: a part of the sums."""
+    One program owns STEPS tiles of BT tokens, one after the other, of BD channels of
+    one sequence: a part of the sums."""
     channel = tl.program_id(1) * BD + tl.arange(0, BD)
     batch = tl.program_id(2).to(tl.int64)
     part = batch * tl.num_programs(0) + tl.program_id(0)
@@ -2446,7 +2474,8 @@ def conv_grad_inputs(
     T,
     D: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):
-    """dx_t = sum over j of weight_{taps - 1 - j} dpre_{t + j}, in tiles as conv_outputs."""
+    """dx_t = sum over j of weight_{taps - 1 - j} dpre_{t + j}, in tiles as
+    conv_outputs."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     channel = tl.program_id(1) * BD + tl.arange(0, BD)
     batch = tl.program_id(2).to(tl.int64)
@@ -2473,8 +2502,8 @@ def conv_tile(x):
     "statex::conv_forward", mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? document) -> Tensor")
 def conv_forward(x, weight, bias, document):
-    """x (B,T,D), its tokens any number of channels apart; weight (D,taps); bias (D,) or None;
-    document (B,T) int32 or None -> y (B,T,D)."""
+    """x (B,T,D), its tokens any number of channels apart; weight (D,taps); bias (D,) or
+    None; document (B,T) int32 or None -> y (B,T,D)."""
     B, T, D = x.shape
     BT, BD = conv_tile(x)
     y = x.new_empty(x.shape)
@@ -2531,25 +2560,27 @@ conv_forward.register_autograd(conv_chain, setup_context=conv_save)
 
 
 def rows_apart(x):
-    """x (B,T,D) with its sequences one after the other, tokens a fixed number of channels
-    apart: itself, or a copy."""
+    """x (B,T,D) with its sequences one after the other, tokens a fixed number of
+    channels apart: itself, or a copy."""
     apart = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
     return x if apart else x.contiguous()
 
 
 def conv_fits(x):
-    """Whether short_conv is the way for x (B,T,D): on a GPU, not in float64, of fewer than
-    2^31 elements per sequence."""
+    """Whether short_conv is the way for x (B,T,D): on a GPU, not in float64, of fewer
+    than 2^31 elements per sequence."""
     return (triton_installed and x.is_cuda and x.dtype != torch.float64
             and x.shape[1] * x.stride(1) < 2**31)
 
 
 def short_conv(x, weight, bias=None, document=None):
-    """Depthwise causal convolution over time, then silu (Mamba2, arXiv 2405.21060, section 7).
+    """Depthwise causal convolution over time, then silu (Mamba2, arXiv 2405.21060,
+    section 7).
 
-    x (B,T,D), zeros before it; weight (D,1,taps); bias (D,) or None; document (B,T) int32 or
-    None: no tap reaches into a token of another document. Returns y (B,T,D) in x's dtype; the
-    sums are in float32. Differentiable once in x, weight and bias. Raises BadInput."""
+    x (B,T,D), zeros before it; weight (D,1,taps); bias (D,) or None; document (B,T)
+    int32 or None: no tap reaches into a token of another document. Returns y (B,T,D) in
+    x's dtype; the sums are in float32. Differentiable once in x, weight and bias.
+    Raises BadInput."""
     for name, tensor, fits, expected in (
             ("x", x, x.dim() == 3, "(B,T,D)"),
             ("weight", weight, weight.shape[:2] == (x.shape[-1], 1), "(D,1,taps)"),
@@ -2575,8 +2606,8 @@ class Options:
 
 
 def layers():
-    """name -> op, heads, heads of keys, K, V: the public models' layers and what expansion
-    makes of them. For ssd K and V are P and N."""
+    """name -> op, heads, heads of keys, K, V: the public models' layers and what
+    expansion makes of them. For ssd K and V are P and N."""
     from model import SIZES
     made = {}
     for name, config in SIZES.items():
@@ -2594,9 +2625,9 @@ def layers():
 
 
 def example(op, B, T, H, K, V, G=1, dtype=torch.float32, device="cpu", decay=None, seed=0):
-    """Random arguments of gla (B T H K V) or ssd (B T H P N), in order, with a state; keys of
-    G heads. decay: the log decay of every step, "mixed" for 0, -1e-4, -1 and -60 at random,
-    None for what a model has."""
+    """Random arguments of gla (B T H K V) or ssd (B T H P N), in order, with a state;
+    keys of G heads. decay: the log decay of every step, "mixed" for 0, -1e-4, -1 and
+    -60 at random, None for what a model has."""
     rng = torch.Generator(device=device).manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -2631,9 +2662,9 @@ def run(op, args, impl):
 
 
 def errors(op, args, impl, reference="recurrent"):
-    """||x - ref|| / ||ref|| of the output, the final state and every gradient, ref being the
-    reference impl in float64. The gradient that arrives is random, in the output and in the
-    final state, the same for both."""
+    """||x - ref|| / ||ref|| of the output, the final state and every gradient, ref
+    being the reference impl in float64. The gradient that arrives is random, in the
+    output and in the final state, the same for both."""
     def everything(impl, dtype):
         inputs = [a.detach().to(dtype or a.dtype).requires_grad_() for a in args]
         o, S = run(op, inputs, impl)
@@ -2693,13 +2724,14 @@ def peers(op, G, H):
 
 
 def time_layer(name, layer, B, T, rates, options):
-    """A line for every implementation: times, and how many times the floor they are, the
-    larger of FLOPs / measured rate and bytes / measured bandwidth."""
+    """A line for every implementation: times, and how many times the floor they are,
+    the larger of FLOPs / measured rate and bytes / measured bandwidth."""
     op, H, G, K, V = layer
     args = example(op, B, T, H, K, V, G, torch.bfloat16, "cuda")[:-1]
     args = [a.requires_grad_() for a in args]
     grad = torch.randn_like(args[2] if op == "gla" else args[0])
-    # The least work: scores of 64 (gla) or 256 (ssd) tokens, each input and output moved once.
+    # The least work: scores of 64 (gla) or 256 (ssd) tokens, each input and output
+    # moved once.
     if op == "gla":
         work = B * T * H * (4 * K * V + 64 * (K + V))
         moved = B * T * (2 * H * (K + 2 * V) + 6 * G * K)
@@ -2746,7 +2778,8 @@ def time_kernels(step, bandwidth):
 
 
 def time_step(name, layer, bandwidth):
-    """The step of generation: one token of 64 sequences, their states read and written."""
+    """The step of generation: one token of 64 sequences, their states read and
+    written."""
     op, H, G, K, V = layer
     args = example(op, 64, 1, H, K, V, G, torch.bfloat16, "cuda")
     with torch.no_grad():
@@ -2765,7 +2798,7 @@ def main():
         raise BadInput(f"--only={options.only} names no layer; they are {', '.join(known)}")
     check(device)
     if device == "cpu":
-        print("times need a GPU; there is none, or --device=cpu")
+        print("times need a GPU; here is none, or --device=cpu was given")
         return
     rates = ceilings()
     print(f"\n{rates[0] / 1e12:.2f} TFLOP/s matrix product, {rates[1] / 1e9:.0f} GB/s copy")

@@ -663,7 +663,7 @@ def test_training_with_the_kernels_matches_chunked(block, changes, monkeypatch):
 
 def overwrites(ttgir):
     """Whether a loop fetches a tile into a buffer that a matrix product still under way may
-    read (see `finished` in kernels.py)."""
+    read (see `waited_for` in kernels.py)."""
     for loop in ttgir.split("scf.for")[1:]:
         buffer, loaded, multiplied, running = {}, set(), set(), False
         for line in loop.split("\n"):
