@@ -318,6 +318,16 @@ def ssd_recurrent(x, dt, A, B, C, D, state, first):
 FORGOTTEN = -1000.0
 
 
+def halves(x):
+    """Of blocks in pairs, (B,G,blocks,...): the left ones and the right ones."""
+    return x.unflatten(2, (-1, 2)).unbind(3)
+
+
+def merge(x):
+    """(B,G,blocks,heads,tokens,D) with half as many blocks, of twice as many tokens."""
+    return x.unflatten(2, (-1, 2)).transpose(3, 4).flatten(4, 5)
+
+
 def gla_chunked(q, k, v, g, scale, state, L=32):
     """In a chunk of L tokens, o_i sums q_i . k_j exp(g_{j+1} + ... + g_i) v_j over j <=
     i, with a decay of its own for every channel.
@@ -342,23 +352,16 @@ def gla_chunked(q, k, v, g, scale, state, L=32):
         x = F.pad(x, (0, 0, 0, 0, 0, n * L - T))
         return x.unflatten(2, (G, -1)).transpose(1, 2).unsqueeze(-2)
 
-    def pairs(x):
-        """The left and the right blocks."""
-        return x.unflatten(2, (-1, 2)).unbind(3)
-
-    def merge(x):
-        return x.unflatten(2, (-1, 2)).transpose(3, 4).flatten(4, 5)
-
     q, k, v, upto = blocks(q * scale), blocks(k), blocks(v), blocks(g.clamp_min(FORGOTTEN))
     after = torch.zeros_like(upto)
     o = (q * k).sum(-1, keepdim=True) * v
     for _ in range(L.bit_length() - 1):
-        q1 = pairs(q)[1]
-        k0 = pairs(k)[0]
-        v0 = pairs(v)[0]
-        o0, o1 = pairs(o)
-        upto0, upto1 = pairs(upto)
-        after0, after1 = pairs(after)
+        q1 = halves(q)[1]
+        k0 = halves(k)[0]
+        v0 = halves(v)[0]
+        o0, o1 = halves(o)
+        upto0, upto1 = halves(upto)
+        after0, after1 = halves(after)
         # the queries of a group's heads are rows of one product with its keys
         rows = (q1 * upto1.exp()).flatten(3, 4)
         scores = rows @ (k0 * after0.exp()).squeeze(3).mT
@@ -367,8 +370,7 @@ def gla_chunked(q, k, v, g, scale, state, L=32):
         after = torch.cat((after0 + upto1[..., -1:, :], after1), dim=-2)
         q, k, v = merge(q), merge(k), merge(v)
 
-    # what a chunk adds to the states of a group's heads, side by side, and what it
-    # forgets
+    # what a chunk adds to the states of a group's heads, side by side, and forgets
     q = q * upto.exp()
     values = v.transpose(3, 4).flatten(4, 5)
     writes = (k * after.exp()).squeeze(3).mT @ values
@@ -456,10 +458,12 @@ def split(number, size):
 
 
 @triton.jit
-def split3(number, inner, middle):
-    """The same with three: inner + inner's size * (middle + middle's size * outer),
-    outer in 64 bits, so that what it multiplies may pass 2^31."""
-    return number % inner, number // inner % middle, (number // inner // middle).to(tl.int64)
+def split3(number, inner, chunks, blocks: tl.constexpr = 1):
+    """The same with three: a < inner, then the block, of chunks * blocks in a sequence, and
+    the sequence, in 64 bits: what it multiplies may pass 2^31."""
+    first, rest = split(number, inner)
+    block, sequence = split(rest, chunks * blocks)
+    return first, block, sequence.to(tl.int64)
 
 
 @triton.jit
@@ -634,9 +638,8 @@ def scan_states(
     BK: tl.constexpr, BV: tl.constexpr,
     PER_CHANNEL: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr,
 ):
-    """S_{c+1} = decay_c S_c + sum of weight_t x_t y_t^T over a chunk, R tokens at a
-    time, from chunk to chunk; REVERSE: from the last to the first. One program owns BK
-    x BV elements."""
+    """S_{c+1} = decay_c S_c + sum of weight_t x_t y_t^T over a chunk, R tokens at a time;
+    REVERSE: from the last chunk to the first. One program owns BK x BV elements."""
     k_block, rest = split(tl.program_id(0), K // BK)
     v_block, head, batch = split3(rest, V // BV, H)
     i = tl.arange(0, R)
@@ -830,7 +833,7 @@ class FirstDerivativeOnly(torch.autograd.Function):
 
 
 def differentiable(forward, save, backward, chain):
-    """Two operators as one differentiable function. save(ctx, inputs, results) keeps
+    """Two operators as one differentiable function. save(ctx, inputs, output) keeps
     what chain(backward, ctx, *gradients) needs. Inside torch.compile the operators are
     called, elsewhere their plain functions."""
     forward.register_autograd(functools.partial(chain, backward), setup_context=save)
@@ -838,9 +841,9 @@ def differentiable(forward, save, backward, chain):
     class Plain(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            results = forward.plain(*inputs)
-            save(ctx, inputs, results)
-            return results
+            output = forward.plain(*inputs)
+            save(ctx, inputs, output)
+            return output
 
         @staticmethod
         def backward(ctx, *gradients):
@@ -880,15 +883,12 @@ def half_sums(g, bit, DOT: tl.constexpr):
 
 
 @triton.jit
-def decayed_rows(
+def to_seam(
     q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, group, n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
 ):
-    """Where a block's queries and keys go, decayed to its borders. Of two blocks of a
+    """Where a block's queries and keys go, decayed to its borders: of two blocks of a
     chunk the first one's keys and the second one's queries meet at the seam."""
-    token = batch * n * L + block * R
-    q_start_ptr += (token * H + head) * K
-    k_end_ptr += (token * G + group) * K
     if L > R:
         seam = (batch * n + block // 2) * R
         if block % 2 == 0:
@@ -909,25 +909,25 @@ def gla_scores(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
-    """scores_ij = scale sum_k q_ik k_jk exp(c_ik - c_jk), j <= i, c the running sum of
-    g.
+    """scores_ij = scale sum_k q_ik k_jk exp(c_ik - c_jk), j <= i, c the running sum of g.
 
     One program owns one block of R tokens of one head. The decay is split at the
     block's middle m: exp(c_i - m) goes to the query and exp(m - c_j) to the key, so
     that all pairs are one matrix product. One of the two exponents can be positive, by
-    at most half of the block's decay; where that is too much, gla_scores_steep does the
-    block again."""
-    head, block, batch = split3(tl.program_id(0), H, n * (L // R))
+    at most half of the block's decay; where that is too much, gla_scores_steep follows."""
+    head, block, batch = split3(tl.program_id(0), H, n, L // R)
     group = head // (H // G)
     i = tl.arange(0, R)
     token = batch * n * L + block * R
     q_ptr += (token * H + head) * K
     k_ptr += (token * G + group) * K
     g_ptr += (token * G + group) * K
-    q_start_ptr, k_end_ptr = decayed_rows(
-        q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, group, n, H, G, K, L, R)
+    q_start_ptr += (token * H + head) * K
+    k_end_ptr += (token * G + group) * K
     scores_ptr += (token * H + head) * L + block % (L // R) * R
     decay_ptr += ((batch * G + group) * n * (L // R) + block) * K
+    q_start_ptr, k_end_ptr = to_seam(
+        q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, group, n, H, G, K, L, R)
 
     scores = tl.zeros((R, R), tl.float32)
     diagonal = tl.zeros((R,), tl.float32)
@@ -941,7 +941,6 @@ def gla_scores(
         g = log2_decay(tl.load(g_ptr + at_k))
         diagonal += tl.sum(q * k, axis=1)
 
-        # decay, then multiply
         total = tl.sum(g, axis=0)
         from_middle = tl.cumsum(g, axis=0) - 0.5 * total[None, :]
         half = tl.exp2(0.5 * total)[None, :]
@@ -980,7 +979,7 @@ def gla_scores_steep(
     start to i) exp(sum after j to the lower half's end) has no positive exponent. So
     there is one matrix product for each bit, of which that bit's pairs are written over
     what gla_scores left."""
-    head, block, batch = split3(tl.program_id(0), H, n * (L // R))
+    head, block, batch = split3(tl.program_id(0), H, n, L // R)
     group = head // (H // G)
     if not is_steep(decay_ptr + ((batch * G + group) * n * (L // R) + block) * K, LIMIT, K, BK):
         return
@@ -990,8 +989,10 @@ def gla_scores_steep(
     q_ptr += (token * H + head) * K
     k_ptr += (token * G + group) * K
     g_ptr += (token * G + group) * K
+    q_start_ptr += (token * H + head) * K
+    k_end_ptr += (token * G + group) * K
     scores_ptr += (token * H + head) * L + block % (L // R) * R
-    q_start_ptr, k_end_ptr = decayed_rows(
+    q_start_ptr, k_end_ptr = to_seam(
         q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, group, n, H, G, K, L, R)
 
     dtype = q_ptr.dtype.element_ty
@@ -1212,14 +1213,12 @@ def gla_grad_queries_keys(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq_start_i = S do_i and dk_end_j = dS v_j, through the states alone. Of two
-    blocks of a chunk, `around` is the weight x gradient of one's pairs with a state
-    around the other one.
-
-    One program owns BK channels of one block of R tokens of one group, its heads in
-    turn."""
+    """dq_start_i = S do_i and dk_end_j = dS v_j, through the states alone; around:
+    weight x gradient of a block's pairs with a state around the chunk's other block.
+    One program owns BK channels of one block of one group, its heads in turn."""
     k_block, rest = split(tl.program_id(0), K // BK)
-    group, block, batch = split3(rest, G, n * (L // R))
+    group, block, batch = split3(rest, G, n, L // R)
+    chunk = block // (L // R)
     i = tl.arange(0, R)
     k = k_block * BK + tl.arange(0, BK)
     token = batch * n * L + block * R
@@ -1229,21 +1228,22 @@ def gla_grad_queries_keys(
     at_q = i[:, None] * (H * K) + k[None, :]
     at_k = i[:, None] * (G * K) + k[None, :]
     dtype = dq_start_ptr.dtype.element_ty
-
     dk = tl.zeros((R, BK), tl.float32)
     state_pairs = tl.zeros((BK,), tl.float32)
     around = tl.zeros((BK,), tl.float32)
     for head_of_group in range(H // G):
         head = group * (H // G) + head_of_group
         row = token * H + head
-        of_head = ((batch * H + head) * n + block // (L // R)) * K * V
+        do_head = do_ptr + row * V
+        v_head = v_ptr + row * V
+        of_head = ((batch * H + head) * n + chunk) * K * V
         dq = tl.zeros((R, BK), tl.float32)
         for v0 in range(0, V, BV):
             channel = v0 + tl.arange(0, BV)[None, :]
             s = tl.load(states_ptr + of_head + (k[:, None] * V + channel))
             ds = tl.load(grad_states_ptr + of_head + (k[:, None] * V + channel))
-            do = tl.load(do_ptr + row * V + (at_v + channel))
-            v = tl.load(v_ptr + row * V + (at_v + channel))
+            do = tl.load(do_head + (at_v + channel))
+            v = tl.load(v_head + (at_v + channel))
             dq = tl.dot(do, tl.trans(s), dq, input_precision=DOT)
             dk = tl.dot(v, tl.trans(ds), dk, input_precision=DOT)
             state_pairs += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
@@ -1256,8 +1256,7 @@ def gla_grad_queries_keys(
 
     tl.store(dk_end_ptr + at_k, dk.to(dtype))
     if block % (L // R) == 0:
-        of_chunk = (batch * G + group) * n + block // (L // R)
-        tl.store(state_pairs_ptr + of_chunk * K + k, state_pairs)
+        tl.store(state_pairs_ptr + ((batch * G + group) * n + chunk) * K + k, state_pairs)
     if L > R:
         if block % 2 == 0:
             around = tl.sum(tl.load(k_end_ptr + at_k).to(tl.float32) * dk, axis=0)
@@ -1288,9 +1287,11 @@ def sum_pairs(pairs, writes, DOT: tl.constexpr):
 
 
 @triton.jit
-def sum_around(state_pairs, decay, around_ptr, of_block, TWO_BLOCKS: tl.constexpr):
+def sum_around(
+    state_pairs_ptr, decay_ptr, around_ptr, of_state, of_block, TWO_BLOCKS: tl.constexpr
+):
     """Weight x gradient of all pairs from before a block to after it, per channel."""
-    around = tl.load(state_pairs) * tl.exp2(tl.load(decay))
+    around = tl.load(state_pairs_ptr + of_state) * tl.exp2(tl.load(decay_ptr + of_state))
     if TWO_BLOCKS:
         around += tl.load(around_ptr + of_block)
     return around
@@ -1298,18 +1299,21 @@ def sum_around(state_pairs, decay, around_ptr, of_block, TWO_BLOCKS: tl.constexp
 
 @triton.jit
 def meet_other_block(
-    dq_before, dk_after, scores_ptr, queries, keys, other, second, at_scores,
-    H: tl.constexpr, L: tl.constexpr, R: tl.constexpr, DOT: tl.constexpr,
+    dq_before, dk_after, scores_ptr, q_seam_ptr, k_seam_ptr, seam, head, group, other, of_chunk,
+    at_scores, at_q, at_k,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    DOT: tl.constexpr,
 ):
-    """dq_before of a chunk's second block with the keys of the first one, or dk_after
-    of its first block with the queries of the second one. other: the decay over the
-    other block."""
-    if second:
+    """dq_before of a chunk's second block with the keys of the first one, or dk_after of
+    its first block with the queries of the second one. other: the other block's decay."""
+    if of_chunk == 1:
         scores = tl.load(scores_ptr + at_scores)
-        dq_before = tl.dot(scores, tl.load(keys), dq_before * other, input_precision=DOT)
+        keys = tl.load(k_seam_ptr + (seam * G + group) * K + at_k)
+        dq_before = tl.dot(scores, keys, dq_before * other, input_precision=DOT)
     else:
         scores = tl.load(scores_ptr + R * H * L + at_scores)
-        dk_after = tl.dot(tl.trans(scores), tl.load(queries), dk_after, input_precision=DOT)
+        queries = tl.load(q_seam_ptr + (seam * H + head) * K + at_q)
+        dk_after = tl.dot(tl.trans(scores), queries, dk_after, input_precision=DOT)
     return dq_before, dk_after
 
 
@@ -1329,13 +1333,12 @@ def gla_grad_decays(
     """dq, dk and dg. One program owns BK channels of one block of one group, its heads
     in turn. The decay is split at the block's middle, as in gla_scores."""
     k_block, rest = split(tl.program_id(0), K // BK)
-    group, block, batch = split3(rest, G, n * (L // R))
+    group, block, batch = split3(rest, G, n, L // R)
     of_chunk = block % (L // R)
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
     channel = k_block * BK + tl.arange(0, BK)
     token = batch * n * L + block * R
-    seam = (batch * n + block // 2) * R
     at_q = i * (H * K) + channel[None, :]
     at_k = i * (G * K) + channel[None, :]
     of_group = (token * G + group) * K
@@ -1365,11 +1368,12 @@ def gla_grad_decays(
     for head_of_group in range(H // G):
         head = group * (H // G) + head_of_group
         row = token * H + head
+        scores_ptr = grad_scores_ptr + row * L
         q = tl.load(q_ptr + row * K + at_q).to(tl.float32) * scale
         q_mid = (q * to_q).to(dtype)
 
         # within the block; of rounded factors, so that the pairs of both ends cancel
-        scores = tl.load(grad_scores_ptr + row * L + of_chunk * R + (i * (H * L) + j))
+        scores = tl.load(scores_ptr + of_chunk * R + (i * (H * L) + j))
         dq_mid = tl.dot(scores, k_mid, input_precision=DOT)
         dk_mid = tl.dot(tl.trans(scores), q_mid, input_precision=DOT)
         pairs += q_mid.to(tl.float32) * dq_mid - k_mid.to(tl.float32) * dk_mid
@@ -1378,10 +1382,9 @@ def gla_grad_decays(
         dq_before = tl.load(dq_start_ptr + row * K + at_q).to(tl.float32)
         if L > R:
             dq_before, dk_after = meet_other_block(
-                dq_before, dk_after, grad_scores_ptr + row * L,
-                q_seam_ptr + (seam * H + head) * K + at_q,
-                k_seam_ptr + (seam * G + group) * K + at_k,
-                other, of_chunk == 1, i * (H * L) + j, H, L, R, DOT)
+                dq_before, dk_after, scores_ptr, q_seam_ptr, k_seam_ptr,
+                (batch * n + block // 2) * R, head, group, other, of_chunk,
+                i * (H * L) + j, at_q, at_k, H, G, K, L, R, DOT)
         dq_before *= to_q * half
         pairs += q * dq_before
 
@@ -1397,11 +1400,9 @@ def gla_grad_decays(
             dk_end *= other
     dk_after = (dk_after + dk_end) * (to_k * half)
     tl.store(dk_ptr + at_k, (dk + dk_after).to(dtype))
-    around = sum_around(
-        state_pairs_ptr + of_state, decay_ptr + of_state, around_ptr, of_block, L > R)
+    around = sum_around(state_pairs_ptr, decay_ptr, around_ptr, of_state, of_block, L > R)
     dg = sum_pairs(pairs, k * dk_after, DOT) + around[None, :]
-    kept = tl.load(g_ptr + at_k) > FORGOTTEN_32
-    tl.store(dg_ptr + at_k, tl.where(kept, dg, 0.0))
+    tl.store(dg_ptr + at_k, tl.where(tl.load(g_ptr + at_k) > FORGOTTEN_32, dg, 0.0))
 
 
 @chunk_kernel
@@ -1419,7 +1420,7 @@ def gla_grad_decays_steep(
 ):
     """gla_grad_decays for a block that gla_scores_steep did, bit by bit as there."""
     k_block, rest = split(tl.program_id(0), K // BK)
-    group, block, batch = split3(rest, G, n * (L // R))
+    group, block, batch = split3(rest, G, n, L // R)
     blocks = (batch * G + group) * n * (L // R) + block
     if not is_steep(block_decay_ptr + blocks * K, LIMIT, K, BK):
         return
@@ -1428,7 +1429,6 @@ def gla_grad_decays_steep(
     j = tl.arange(0, R)[None, :]
     channel = k_block * BK + tl.arange(0, BK)
     token = batch * n * L + block * R
-    seam = (batch * n + block // 2) * R
     at_q = i * (H * K) + channel[None, :]
     at_k = i * (G * K) + channel[None, :]
     of_group = (token * G + group) * K
@@ -1456,6 +1456,7 @@ def gla_grad_decays_steep(
     for head_of_group in range(H // G):
         head = group * (H // G) + head_of_group
         row = token * H + head
+        scores_ptr = grad_scores_ptr + row * L
         q = tl.load(q_ptr + row * K + at_q).to(tl.float32) * scale
         at_diagonal = diagonal_ptr + (batch * H + head) * n * L + block * R + tl.arange(0, R)
         diagonal = tl.load(at_diagonal)[:, None]
@@ -1466,7 +1467,7 @@ def gla_grad_decays_steep(
             to_q = tl.exp2(to_q)
             to_k = tl.exp2(to_k)
             of_bit = (i ^ j) >> bit == 1
-            at = grad_scores_ptr + row * L + of_chunk * R + (i * (H * L) + j)
+            at = scores_ptr + of_chunk * R + (i * (H * L) + j)
             scores = tl.load(at, of_bit, 0.0)
             q_bit = (q * to_q).to(dtype)
             k_bit = (k * to_k).to(dtype)
@@ -1479,21 +1480,18 @@ def gla_grad_decays_steep(
         dq_before = tl.load(dq_start_ptr + row * K + at_q).to(tl.float32)
         if L > R:
             dq_before, dk_after = meet_other_block(
-                dq_before, dk_after, grad_scores_ptr + row * L,
-                q_seam_ptr + (seam * H + head) * K + at_q,
-                k_seam_ptr + (seam * G + group) * K + at_k,
-                other, of_chunk == 1, i * (H * L) + j, H, L, R, DOT)
+                dq_before, dk_after, scores_ptr, q_seam_ptr, k_seam_ptr,
+                (batch * n + block // 2) * R, head, group, other, of_chunk,
+                i * (H * L) + j, at_q, at_k, H, G, K, L, R, DOT)
         dq_before *= upto
         pairs += q * dq_before
         tl.store(dq_ptr + row * K + at_q, ((dq + dq_before) * scale).to(dtype))
 
     dk_after *= after
     tl.store(dk_ptr + at_k, (dk + dk_after).to(dtype))
-    around = sum_around(
-        state_pairs_ptr + of_state, decay_ptr + of_state, around_ptr, of_block, L > R)
+    around = sum_around(state_pairs_ptr, decay_ptr, around_ptr, of_state, of_block, L > R)
     dg = tl.cumsum(pairs, 0, reverse=True) + sum_rows(i > j, k * dk_after, DOT) + around[None, :]
-    kept = tl.load(g_ptr + at_k) > FORGOTTEN_32
-    tl.store(dg_ptr + at_k, tl.where(kept, dg, 0.0))
+    tl.store(dg_ptr + at_k, tl.where(tl.load(g_ptr + at_k) > FORGOTTEN_32, dg, 0.0))
 
 
 def gla_chunk(T, K, V, dtype):
@@ -1840,7 +1838,7 @@ def ssd_outputs(
     x_i.
 
     One program owns R queries of one chunk of one head."""
-    head, block, batch = split3(tl.program_id(0), H, n * (L // R))
+    head, block, batch = split3(tl.program_id(0), H, n, L // R)
     chunk, block = block // (L // R), block % (L // R)
     group = head // (H // G)
     i = tl.arange(0, R)
@@ -1877,13 +1875,13 @@ def ssd_outputs(
 
 @triton.jit
 def written(
-    x, dv, cum_ptr, low_ptr, write_ptr, writes_ptr, key, L: tl.constexpr,
+    x, dv, cum_ptr, low_ptr, write_ptr, writes_ptr, of_head, key, L: tl.constexpr,
 ):
     """The part of dv that keys get through the state after their chunk: dv, the
     gradient that they find there, decayed from the chunk's end. Stores weight x
     gradient of these pairs."""
-    write = tl.load(write_ptr + key)
-    tl.store(writes_ptr + key, write * tl.sum(x * dv, axis=1))
+    write = tl.load(write_ptr + of_head + key)
+    tl.store(writes_ptr + of_head + key, write * tl.sum(x * dv, axis=1))
     end = tl.load(cum_ptr + L - 1) - tl.load(cum_ptr + key)
     if low_ptr is not None:
         end += tl.load(low_ptr + L - 1) - tl.load(low_ptr + key)
@@ -1898,17 +1896,16 @@ def ssd_grad_values(
     x_ptr, dy_ptr, dt_ptr, D_ptr,   # (B,T,H,P), (B,T,H,P), (B,T,H), (H,) or None
     cum_ptr, low_ptr, write_ptr,    # (B,H,T)
     dx_ptr, ddt_ptr,                # (B,T,H,P), (B,H,T)  the part of dt that scales x
-    writes_ptr, reads_ptr,          # (B,H,T)  weight x gradient of keys and the state after,
-                                    #          of queries and the state before
+    writes_ptr, reads_ptr,          # (B,H,T)  weight x gradient: keys - state, state - queries
     dD_ptr,                         # (B,H,T/R)
     n,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
     """The gradient of v = dt x, dv_j = exp(after_j) dS B_j + sum_{i >= j} scores_ij
-    exp(cum_i - cum_j) dy_i; from it dx = dt dv + D dy and a part of ddt. dx may be the
-    buffer of grad_read. One program owns R keys of one chunk of one head."""
-    head, block, batch = split3(tl.program_id(0), H, n * (L // R))
+    exp(cum_i - cum_j) dy_i, and dx = dt dv + D dy, which may be grad_read's buffer. One
+    program owns R keys of one chunk of one head."""
+    head, block, batch = split3(tl.program_id(0), H, n, L // R)
     chunk, block = block // (L // R), block % (L // R)
     group = head // (H // G)
     i = tl.arange(0, R)
@@ -1936,7 +1933,7 @@ def ssd_grad_values(
     dv = read_rows(grad_read_ptr, row, mine, B_ptr, grad_states_ptr, key, p, G, N, BN, DOT)
     x = tl.load(x_ptr + mine).to(tl.float32)
     dt = tl.load(dt_ptr + key * H)
-    dv = written(x, dv, cum_ptr, low_ptr, write_ptr + of_head, writes_ptr + of_head, key, L)
+    dv = written(x, dv, cum_ptr, low_ptr, write_ptr, writes_ptr, of_head, key, L)
 
     # what the queries of their own chunk read, block by block from the diagonal
     for query_block in range(block, L // R):
@@ -1945,7 +1942,6 @@ def ssd_grad_values(
         scores *= decay_table(cum_ptr, low_ptr, query, key)
         dy = tl.load(dy_ptr + query[:, None] * (H * P) + p[None, :])
         dv = tl.dot(tl.trans(scores.to(dy.dtype)), dy, dv, input_precision=DOT)
-
     tl.store(ddt_ptr + of_head + key, tl.sum(x * dv, axis=1))
     dx = dv * dt[:, None]
     if D_ptr is not None:
@@ -2045,26 +2041,25 @@ def ssd_grad_queries_keys(
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dC_i = sum over heads of exp(cum_i) dy_i S + sum_j grad_scores_ij B_j, dB_j = the
-    same of exp(after_j) v_j dS + sum_i grad_scores_ij C_i. One program owns BN columns
-    of BR tokens of one chunk of one group, its heads in turn."""
+    """dC_i = sum over heads of exp(cum_i) dy_i S + sum_j grad_scores_ij B_j, and dB_j
+    alike. One program owns BN columns of BR tokens of one group, its heads in turn."""
     n_block, rest = split(tl.program_id(0), N // BN)
-    group, block, batch = split3(rest, G, n * (L // BR))
+    group, block, batch = split3(rest, G, n, L // BR)
     chunk, block = block // (L // BR), block % (L // BR)
     mine = block * BR + tl.arange(0, BR)
     p = tl.arange(0, P)
     channel = n_block * BN + tl.arange(0, BN)
     token = batch * n * L + chunk * L
-    of_group = (token * G + group) * N
+    B_ptr += (token * G + group) * N
+    C_ptr += (token * G + group) * N
+    grad_scores_ptr += (token * G + group) * L
     at = mine[:, None] * (G * N) + channel[None, :]
     row = mine[:, None] * (H * P) + p[None, :]
     tile = p[:, None] * N + channel[None, :]
 
-    dC, dB = through_scores(
-        B_ptr + of_group, C_ptr + of_group, grad_scores_ptr + (token * G + group) * L,
-        mine, channel, G, N, L, R, DOT)
+    dC, dB = through_scores(B_ptr, C_ptr, grad_scores_ptr, mine, channel, G, N, L, R, DOT)
     if reads_ptr is not None:
-        c = tl.load(C_ptr + of_group + at).to(tl.float32)
+        c = tl.load(C_ptr + at).to(tl.float32)
     for head_of_group in range(H // G):
         head = group * (H // G) + head_of_group
         of_head = (batch * H + head) * n * L + chunk * L + mine
@@ -2090,8 +2085,8 @@ def ssd_grad_queries_keys(
             state_pairs = tl.sum(s.to(tl.float32) * ds.to(tl.float32))
             part = (n_block * heads + batch * H + head) * n
             tl.store(state_pairs_ptr + part + chunk, state_pairs)
-    tl.store(dC_ptr + of_group + at, dC.to(dC_ptr.dtype.element_ty))
-    tl.store(dB_ptr + of_group + at, dB.to(dB_ptr.dtype.element_ty))
+    tl.store(dC_ptr + (token * G + group) * N + at, dC.to(dC_ptr.dtype.element_ty))
+    tl.store(dB_ptr + (token * G + group) * N + at, dB.to(dB_ptr.dtype.element_ty))
 
 
 @chunk_kernel
@@ -2508,8 +2503,8 @@ def conv_forward(x, weight, bias, document):
     BT, BD = conv_tile(x)
     y = x.new_empty(x.shape)
     conv_outputs[(-(-T // BT), -(-D // BD), B)](
-        x, weight, bias, document, y, T, ROW=x.stride(1), D=D, TAPS=weight.shape[1], BT=BT, BD=BD,
-        num_warps=4)
+        x, weight, bias, document, y, T=T, ROW=x.stride(1), D=D, TAPS=weight.shape[1],
+        BT=BT, BD=BD, num_warps=4)
     return y
 
 
@@ -2538,10 +2533,10 @@ def conv_backward(x, weight, bias, document, dy, dx, dweight, dbias):
     dweights = x.new_empty(B * parts, *weight.shape, dtype=torch.float32)
     dbiases = x.new_empty(B * parts, D, dtype=torch.float32)
     conv_gradients[(parts, columns, B)](
-        x, weight, bias, document, dy, dpre, dweights, dbiases, T, steps, ROW=x.stride(1),
-        DY_ROW=dy.stride(1), D=D, TAPS=taps, BT=rows, BD=BD, num_warps=4)
+        x, weight, bias, document, dy, dpre, dweights, dbiases, T=T, STEPS=steps,
+        ROW=x.stride(1), DY_ROW=dy.stride(1), D=D, TAPS=taps, BT=rows, BD=BD, num_warps=4)
     conv_grad_inputs[(-(-T // BT), columns, B)](
-        dpre, weight, document, dx, T, D=D, TAPS=taps, BT=BT, BD=BD, num_warps=4)
+        dpre, weight, document, dx, T=T, D=D, TAPS=taps, BT=BT, BD=BD, num_warps=4)
     dweight.copy_(dweights.sum(0))
     if bias is not None:
         dbias.copy_(dbiases.sum(0))
