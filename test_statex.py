@@ -344,6 +344,12 @@ def test_sizes_that_go_another_way(op, sizes, step, dtype, interpreter):
     check_against("recurrent", op, args, "triton")
 
 
+def test_the_script_checks_chunked_where_there_is_no_gpu():
+    out = ran(kernels, "--device=cpu")
+    assert out.count("chunked float32") == 2 * len(DECAYS) and "times need a GPU" in out
+    refused(kernels, "--only=gla-7b", says="names no layer; they are gla-340m, ")
+
+
 @needs_triton
 @pytest.mark.parametrize("decay", DECAYS)
 def test_the_first_kernels_are_the_definition(decay):
