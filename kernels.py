@@ -1172,8 +1172,7 @@ def gla_grad_scores(
 ):
     """grad_scores_ij = do_i . v_j for j < i.
 
-    One program owns a block of queries and one of keys, no later, of one chunk of one
-    head."""
+    One program owns a block of queries and one of keys, no later, of one head."""
     key_block, rest = split(tl.program_id(0), L // R)
     query_block, rest = split(rest, L // R)
     head, chunk, batch = split3(rest, H, n)
@@ -1276,8 +1275,7 @@ def gla_grad_queries_keys(
 def sum_pairs(pairs, writes, DOT: tl.constexpr):
     """For every token t of a block: the pairs of t and later, and the writes before t.
 
-    Not as a running sum less its last term: of small sums only that term's rounding is
-    left."""
+    Not as a running sum less its last term, whose rounding drowns what is small."""
     i = tl.arange(0, pairs.shape[0])
     earlier = i[:, None] > i[None, :]
     if DOT is not None:
@@ -1594,8 +1592,7 @@ def gla_forward(q, k, v, g, state, scale, L, R,
 
 def gla_gradients(q, k, v, g, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, states,
                   do, dlast, scale, L, R, has_state):
-    """Of q, k, v, g, and of the incoming state (B,H,K,V), empty where there was
-    none."""
+    """Of q, k, v, g and of the incoming state (B,H,K,V), empty where it was None."""
     B, _, H, K = q.shape
     dstate = g.new_empty(B, H, K, v.shape[3]) if has_state else g.new_empty(0)
     return (*(torch.empty_like(x) for x in (q, k, v, g)), dstate)
@@ -1693,8 +1690,7 @@ def gla_triton(q, k, v, g, scale, state):
 
 @triton.jit
 def decay_table(cum_ptr, low_ptr, query, key):
-    """exp(g_{key+1} + ... + g_query) for query >= key, else 0; tokens of one head's
-    chunk.
+    """exp(g_{key+1} + ... + g_query) for query >= key, else 0, in one head's chunk.
 
     In float32 the running sum is a float64 cut in two: a difference of two large sums
     then keeps the digits of the small decays. bfloat16 has fewer digits to keep,
@@ -1782,8 +1778,7 @@ def read_states(
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
     BV: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """read = S c, for states of more than 128 columns: neighbouring heads share the
-    tile of c.
+    """read = S c, for states of over 128 columns: neighbouring heads share c's tile.
 
     One program owns BV channels, of one head or several of one group, of one chunk."""
     v_block, chunk, batch = split3(tl.program_id(0), H * P // BV, n)
@@ -1834,8 +1829,8 @@ def ssd_outputs(
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """y_i = exp(cum_i) S C_i + sum_{j <= i} scores_ij exp(cum_i - cum_j) dt_j x_j + D
-    x_i.
+    """y_i = exp(cum_i) S C_i + D x_i
+           + sum over j <= i of scores_ij exp(cum_i - cum_j) dt_j x_j.
 
     One program owns R queries of one chunk of one head."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
@@ -1963,8 +1958,7 @@ def ssd_grad_scores(
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """grad_scores_ij = sum over the group's heads of exp(cum_i - cum_j) dt_j (dy_i .
-    x_j).
+    """grad_scores_ij sums exp(cum_i - cum_j) dt_j (dy_i . x_j) over the group's heads.
 
     One program owns R queries and R keys, no later, of one chunk of one group, its
     heads in turn."""
@@ -2146,8 +2140,7 @@ def ssd_chunk(T, N, dtype):
 
 @functools.cache
 def ssd_launches(P, N, heads, shared, L, R, dtype):
-    """The kernels with their tiles; heads: of all sequences, shared: heads of a
-    group."""
+    """The kernels with their tiles; heads: of all sequences, shared: of a group."""
     narrow = dtype == torch.bfloat16
     apart = N > READ_APART
     BN = power_of_two(N, 16, 64)
@@ -2202,8 +2195,7 @@ def ssd_results(x, dt, A, B, C, D, state, first, L, R):
           ssd_results)
 def ssd_forward(x, dt, A, B, C, D, state, first, L, R, y, last,
                 cum, low, read_weight, write_weight, decay, scores, states, state_read):
-    """T a multiple of L; P 16, 32 or 64; N a multiple of 128, or a power of two from
-    16."""
+    """T a multiple of L; P 16, 32 or 64; N a multiple of 128, or a power of two >= 16."""
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
     n = T // L
@@ -2705,8 +2697,7 @@ def ceilings():
 
 
 def peers(op, G, H):
-    """Other libraries' implementations that can be imported: name -> function of the
-    arguments."""
+    """Other libraries' implementations, where they can be imported: name -> function."""
     with contextlib.suppress(ImportError):
         if op == "ssd":
             from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
