@@ -62,7 +62,12 @@ def gla(q, k, v, g, scale=None, state=None, impl="auto"):
     """
     q, k, v, g, state = check_gla(q, k, v, g, state)
     impl = pick(impl, q, k, v, g, state)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    elif not isinstance(scale, (int, float)):
+        raise BadInput(f"gla: scale is of type {type(scale).__name__}; expected a number "
+                       "(q can be multiplied by a tensor)")
+    scale = float(scale)
     if v.numel() == 0:
         return no_tokens(v, state, (v.shape[0], v.shape[2], q.shape[3], v.shape[3]), (q, k, g))
     if impl == "triton":
@@ -834,9 +839,13 @@ class FirstDerivativeOnly(torch.autograd.Function):
 
 def differentiable(forward, save, backward, chain):
     """Two operators as one differentiable function. save(ctx, inputs, output) keeps
-    what chain(backward, ctx, *gradients) needs. Inside torch.compile the operators are
-    called, elsewhere their plain functions."""
-    forward.register_autograd(functools.partial(chain, backward), setup_context=save)
+    what chain(backward, ctx, saved tensors, *gradients) needs. Inside torch.compile the
+    operators are called, elsewhere their plain functions. (Saved tensors are read once:
+    torch.utils.checkpoint gives them out once.)"""
+    def compiled_backward(ctx, *gradients):
+        return chain(backward, ctx, ctx.saved_tensors, *gradients)
+
+    forward.register_autograd(compiled_backward, setup_context=save)
 
     class Plain(torch.autograd.Function):
         @staticmethod
@@ -847,12 +856,12 @@ def differentiable(forward, save, backward, chain):
 
         @staticmethod
         def backward(ctx, *gradients):
+            saved = ctx.saved_tensors
             with torch.no_grad():
-                results = chain(backward.plain, ctx, *gradients)
+                results = chain(backward.plain, ctx, saved, *gradients)
             if not torch.is_grad_enabled():
                 return results
-            return FirstDerivativeOnly.apply(
-                len(results), *results, *ctx.saved_tensors, *gradients)
+            return FirstDerivativeOnly.apply(len(results), *results, *saved, *gradients)
 
     def call(*inputs):
         return forward(*inputs) if torch.compiler.is_compiling() else Plain.apply(*inputs)
@@ -1644,12 +1653,12 @@ def gla_save(ctx, inputs, output):
     ctx.scale, ctx.L, ctx.R = inputs[5:]
 
 
-def gla_chain(backward, ctx, do, dlast, *_):
-    v = ctx.saved_tensors[2]
+def gla_chain(backward, ctx, saved, do, dlast, *_):
+    v = saved[2]
     do = torch.zeros_like(v) if do is None else do.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
     *gradients, dstate = backward(
-        *ctx.saved_tensors, do, dlast, ctx.scale, ctx.L, ctx.R, ctx.has_state)
+        *saved, do, dlast, ctx.scale, ctx.L, ctx.R, ctx.has_state)
     return *gradients, dstate if ctx.has_state else None, None, None, None
 
 
@@ -2284,12 +2293,12 @@ def ssd_save(ctx, inputs, output):
     ctx.L, ctx.R = inputs[8:]
 
 
-def ssd_chain(backward, ctx, dy, dlast, *_):
-    x = ctx.saved_tensors[0]
-    D = ctx.saved_tensors[5]
+def ssd_chain(backward, ctx, saved, dy, dlast, *_):
+    x = saved[0]
+    D = saved[5]
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
-    *gradients, dD, dstate = backward(*ctx.saved_tensors, dy, dlast, ctx.L, ctx.R, ctx.has_state)
+    *gradients, dD, dstate = backward(*saved, dy, dlast, ctx.L, ctx.R, ctx.has_state)
     return (*gradients, None if D is None else dD, dstate if ctx.has_state else None,
             None, None, None)
 
@@ -2327,7 +2336,9 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
     BN = tile_multiple(N, x)
     x = pad(x.to(dtype), {1: L, 3: parts * BP}).unflatten(3, (parts, BP)).flatten(2, 3).contiguous()
     dt = pad(dt.float(), {1: L})
-    A, D = (None if t is None else t.float() for t in (A, D))
+    # The padding has dt = 0, and 0 * -inf would be no number.
+    A = A.float().clamp_min(-1e30)
+    D = None if D is None else D.float()
     if parts > 1:
         dt, A, D = (None if t is None else t.repeat_interleave(parts, -1) for t in (dt, A, D))
     B, C = (pad(t.to(dtype), {1: L, 3: BN}).contiguous() for t in (B, C))
@@ -2539,8 +2550,9 @@ def conv_save(ctx, inputs, output):
 
 
 def conv_chain(ctx, dy):
-    dx, dweight, dbias = conv_backward(*ctx.saved_tensors, rows_apart(dy))
-    return dx, dweight, None if ctx.saved_tensors[2] is None else dbias, None
+    saved = ctx.saved_tensors
+    dx, dweight, dbias = conv_backward(*saved, rows_apart(dy))
+    return dx, dweight, None if saved[2] is None else dbias, None
 
 
 conv_forward.register_autograd(conv_chain, setup_context=conv_save)

@@ -423,6 +423,15 @@ def test_a_huge_decay_leaves_the_small_ones(op, huge, impl):
     assert max(errors(op, args, impl).values()) < 1e-3
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_head_that_forgets_everything_at_once(impl):
+    """A is -inf where A_log is above 88."""
+    args = inputs("ssd", 1, 37, 2, 1, 5, 7, device=DEVICE)
+    args[2][0] = -math.inf
+    for x, ref in zip(run("ssd", args, impl), run("ssd", args, "recurrent"), strict=True):
+        assert gap(x, ref) < 1e-4
+
+
 FULL = {"gla": {"q": (2, 4, 4, 5), "k": (2, 4, 2, 5), "v": (2, 4, 4, 7), "g": (2, 4, 2, 5),
                 "state": (2, 4, 5, 7)},
         "ssd": {"x": (2, 4, 4, 5), "dt": (2, 4, 4), "A": (4,), "B": (2, 4, 2, 6),
@@ -523,6 +532,18 @@ def test_second_derivatives_are_right_or_an_error(op, impl):
         first = torch.autograd.grad(loss, args[:-1], create_graph=True)
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(sum(g.square().sum() for g in first), args[0], retain_graph=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("op", ("gla", "ssd"))
+def test_activations_computed_twice(op, impl):
+    """torch.utils.checkpoint gives out each saved tensor once."""
+    args = [a.requires_grad_() for a in inputs(op, 1, 5, 2, 1, 2, 3, device=DEVICE)]
+    twice = torch.utils.checkpoint.checkpoint(
+        lambda *args: run(op, args, impl)[0], *args, use_reentrant=False)
+    for x, y in zip(torch.autograd.grad(twice.sum(), args),
+                    torch.autograd.grad(run(op, args, impl)[0].sum(), args), strict=True):
+        assert torch.equal(x, y)
 
 
 @needs_triton
