@@ -474,6 +474,7 @@ def test_what_the_definition_broadcasts_is_broadcast(op, shapes, impl):
     ("gla", "v", (2, 3, 4, 7)), ("gla", "g", (2, 1, 2, 5)), ("gla", "k", (2, 4, 3, 5)),
     ("gla", "state", (2, 4, 7, 5)), ("gla", "state", (3, 4, 5, 7)), ("gla", "q", (4, 4, 5)),
     ("gla", "v", (2, 4, 4, 0)), ("gla", "v", torch.ones(2, 4, 4, 7).long()), ("gla", "k", 1),
+    ("gla", "scale", torch.ones(())),
     ("ssd", "A", (4, 6)), ("ssd", "C", (2, 4, 2, 5)), ("ssd", "state", (2, 4, 6, 5)),
     ("ssd", "B", (2, 4, 3, 6)), ("ssd", "D", (3,)), ("ssd", "first", torch.ones(2, 4)),
     ("ssd", "first", torch.ones(2, 5) > 0)))
