@@ -732,6 +732,8 @@ def test_a_packed_document_sees_nothing_of_the_one_before(block, changes):
     assert gap(lm(idx, first=first)[0][:1], torch.cat(apart, dim=1)) < 1e-12
     _, _, state = lm(idx[:, :40], first=first[:, :40])          # and across two calls
     assert gap(lm(idx[:, 40:], state=state, first=first[:, 40:])[0][0], apart[2][0, 16:]) < 1e-12
+    _, _, state = lm(idx[:1, :25], first=first[:1, :25])        # the first ends in its beginning
+    assert gap(lm(idx[:1, 25:], state=state)[0], apart[2][:, 1:]) < 1e-12
 
 
 @pytest.mark.parametrize("taps", (1, 2, 4))
@@ -858,13 +860,22 @@ def test_a_second_derivative_of_the_loss_is_an_error():
     (lambda lm, idx: lm(idx, idx.tolist()), "targets is of type list"),
     (lambda lm, idx: lm(idx, state=5), "state is of type int"),
     (lambda lm, idx: lm(idx, state=[(*x, 0) for x in lm(idx)[2]]), "expected a pair"),
-    (lambda lm, idx: lm(idx, first=idx * 0), "is torch.int64; expected torch.bool"),
+    (lambda lm, idx: lm(idx, first=idx * 0), "is torch.int64 on cpu; expected torch.bool"),
     (lambda lm, idx: lm.generate(idx, 2.5), "n is 2.5"),
     (lambda lm, idx: lm.generate(idx, 2, top_k=2.5), "top_k is 2.5"),
     (lambda lm, idx: lm.generate(idx, 2, seed=1.5), "seed is 1.5"),
     (lambda lm, idx: lm.generate([1, 2, 3], 2), "each a list of token ids"),
     (lambda lm, idx: lm.generate("hello", 2), "the prompts are not token ids"),
     (lambda lm, idx: lm.generate([[1], [70]], 2), "a prompt has the token id 70"),
+    (lambda lm, idx: lm(idx, state=[(1, 2)] * 3), "a part of a layer's state is of type int"),
+    (lambda lm, idx: lm(idx.to("meta")), "where the model is"),
+    (lambda lm, idx: lm(idx, idx.to("meta")), "where the model is"),
+    (lambda lm, idx: lm.generate([None], 2), "no list of token ids"),
+    (lambda lm, idx: lm.generate([[10**20]], 2), "no list of token ids"),
+    (lambda lm, idx: lm.generate(idx, 2, stop=[1, 2]), "stop is [1, 2]"),
+    (lambda lm, idx: lm.generate(idx, 2, temperature=None), "temperature is None"),
+    (lambda lm, idx: lm.generate(idx, 2, top_p="0.9"), "top_p is '0.9'"),
+    (lambda lm, idx: lm.generate(idx, 2, seed=2**64), "below 2^63"),
     (lambda lm, idx: Config("gla", 61, 2, "32"), "d_model is '32'"),
     (lambda lm, idx: Config("gla", norm_eps=-1.0), "norm_eps is -1.0"),
     (lambda lm, idx: Config("gla", expand_k=math.nan), "expand_k is nan"),
@@ -887,6 +898,7 @@ def test_edge_calls_that_mean_something(block):
     _, _, same = lm(idx[:, :0], state=state)
     assert all(torch.equal(a, b) for x, y in zip(state, same, strict=True)
                for a, b in zip(x, y, strict=True))
+    assert torch.equal(lm.generate(idx, 3, seed=np.int32(5)), lm.generate(idx, 3, seed=5))
     assert lm.generate(idx, 0).shape == (2, 9) and lm.generate(idx, 3, 1e-40).shape == (2, 12)
     assert lm(idx[:, :0], first=idx[:, :0].bool())[0].shape == (2, 0, 61)
     assert lm(idx[:, :0], state=state, first=idx[:, :0].bool())[0].shape == (2, 0, 61)
