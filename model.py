@@ -128,11 +128,11 @@ class Config:
 
     @property
     def d_k(self):
-        return int(self.d_model * self.expand_k)
+        return channels(self.d_model, self.expand_k)
 
     @property
     def d_v(self):
-        return int(self.d_model * self.expand_v)
+        return channels(self.d_model, self.expand_v)
 
     @property
     def d_inner(self):
@@ -144,6 +144,14 @@ class Config:
         if self.block == "gla":
             return self.d_k * self.d_v // self.n_key_head[layer]
         return self.d_inner * self.d_state[layer]
+
+
+def channels(d_model, ratio):
+    """d_model ratio, rounded down; but 1000 x 0.57 = 569.99... are 570, as in
+    flash-linear-attention."""
+    exact = d_model * ratio
+    nearest = round(exact)
+    return nearest if math.isclose(exact, nearest) else int(exact)
 
 
 # The public checkpoints' shapes.

@@ -1141,6 +1141,8 @@ def ssm(**layers):
     (GLA, {"rms_norm_eps": 1e-6, "share_conv_kernel": True, "attn_mode": "fused_chunk",
            "layer_sharing": None, "attn": None, "clamp_min": None, "feature_map": None,
            "num_kv_heads": 4, "use_gk": True, "use_gv": False, "hidden_act": "silu"}),
+    (GLA, {"gate_logit_normalizer": 8, "gate_low_rank_dim": 32, "conv_bias": True,
+           "sliding_window": None, "max_length": 20, "do_sample": False, "temperature": 1.0}),
     (GLA, {"num_kv_heads": None, "elementwise_affine": True, "use_output_gate": True,
            "hidden_ratio": 4, "intermediate_size": None, "conv_size": 4, "fuse_norm": False,
            "fuse_swiglu": False, "fuse_linear_cross_entropy": True, "_name_or_path": "x",
@@ -1236,13 +1238,16 @@ def older_names(tensors):
     for name in [name for name in tensors if name.endswith("mlp.up_proj.weight")]:
         gate = name.replace("up_proj", "gate_proj")
         tensors[gate] = torch.cat((tensors[gate], tensors.pop(name)))
-    return {name.replace("g_norm_swish_gate", "g_norm").replace("embeddings", "embed_tokens"): t
-            for name, t in tensors.items()}
+    changes = {"g_norm_swish_gate": "g_norm", "embeddings": "embed_tokens",
+               "layers.1.": "layers.1._checkpoint_wrapped_module."}
+    for old, new in changes.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def write_weights(path, config, tensors, shards=0, extension="bin"):
     """A checkpoint folder, written without the format's own library."""
-    fill(path, {"config.json": json.dumps(config)})
+    fill(path, {"config.json": b"\xef\xbb\xbf" + json.dumps(config).encode()})  # a BOM
     if not shards:
         return torch.save(tensors, path / "pytorch_model.bin")
     files = {name: f"part-{i * shards // len(tensors)}.{extension}"
@@ -1297,6 +1302,7 @@ def test_broken_folders(tmp_path, monkeypatch):
     lacking = {other: tensor for other, tensor in tensors.items() if other != name}
     for i, (weights, says) in enumerate((
             (lacking, "Missing key(s) in state_dict: \"layers.1.attn_norm.weight\""),
+            (tensors | {"model.layers.1.mlp.gate_proj.weight": torch.ones(())}, "size mismatch"),
             (tensors | {name: torch.ones(7)}, "size mismatch for layers.1.attn_norm.weight"),
             (tensors | {"model.rotary.weight": torch.ones(2)}, "rotary.weight"),
             (tensors | {name: torch.ones(32, dtype=torch.int8)}, "is of torch.int8"),
@@ -1307,8 +1313,9 @@ def test_broken_folders(tmp_path, monkeypatch):
             LM.from_pretrained(tmp_path / f"{i}")
     for file, content, says in (
             ("pytorch_model.bin", (tmp_path / "0/pytorch_model.bin").read_bytes()[:9000], "weights"),
-            ("model.safetensors", b"\x10", "pip install safetensors"),
             ("model.safetensors.index.json", "[]", "cannot read the weights"),
+            ("model.safetensors", b"\x10", "pip install safetensors"),
+            ("config.json", "[" * 10**5, "no readable config.json"),
             ("config.json", "{", "no readable config.json"), ("config.json", "[1]", "a list")):
         fill(tmp_path / "0", {file: content})
         with raises_one_line(says):
@@ -1367,6 +1374,7 @@ def test_key_channels_survive_the_ratio(d_model, d_k):
                expand_v=4.01 / d_model, conv_size=0)
     config, tensors = public.uniform(asdict(lm.config), lm.state_dict())
     assert Config(**config).d_k == 4 * d_k == len(tensors["layers.0.attn.q_proj.weight"])
+    assert Config("gla", 61, 1, 1000, n_head=1, expand_k=0.57).d_k == 570      # as a float: 569.99
 
 
 @pytest.fixture
