@@ -101,8 +101,8 @@ class Config:
         if not self.d_mlp:
             self.d_mlp = -(-int(self.d_model * 4 * 2 / 3) // 256) * 256
         if not self.d_k * self.d_v:
-            raise BadInput(f"expand_k {self.expand_k} and expand_v {self.expand_v} leave no channel "
-                           f"of d_model {self.d_model}")
+            raise BadInput(f"expand_k {self.expand_k} and expand_v {self.expand_v} leave no "
+                           f"channel of d_model {self.d_model}")
         for heads, key_heads in zip(self.n_head, self.n_key_head, strict=True):
             if self.d_k % heads or self.d_v % heads:
                 raise BadInput(f"n_head {heads} does not divide the {self.d_k} key and "
@@ -611,7 +611,7 @@ class LM(nn.Module):
                            "list of prompts, each a list of token ids")
         try:
             prompts = [torch.as_tensor(prompt)[None] for prompt in idx]
-        except (TypeError, ValueError, RuntimeError) as e:      # of no numbers, or of too large ones
+        except (TypeError, ValueError, RuntimeError) as e:      # no numbers, or too large ones
             raise BadInput(f"a prompt is no list of token ids: {e}") from e
         if not all(prompt.numel() for prompt in prompts) or not prompts:
             raise BadInput("a prompt is empty; begin at least with the end-of-text token")
