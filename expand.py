@@ -12,10 +12,13 @@ Every layer that is not chosen is kept bit for bit. What becomes of a chosen one
     groups                                               n_groups x f, rows of B and C tiled:
                                                          more parameters, the same state
 
-`preserve` (ours, the default) leaves the function exactly as it was, and its new parameters
-learn from the first step. `reinit` is the paper's choice, `inherit` its ablation. In Mamba2
-tiled rows get equal gradients for ever, so that `inherit` can use its larger state only
-where --noise breaks the tie. The state of a chosen layer grows by f in all but `groups`.
+`preserve` (ours, the default) leaves the function as it was: in Mamba2 bit for bit, in GLA up
+to rounding. GLA's gates and Mamba2's new rows of C learn from the first step, B's new rows
+from the second, when C's are no longer zero. `reinit` is the paper's choice, `inherit` its
+ablation. In Mamba2 tiled rows get equal gradients for ever, so that `inherit` can use its
+larger state only where --noise breaks the tie. The state of a chosen layer grows by f in all
+but `groups`. An init of your own: its name in INITS, how sizes grow in `enlarged`, what every
+parameter is made of in `plan_gla` or `plan_mamba2`; `python train.py --init=NAME` runs it.
 
     python expand.py --ckpt=out/recipe-gla/pretrained.pt --every=1 --out=out/expanded.pt
     python expand.py --ckpt=gla-1.3b --every=6 --dry-run     the report for a public size
@@ -56,7 +59,7 @@ def expand(lm, layers, factor=None, init="preserve", seed=0, noise=0.0, same_sta
         fresh = fresh_layers(new, layers, seed, paper)
         carry_out(plan, lm, new, fresh, noise, seed)
     new.train(lm.training)
-    return new, report(lm, new, plan, layers, init, seed)
+    return new, changes(lm, new, plan, layers, init, seed)
 
 
 def check_numbers(layers, factor, seed, noise):
@@ -100,7 +103,7 @@ def enlarged(config, layers, factor, init, same_state):
                 expected = f"a divisor of its {n_key_head[i]} heads, above 1"
             raise BadInput(f"factor {f} cannot enlarge layer {i}; expected {expected}")
         if same_state:
-            continue
+            continue                    # the control: the factor is looked at, nothing grows
         if config.block == "mamba2":
             d_state[i] *= f
         elif init == "preserve":
@@ -135,11 +138,10 @@ class Piece:
 
 
 def plan_tensor(name, config, new_config, layers, init):
-    """The pieces of the tensor `name` (as in the state_dict), in order; [] for all of the
-    old tensor, kept."""
+    """The pieces of the tensor `name` (as in the state_dict), in order."""
     where = name.split(".")
     if where[0] != "layers" or int(where[1]) not in layers:
-        return []
+        return [Piece("kept", "everything outside the chosen layers")]
     layer = int(where[1])
     part = ".".join(where[2:])
     if config.block == "gla":
@@ -150,7 +152,8 @@ def plan_tensor(name, config, new_config, layers, init):
 def plan_gla(part, config, new_config, layer, init):
     """The pieces of one parameter of a chosen GLA layer."""
     if part == "attn.gates":
-        return [Piece("identity", part, new_config.n_key_head[layer])]
+        shared = config.n_key_head[layer] < config.n_head[layer]
+        return [Piece("kept" if shared else "identity", part, new_config.n_key_head[layer])]
     if init == "reinit" and part.startswith(("attn.", "attn_norm.")):
         return [Piece("fresh", part)]
     keys = ("attn.q_", "attn.k_", "attn.gk_proj")
@@ -245,9 +248,9 @@ def carry_out(plan, lm, new, fresh, noise, seed):
     made = {}
     rng = torch.Generator().manual_seed(seed)
     for name, pieces in plan.items():
-        if name.endswith("attn.gates") and pieces:
+        if name.endswith("attn.gates") and name in fresh:
             made[name] = block_diagonal(old.get(name), fresh[name]).to(old["embeddings.weight"])
-        elif not pieces:
+        elif name not in fresh:
             made[name] = old[name].clone()
         else:
             tensor = fresh[name].to(old[name])
@@ -294,7 +297,7 @@ def block_diagonal(old_gates, gates):
 # the report
 
 
-def report(lm, new, plan, layers, init, seed):
+def changes(lm, new, plan, layers, init, seed):
     """What changed, as a dict of numbers: elements by (how, what), parameters, state."""
     shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
     elements = {}
@@ -303,7 +306,7 @@ def report(lm, new, plan, layers, init, seed):
             continue
         rows = shapes[name][0]
         per_row = shapes[name].numel() // rows
-        for piece in pieces or [Piece("kept", "everything outside the chosen layers")]:
+        for piece in pieces:
             key = (piece.how, piece.what)
             count = per_row * (rows if piece.rows is None else piece.rows)
             elements[key] = elements.get(key, 0) + count
@@ -331,11 +334,13 @@ def describe(r):
     lines += ["", "layer   state elements per sequence"]
     for i, (before, after) in enumerate(r["state_elements_by_layer"]):
         lines.append(f"{i:5d}   {before:,d}" + (f" -> {after:,d}" if after != before else ""))
-    params, more = r["params_before"], r["params_after"] - r["params_before"]
-    before, after = r["state_elements_before"], r["state_elements_after"]
+    params = r["params_before"]
+    more = r["params_after"] - params
+    before = r["state_elements_before"]
+    after = r["state_elements_after"]
     lines += ["",
               f"parameters      {millions(params)} -> {millions(params + more)}   "
-              f"+{more / 1e6:.1f}M ({more:,d}, {100 * more / params:+.4f} %)",
+              f"{more:+,d} ({100 * more / params:+.4f} %)",
               f"state elements  {millions(before)} -> {millions(after)}   x {after / before:.2f}",
               f"state bytes     {4 * before:,d} -> {4 * after:,d} per sequence, in float32"]
     return "\n".join(lines)
@@ -392,9 +397,9 @@ def main():
     else:
         lm = LM.from_pretrained(options.ckpt)
     layers = choose_layers(lm.config.n_layer, options.every, options.layers)
-    new, changes = expand(lm, layers, options.factor or None, options.init, options.seed,
+    new, report = expand(lm, layers, options.factor or None, options.init, options.seed,
                           options.noise, options.same_state, options.paper)
-    print(describe(changes))
+    print(describe(report))
     if options.dry_run:
         print("\nnothing written (dry run)")
         return

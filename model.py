@@ -14,7 +14,15 @@ GLAForCausalLM, Mamba2 as mamba_ssm's. What is ours alone is GLA's `gates` (see 
 
 A checkpoint to read is a .pt file of ours, a folder in a public format, or a hub id.
 """
-from data.options import BadInput, command_line, option, pick_device, run_script
+from data.options import (
+    BadInput,
+    command_line,
+    one_line,
+    option,
+    pick_device,
+    run_script,
+    write_file,
+)
 
 import contextlib
 import itertools
@@ -47,6 +55,7 @@ class Config:
     conv_size: int = 0               # taps of the causal convolution; GLA: 0 for none, Mamba2: 4
     # GLA
     n_head: int | list = 4
+    n_key_head: int | list | None = None    # of keys and decays; fewer than n_head: shared
     expand_k: float = 0.5            # key channels over d_model
     expand_v: float = 1.0            # value channels over d_model
     d_mlp: int = 0                   # 0: 2/3 * 4 * d_model, rounded up to a multiple of 256
@@ -59,8 +68,6 @@ class Config:
     pad_vocab: int = 1               # the embedding's rows are rounded up to a multiple of this
     # what the token ids mean: a name that data/prepare.py knows, "" when unknown
     tokenizer: str = ""
-    # GLA again: heads of keys and decays, None for n_head; fewer when heads share their keys
-    n_key_head: int | list | None = None
 
     def __post_init__(self):
         if self.block not in ("gla", "mamba2"):
@@ -144,6 +151,10 @@ class Config:
         if self.block == "gla":
             return self.d_k * self.d_v // self.n_key_head[layer]
         return self.d_inner * self.d_state[layer]
+
+    def total_state(self):
+        """Elements of state per sequence, of all layers."""
+        return sum(self.state_elements(layer) for layer in range(self.n_layer))
 
 
 def channels(d_model, ratio):
@@ -340,7 +351,7 @@ class Mamba2(nn.Module):
         B = B.unflatten(-1, (self.n_groups, -1))                        # (B,T,G,N)
         C = C.unflatten(-1, (self.n_groups, -1))
         dt = F.softplus(at_least_float32(dt) + self.dt_bias)
-        A = -at_least_float32(self.A_log).exp()
+        A = -at_least_float32(self.A_log).exp()             # dt A is the log decay per head
         y, S = ssd(x, dt, A, B, C, self.D, state=S, first=first)
         y = (y.flatten(-2) * F.silu(z)).unflatten(-1, (self.norm_groups, -1))
         y = F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(-2) * self.norm.weight
@@ -756,21 +767,12 @@ def choose(logits, temperature, top_k, top_p, chance):
 def save_checkpoint(path, lm, train=None, weights=None):
     """Write a checkpoint. weights: the model's state_dict, where lm holds only a part of it.
 
-    It is written under a name of this process, flushed to the disk and renamed: a kill at
-    any moment leaves the old file or the new. Raises BadInput."""
-    part = f"{path}.{os.getpid()}.tmp"
+    A kill at any moment leaves the old file or the new. Raises BadInput."""
     entries = {"config": asdict(lm.config), "model": weights or lm.state_dict(), "train": train}
     try:
-        with open(part, "wb") as f:
-            torch.save(entries, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:                    # a full disk reaches us as either
-        raise BadInput(f"cannot save {path}: {e}; the last checkpoint is untouched") from e
-    finally:                                                # also after Ctrl-C
-        with contextlib.suppress(OSError):
-            os.remove(part)
+        write_file(path, lambda file: torch.save(entries, file))
+    except RuntimeError as e:                           # a full disk may reach us as this
+        raise BadInput(f"cannot write {path}: {one_line(e)}; what was there is untouched") from e
 
 
 def load_checkpoint(path):
@@ -807,8 +809,7 @@ def build(config, weights, path):
     try:
         lm.load_state_dict(weights, assign=True)
     except RuntimeError as e:
-        what = " ".join(str(e).split())[:300]
-        raise BadInput(f"{path} does not fit its own config: {what}") from e
+        raise BadInput(f"{path} does not fit its own config: {one_line(e, 300)}") from e
     if config.tie_embeddings:
         lm.lm_head.weight = lm.embeddings.weight
     return lm.requires_grad_()

@@ -190,7 +190,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def text(corpus):
     """Its held-out tokens, and their tokenizer."""
-    return prepare.load_corpus(corpus)[1], prepare.load_tokenizer("code4096")
+    return prepare.load_corpus(corpus).val, prepare.load_tokenizer("code4096")
 
 
 @pytest.fixture(scope="session")
@@ -879,7 +879,7 @@ def test_a_second_derivative_of_the_loss_is_an_error():
     (lambda lm, idx: Config("gla", 61, 2, "32"), "d_model is '32'"),
     (lambda lm, idx: Config("gla", norm_eps=-1.0), "norm_eps is -1.0"),
     (lambda lm, idx: Config("gla", expand_k=math.nan), "expand_k is nan"),
-    (lambda lm, idx: Config("gla", expand_v=1e-9), "expand_v"),
+    (lambda lm, idx: Config("gla", expand_v=1e-9), "0 value channels"),
     (lambda lm, idx: Config("gla", tie_embeddings="yes"), "tie_embeddings is 'yes'"),
     (lambda lm, idx: Config("gla", tokenizer=None), "tokenizer is None"),
 ))
@@ -1286,7 +1286,8 @@ def test_tied_heads(tmp_path):
         found, have = public.read_folder(tmp_path / "x")
         return found["tie_embeddings"], have.get("embeddings.weight"), have.get("lm_head.weight")
 
-    for given in ({"embedding": first}, {"head": first}, {"embedding": first, "head": first.clone()}):
+    for given in ({"embedding": first}, {"head": first},
+                  {"embedding": first, "head": first.clone()}):
         tied, embedding, head = read(True, **given)
         assert tied and embedding is head and torch.equal(head, first)
     tied, embedding, head = read(True, embedding=first, head=second)
@@ -1312,7 +1313,9 @@ def test_broken_folders(tmp_path, monkeypatch):
         with raises_one_line(says):
             LM.from_pretrained(tmp_path / f"{i}")
     for file, content, says in (
-            ("pytorch_model.bin", (tmp_path / "0/pytorch_model.bin").read_bytes()[:9000], "weights"),
+            ("pytorch_model.bin", (tmp_path / "0/pytorch_model.bin").read_bytes()[:9000],
+             "weights"),
+            ("model.safetensors", b"\x10", "pip install safetensors"),
             ("model.safetensors.index.json", "[]", "cannot read the weights"),
             ("model.safetensors", b"\x10", "pip install safetensors"),
             ("config.json", "[" * 10**5, "no readable config.json"),
@@ -1401,7 +1404,8 @@ def test_fla_reads_what_was_written(block, changes, fla, tmp_path):
     write(lm, tmp_path / "x")
     theirs, loading = library("transformers").AutoModelForCausalLM.from_pretrained(
         tmp_path / "x", output_loading_info=True)
-    assert type(theirs).__module__.startswith("fla") and theirs.config.norm_eps == lm.config.norm_eps
+    assert type(theirs).__module__.startswith("fla")
+    assert theirs.config.norm_eps == lm.config.norm_eps
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     theirs.eval().save_pretrained(tmp_path / "y")
     back = LM.from_pretrained(tmp_path / "y").eval()
@@ -1743,7 +1747,7 @@ def test_the_tokenizer_of_a_model_and_of_a_text(tmp_path):
     name = save_hf(tmp_path / "hf", eos_token="</s>")
     fill(tmp_path, {"a.txt": "abcdefgh " * 2000})
     prepared(tmp_path / "a.txt", f"--tokenizer={name}", tmp_path / "out")
-    meta = prepare.load_corpus(f"{tmp_path}/out")[2]
+    meta = prepare.load_corpus(f"{tmp_path}/out").meta
     shutil.copytree(tmp_path / "hf", tmp_path / "copy")
     for same in (name, f"hf:{tmp_path}/copy", ""):
         prepare.same_tokenizer(same, meta)
@@ -1772,7 +1776,7 @@ def test_a_bpe_learned_from_your_own_text(tmp_path):
     train, val = prepared(fill(tmp_path, {"a.txt": words}) / "a.txt", f"--train_bpe={bpe}",
                           tmp_path / "out")
     assert (train + val).startswith(words)
-    meta = prepare.load_corpus(tmp_path / "out")[2]
+    meta = prepare.load_corpus(tmp_path / "out").meta
     assert meta["tokenizer"] == bpe and meta["train_tokens"] + meta["val_tokens"] < 3000 * 10
     refused(prepare, tmp_path / "a.txt", "--train_bpe=x.bpe", says="does not end in .tiktoken")
 
@@ -1859,15 +1863,19 @@ def test_a_data_set_streams(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     refused(prepare, "fineweb-edu", f"--out={tmp_path}/out", says="the connection is lost")
     _, val = prepared("fineweb-edu", "--tokens=9000", tmp_path / "out")
-    tokens = len(prepare.load_corpus(f"{tmp_path}/out")[0])
+    tokens = len(prepare.load_corpus(f"{tmp_path}/out").train)
     assert 9000 <= tokens < 9500 and "row 19." in val
     monkeypatch.setitem(sys.modules, "datasets", None)
     refused(prepare, "slimpajama", f"--out={tmp_path}/out", says="pip install datasets")
-    assert len(prepare.load_corpus(f"{tmp_path}/out")[0]) == tokens         # still there
+    assert len(prepare.load_corpus(f"{tmp_path}/out").train) == tokens         # still there
 
 
 # ---------------------------------------------------------------------------------------
 # data/recall.py: made-up sequences
+
+
+def accuracy(lm, idx, targets, all_right=False):
+    return recall.mean_and_error(recall.answered(lm, idx, targets, all_right))
 
 
 class Induction(torch.nn.Module):
@@ -1912,7 +1920,7 @@ def test_pairs_by_perfect_memory_and_by_none(make, size, shown, asked, chance):
         assert all(memory[x[t]] == y[t] for t in places)
         blind.append((y[places] == x[1]).mean())            # always the first one shown
     assert chance[0] <= np.mean(blind) <= chance[1]
-    assert recall.accuracy(Induction(4096), idx, targets) == (1.0, 0.0)
+    assert accuracy(Induction(4096), idx, targets) == (1.0, 0.0)
 
 
 def test_passkey_is_in_the_text_and_nowhere_else(text):
@@ -1971,9 +1979,9 @@ def test_accuracy_counts_shares_or_all():
     """Of two answers one is right in the first sequence, both in the second."""
     idx = np.array([[1, 2, 3, 9, 1, 2], [1, 2, 3, 4, 1, 2]])
     targets = np.array([[-100, -100, -100, -100, 2, 5], [-100, -100, -100, -100, 2, 3]])
-    assert recall.accuracy(Induction(10), idx, targets) == (0.75, pytest.approx(0.25))
-    assert recall.accuracy(Induction(10), idx, targets, all_right=True)[0] == 0.5
-    assert math.isnan(recall.accuracy(Induction(10), idx[:1], targets[:1])[1])
+    assert accuracy(Induction(10), idx, targets) == (0.75, pytest.approx(0.25))
+    assert accuracy(Induction(10), idx, targets, all_right=True)[0] == 0.5
+    assert math.isnan(accuracy(Induction(10), idx[:1], targets[:1])[1])
 
 
 def test_likelihood_of_answers_against_all_logits():
@@ -2171,8 +2179,8 @@ def test_the_report_pairs_the_arms_by_sequence(tmp_path, monkeypatch):
     fill(tmp_path, {"results.json": json.dumps(results)})
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     said = ran(train_script, f"--plot={tmp_path}")
-    assert "With 4 times the state, StateX recalls 0.250 ± 0.490 more of 4 pairs" in said
-    assert "0.150 ± 0.098 nats per token better" in said and "pip install matplotlib" in said
+    assert "With 4 times the state" in said and "of 4 pairs, LPT 50.0%: +25.0 ± 49.0" in said
+    assert "StateX - LPT: -0.150 ± 0.098 nats" in said and "pip install matplotlib" in said
     monkeypatch.undo()
     library("matplotlib")
     assert "recipe.png" in ran(train_script, f"--plot={tmp_path}")
@@ -2226,6 +2234,10 @@ def test_a_folder_goes_on_with_its_run_or_is_left_alone(corpus, tmp_path):
     refused(train_script, *args, "--steps=20", says="holds a run with steps = 10")
     refused(train_script, "--ckpt=resume", f"--out_dir={tmp_path}", "--steps=20",
             says="has steps = 10 and goes on with that")
+    shutil.copytree(corpus, tmp_path / "other")
+    refused(train_script, *args, "--steps=10", f"--data={tmp_path}/other", says="run with data =")
+    refused(train_script, *args, "--steps=10", f"--ckpt={tmp_path}/ckpt.pt",
+            says="run with ckpt = scratch")
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     ran(train_script, *args, "--steps=20", "--overwrite")
     process = start(train_quietly, *args, "--steps=100000", "--overwrite")
@@ -2419,7 +2431,9 @@ def test_the_recipe_on_real_text(block, tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate()
     said = ran(train_script, *args)
-    assert "StateX - LPT" in said and "of 32 pairs than LPT" in said and "parameters" in said
+    assert "StateX - LPT" in said and "of 32 pairs, LPT" in said and "parameters" in said
+    lines = len(logged(tmp_path))
+    assert "of 32 pairs, LPT" in ran(train_script, *args) and len(logged(tmp_path)) == lines
     results = json.loads((tmp_path / "results.json").read_text())
     for arm in ("pretrained", "lpt", "statex"):
         assert set(results[arm]["recall"]["mqar"]) == {"2", "4", "8", "16", "32"}
@@ -2485,6 +2499,11 @@ BAD = (
     (train_script, ("--data={corpus}", "--out_dir={tmp}/o", "--factor=3"), "a divisor of its 4"),
     (train_script, ("--data={corpus}", "--out_dir={tmp}/o", "--lr_grid=1;2"), "not a list of"),
     (train_script, ("--data={corpus}", "--out_dir={tmp}/o", "--lr_grid=1,1"), "no two alike"),
+    (train_script, ("--data={corpus}", "--out_dir={tmp}/o", "--lr_grid=1,1.0000001"), "look alike"),
+    (train_script, ("--ckpt={ckpt}", "--data={corpus}", "--out_dir={tmp}/o",
+                    "--preset=paper-mamba2"), "mamba2"),
+    (train_script, ("--ckpt=scratch", "--out_dir={tmp}/o", "--size=gla-340m", "--n_layer=3"),
+     "part of the shape"),
     # text
     (prepare, ("{tmp}/empty.txt", "--out={tmp}/t"), "every file is empty"),
     (prepare, ("{tmp}/latin.txt", "--out={tmp}/t"), "not UTF-8"),
@@ -2498,7 +2517,8 @@ BAD = (
     (prepare, ("{tmp}/short.txt", "--out={tmp}/t", "--tokenizer={tmp}/odd.tiktoken"),
      "the 256 bytes"),
     (prepare, ("{tmp}/empty.txt", "--out={tmp}/t", "--train_bpe={tmp}/n.tiktoken"), "no text"),
-    (prepare, ("{tmp}/short.txt", "--out={tmp}/t", "--train_bpe={tmp}/f.tiktoken"), "Is a directory"),
+    (prepare, ("{tmp}/short.txt", "--out={tmp}/t", "--train_bpe={tmp}/f.tiktoken"),
+     "Is a directory"),
     (prepare, ("--packages={tmp}/pins", "--wheels={tmp}/wheels", "--out={tmp}/t"), "1 wheels of"),
     (prepare, ("{tmp}/short.txt", "--out={tmp}/file"), "is a file"),
     (prepare, ("{tmp}/short.txt", "--out={tmp}/file/tokens"), "cannot write"),
@@ -2522,7 +2542,7 @@ BAD = (
     (train_script, (*SCRATCH, "--accumulate=3"), "cannot be shared out"),
     (train_script, (*SCRATCH, "--shard"), "start it with torchrun"),
     (train_script, (*SCRATCH, "--compile"), "--compile is for GPUs"),
-    (train_script, (*SCRATCH, "--pairs=2;4"), "not a list of pairs"),
+    (train_script, (*SCRATCH, "--pairs=2;4"), "not a list of whole numbers"),
     (train_script, (*SCRATCH, "--vocab_size=100"), "less than the 4096 token ids"),
     (train_script, (*SCRATCH, "--carry_state", "--batch_size=100000"), "--carry_state reads"),
     (train_script, (*SCRATCH, "--out_dir={tmp}/file"), "is a file"),
@@ -2582,7 +2602,7 @@ def test_folders_that_cannot_be_written(ckpt, corpus, tmp_path):
     refused(train_script, f"--ckpt={ckpt}", f"--data={corpus}", *TINY, f"--out_dir={tmp_path}/o",
             says="cannot write in out_dir")
     refused(expand_script, f"--ckpt={ckpt}", "--every=1", f"--out={tmp_path}/x.pt",
-            says="cannot save")
+            says="cannot write")
     tmp_path.chmod(0o755)
 
 

@@ -14,7 +14,16 @@ A run writes out_dir/NAME.pt and out_dir/log.jsonl. A folder that holds a run go
 if the options are the same, and is left alone if they are not. Ctrl-C, SIGTERM and a closed
 terminal save and stop; kill -9 loses the steps since the last save.
 """
-from data.options import BadInput, command_line, option, pick_device, run_script
+from data.options import (
+    BadInput,
+    command_line,
+    numbers,
+    one_line,
+    option,
+    pick_device,
+    run_script,
+    write_file,
+)
 
 import collections
 import contextlib
@@ -134,61 +143,54 @@ class Options:
                           "with the lower held-out loss goes on")
 
 
-# FLOP/s in bfloat16, dense, of the SXM cards; for MFU
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+# The shape of a model from scratch without --size.
+SHAPE = ("block", "n_layer", "d_model", "tie_embeddings", "norm_eps", "conv_size", "n_head",
+         "d_mlp", "d_state", "headdim")
 
 
 def check(options, processes):
     """Raises BadInput for options that cannot be run, before anything is written."""
-    o = options
     for name in ("steps", "pretrain_steps", "batch_size", "block_size", "accumulate",
                  "eval_interval", "n_layer", "d_model", "headdim"):
-        if not getattr(o, name):
+        if not getattr(options, name):
             raise BadInput(f"--{name}=0; expected 1 or more")
-    if max(o.beta1, o.beta2) >= 1 or not o.clip:
-        raise BadInput(f"beta1 {o.beta1} and beta2 {o.beta2} must be below 1, and clip {o.clip} "
-                       "above 0")
-    if not o.name or os.path.basename(o.name) != o.name:
-        raise BadInput(f"--name={o.name} is not a file's name; the folder is --out_dir")
-    if o.size and o.size not in SIZES:
-        raise BadInput(f"no size {o.size!r}; there are {', '.join(SIZES)}")
-    rates(o)
-    parts = passes(o, processes) * processes.size
-    if parts % processes.size or o.batch_size % parts:
-        raise BadInput(f"batch_size {o.batch_size} cannot be shared out: accumulate "
-                       f"{o.accumulate} on {processes.size} processes makes {parts} passes")
-    listed = o.pairs.split(",")
+    if max(options.beta1, options.beta2) >= 1 or not options.clip:
+        raise BadInput(f"beta1 {options.beta1} and beta2 {options.beta2} must be below 1, and "
+                       f"clip {options.clip} above 0")
+    if not options.name or os.path.basename(options.name) != options.name:
+        raise BadInput(f"--name={options.name} is not a file's name; the folder is --out_dir")
+    if options.size and options.size not in SIZES:
+        raise BadInput(f"no size {options.size!r}; there are {', '.join(SIZES)}")
+    rates(options)
+    parts = passes(options, processes) * processes.size
+    if options.batch_size % parts:
+        raise BadInput(f"batch_size {options.batch_size} cannot be shared out: accumulate "
+                       f"{options.accumulate} on {processes.size} processes makes {parts} passes")
     most = recall.SYMBOLS // 2
-    if not all(p.isdecimal() and 0 < int(p) <= most for p in listed):
-        raise BadInput(f"--pairs={o.pairs} is not a list of pairs; expected numbers from 1 to "
-                       f"{most}, such as 4,8,16")
-    largest = max(pair_sizes(o))
-    if o.recall_tokens and -(-o.recall_tokens // (4 * largest)) < parts:
-        raise BadInput(f"recall_tokens {o.recall_tokens} are fewer than {parts} sequences of "
+    if not pair_sizes(options) or max(pair_sizes(options)) > most:
+        raise BadInput(f"--pairs={options.pairs}; expected numbers from 1 to {most}")
+    largest = max(pair_sizes(options))
+    if options.recall_tokens and -(-options.recall_tokens // (4 * largest)) < parts:
+        raise BadInput(f"recall_tokens {options.recall_tokens} are fewer than {parts} sequences of "
                        f"{largest} pairs, one for each pass of a step")
-    if o.shard and (processes.size == 1 or not o.ckpt):
+    if options.shard and (processes.size == 1 or not options.ckpt):
         raise BadInput("--shard cuts one run over processes: start it with torchrun and --ckpt")
-    if o.compile and o.device == "cpu":
+    if options.compile and options.device == "cpu":
         raise BadInput("--compile is for GPUs: on a CPU the first step takes minutes and the "
                        "others gain little")
-    if os.path.exists(o.out_dir) and not os.path.isdir(o.out_dir):
-        raise BadInput(f"out_dir {o.out_dir} is a file; expected a folder, or a name that is free")
+    if os.path.exists(options.out_dir) and not os.path.isdir(options.out_dir):
+        raise BadInput(f"out_dir {options.out_dir} is a file; expected a folder, or a free name")
 
 
 def pair_sizes(options):
-    return [int(p) for p in options.pairs.split(",")]
+    return numbers("pairs", options.pairs)
 
 
 def rates(options):
     """The recipe's learning rates. Raises BadInput."""
-    try:
-        listed = [float(x) for x in options.lr_grid.split(",")]
-    except ValueError:
-        listed = [math.nan]
-    names = {f"{lr:g}" for lr in listed}                # of the files that the tries write
-    if not all(0 < lr < math.inf for lr in listed) or len(names) < len(listed):
-        raise BadInput(f"--lr_grid={options.lr_grid} is not a list of learning rates; expected "
-                       "numbers above 0, no two alike, such as 1e-2,2e-2")
+    listed = numbers("lr_grid", options.lr_grid, float)
+    if not listed or len({f"{lr:g}" for lr in listed}) < len(listed):     # names of files
+        raise BadInput(f"--lr_grid={options.lr_grid} names no rates, or two that look alike")
     return listed
 
 
@@ -210,7 +212,7 @@ class Processes:
 
 def join(device):
     """Take this process's place among those that torchrun started (gloo on CPUs, NCCL on
-    GPUs). -> (Processes, its device)"""
+    GPUs). All but the first print nothing. -> (Processes, its device)"""
     if "RANK" not in os.environ:
         return Processes(), device
     processes = Processes(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
@@ -284,14 +286,13 @@ class Run:
     model: torch.nn.Module          # lm, or what wraps it for several processes
     optimizer: torch.optim.Optimizer
     options: Options
-    corpus: tuple                   # (training tokens, held-out tokens, meta)
+    corpus: prepare.Corpus
     processes: Processes
     stop: Stop
     end_of_text: int | None = None  # with --documents
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0            # of training
-    best: float = math.inf          # held-out loss, text and recall together
     evaluations: list = field(default_factory=list)     # [tokens, text loss, recall loss]
     carried: list = field(default_factory=list)         # with --carry_state: per pass
     recent: collections.deque = field(default_factory=lambda: collections.deque(maxlen=20))
@@ -328,7 +329,7 @@ def start_run(lm, options, corpus, processes, stop):
     run = Run(lm, model, make_optimizer(lm, options), options, corpus, processes, stop)
     run.carried = [None] * passes(options, processes)
     if options.documents:
-        run.end_of_text = prepare.load_tokenizer(corpus[2]["tokenizer"]).eot_token
+        run.end_of_text = prepare.load_tokenizer(corpus.meta["tokenizer"]).eot_token
     return run
 
 
@@ -365,44 +366,57 @@ def batches(run, part):
     The data depends on the seed and the step alone, so that both arms see the same tokens in
     the same order, any number of processes the same batch, and a resumed run goes on with
     what comes next."""
-    o = run.options
-    tokens = run.corpus[0]
-    parts = passes(o, run.processes) * run.processes.size
-    rng = np.random.default_rng([o.seed, run.step, 0])
-    if o.carry_state:                       # row r reads the r-th stretch of the text
-        slices = slices_per_row(run)
-        starts = np.arange(o.batch_size) * slices * o.block_size
-        starts = starts + run.step % slices * o.block_size
-    else:
-        starts = rng.integers(len(tokens) - o.block_size, size=o.batch_size)
-    starts = starts[share(o.batch_size, part, parts)]
-    text = np.stack([tokens[s:s + o.block_size + 1] for s in starts]).astype(np.int64)
-    first = None
-    if o.documents:                         # a document begins after the end of the one before
-        first = np.zeros((len(text), o.block_size), bool)
-        first[:, 1:] = text[:, :-2] == run.end_of_text
-    data = [(text[:, :-1], text[:, 1:], first, len(text) / o.batch_size)]
-    if o.recall_tokens:
-        grown = 1.0
-        if run.step < o.curriculum * o.steps:
-            grown = run.step / (o.curriculum * o.steps)
-        sizes = pair_sizes(o)
-        pairs = int(rng.choice(sizes[:1 + int(grown * len(sizes))]))
-        n = -(-o.recall_tokens // (4 * pairs))
-        rows = share(n, part, parts)
-        idx, targets = recall.mqar(rng, n, pairs, run.lm.config.vocab_size)
-        data.append((idx[rows], targets[rows], None, (rows.stop - rows.start) / n))
-    return [tuple(torch.from_numpy(x).to(o.device) if isinstance(x, np.ndarray) else x
+    options = run.options
+    parts = passes(options, run.processes) * run.processes.size
+    rng = np.random.default_rng([options.seed, run.step, 0])
+    data = [text_batch(run, rng, share(options.batch_size, part, parts))]
+    if options.recall_tokens:
+        data.append(recall_batch(run, rng, part, parts))
+    return [tuple(torch.from_numpy(x).to(options.device) if isinstance(x, np.ndarray) else x
                   for x in entry) for entry in data]
+
+
+def text_batch(run, rng, rows):
+    """These rows of the step's text."""
+    options = run.options
+    tokens = run.corpus.train
+    if options.carry_state:                 # row r reads the r-th stretch of the text
+        slices = slices_per_row(run)
+        starts = np.arange(options.batch_size) * slices * options.block_size
+        starts = starts + run.step % slices * options.block_size
+    else:
+        starts = rng.integers(len(tokens) - options.block_size, size=options.batch_size)
+    text = np.stack([tokens[start:start + options.block_size + 1] for start in starts[rows]])
+    text = text.astype(np.int64)
+    first = None
+    if options.documents:                   # one begins after the end of the one before
+        first = np.zeros((len(text), options.block_size), bool)
+        first[:, 1:] = text[:, :-2] == run.end_of_text
+    return text[:, :-1], text[:, 1:], first, len(text) / options.batch_size
+
+
+def recall_batch(run, rng, part, parts):
+    """A part of the step's recall sequences. With a curriculum the sizes join in one by one,
+    from the smallest."""
+    options = run.options
+    sizes = pair_sizes(options)
+    growing = options.curriculum * options.steps
+    grown = run.step / growing if run.step < growing else 1.0
+    pairs = int(rng.choice(sizes[:1 + int(grown * len(sizes))]))
+    n = -(-options.recall_tokens // (4 * pairs))
+    rows = share(n, part, parts)
+    idx, targets = recall.mqar(rng, n, pairs, run.lm.config.vocab_size)
+    return idx[rows], targets[rows], None, (rows.stop - rows.start) / n
 
 
 def slices_per_row(run):
     """With --carry_state: steps until the text begins again."""
-    o = run.options
-    return (len(run.corpus[0]) - 1) // o.batch_size // o.block_size
+    options = run.options
+    return (len(run.corpus.train) - 1) // options.batch_size // options.block_size
 
 
 def learning_rate(options, step):
+    """Linear warm-up, then a cosine to 0. `steps` counts both."""
     if step < options.warmup:
         return options.lr * (step + 1) / (options.warmup + 1)
     done = (step - options.warmup) / max(1, options.steps - options.warmup)
@@ -412,24 +426,24 @@ def learning_rate(options, step):
 def forward_backward(run):
     """Add up the gradients of this step. Returns a tensor: loss of text, loss of recall,
     tokens, 1 if a signal asked to stop; each summed over the processes."""
-    o = run.options
+    options = run.options
     size = run.processes.size
-    count = passes(o, run.processes)
-    sums = torch.zeros(4, dtype=torch.float64, device=o.device)
-    begins = o.carry_state and run.step % slices_per_row(run) == 0
+    count = passes(options, run.processes)
+    sums = torch.zeros(4, dtype=torch.float64, device=options.device)
+    begins = options.carry_state and run.step % slices_per_row(run) == 0
     for k in range(count):
         data = batches(run, run.processes.rank * count + k)
         for i, (idx, targets, first, weight) in enumerate(data):
-            carries = o.carry_state and i == 0
+            carries = options.carry_state and i == 0
             state = run.carried[k] if carries and not begins else None
             last = k == count - 1 and i == len(data) - 1
             with exchange_gradients(run, last):         # once per step
-                with precision(o):
+                with precision(options):
                     _, loss, state = run.model(idx, targets, state, first)
                 loss = loss * weight
                 (loss * size).backward()                # averaged over the processes
             if carries:
-                run.carried[k] = on_device(state, o.device)
+                run.carried[k] = on_device(state, options.device)
             sums[i] += loss.detach()
             sums[2] += idx.numel()
     sums[3] += bool(run.stop.signal)
@@ -439,7 +453,8 @@ def forward_backward(run):
 
 
 def exchange_gradients(run, last):
-    """The backward pass exchanges gradients between processes only if `last`."""
+    """A context for the backward pass, which exchanges gradients between processes only if
+    `last`. (FSDP has a switch in its place.)"""
     if run.options.shard:
         run.model.set_requires_gradient_sync(last)
     elif run.processes.size > 1 and not last:
@@ -477,20 +492,19 @@ def scoring(lm, options):
 
 def evaluate(run):
     """Loss on held-out text, in windows of block_size but at most 8192 tokens, and on recall
-    sequences that training never draws, in nats per answer; appended to run.evaluations."""
-    o = run.options
-    val = run.corpus[1]
+    sequences, the same ones every time, in nats per answer; appended to run.evaluations."""
+    options = run.options
+    val = run.corpus.val
     asked = 0.0
-    with scoring(run.lm, o):
-        text = recall.text_loss(run.lm, val, min(o.block_size, 8192, len(val) - 1))[0]
-        for pairs in pair_sizes(o) if o.recall_tokens else ():
+    with scoring(run.lm, options):
+        text = recall.text_loss(run.lm, val, min(options.block_size, 8192, len(val) - 1))[0]
+        for pairs in pair_sizes(options) if options.recall_tokens else ():
             rng = np.random.default_rng([7, pairs])
             idx, targets = recall.mqar(rng, 64, pairs, run.lm.config.vocab_size)
-            idx = torch.from_numpy(idx).to(o.device)
-            targets = torch.from_numpy(targets).to(o.device)
-            asked += run.lm(idx, targets)[1].item() / len(pair_sizes(o))
+            idx = torch.from_numpy(idx).to(options.device)
+            targets = torch.from_numpy(targets).to(options.device)
+            asked += run.lm(idx, targets)[1].item() / len(pair_sizes(options))
     run.evaluations.append([run.tokens, text, asked])
-    run.best = min(run.best, text + asked)
 
 
 def save(run):
@@ -499,9 +513,9 @@ def save(run):
     weights, optimizer = sharded.get_state_dict(run.lm, run.optimizer, options=full)
     carried = gather_carried(run)
     if run.processes.first:
-        meta = run.corpus[2]
+        meta = run.corpus.meta
         train = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds,
-                 "best": run.best, "evaluations": run.evaluations, "carried": carried,
+                 "evaluations": run.evaluations, "carried": carried,
                  "options": asdict(run.options), "optimizer": optimizer,
                  "corpus": {"sha256": meta.get("sha256"), "tokenizer": meta["tokenizer"]}}
         save_checkpoint(run.path, run.lm, train, weights)
@@ -525,7 +539,7 @@ def gather_carried(run):
 def restore(run, train):
     """Put a run where the "train" entry of a checkpoint says it was. Raises BadInput."""
     try:
-        # Options of AdamW are this torch's and this device's; only moments and steps are kept.
+        # What this torch's AdamW does not know is left out, and `fused` is this device's.
         groups = run.optimizer.state_dict()["param_groups"]
         kept = {key for group in groups for key in group}
         saved = train["optimizer"]
@@ -538,12 +552,10 @@ def restore(run, train):
         run.step = train["step"]
         run.tokens = train["tokens"]
         run.seconds = train["seconds"]
-        run.best = train["best"]
         run.evaluations = list(train["evaluations"])
         carried = train["carried"]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-        why = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
-        raise other_version(run.path, why) from e
+        raise other_version(run.path, f"{type(e).__name__}: {one_line(e, 100)}") from e
     if carried:
         count = passes(run.options, run.processes)
         for k in range(count):
@@ -570,14 +582,14 @@ def other_version(path, why):
 
 def flops_per_token(lm):
     """Of forward and backward: 6 per weight of a matrix product, 12 per element of state (2 to
-    decay and write it, 2 to read it, and twice that backward). What is computed twice to save
-    memory is not counted."""
+    write it and 2 to read it, a product and a sum each, and twice that backward). What is
+    computed twice to save memory is not counted."""
     c = lm.config
     weights = sum(p.numel() for name, p in lm.named_parameters()
                   if p.dim() == 2 and not name.startswith("embeddings"))
     if c.tie_embeddings:
         weights += lm.embeddings.weight.numel()
-    return 6 * weights + 12 * sum(c.state_elements(i) for i in range(c.n_layer))
+    return 6 * weights + 12 * c.total_state()
 
 
 def peak_memory(cuda):
@@ -589,20 +601,27 @@ def peak_memory(cuda):
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
 
+# FLOP/s in bfloat16, dense, of the SXM cards by NVIDIA's data sheets; for MFU
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
 class Log:
     """log.jsonl, and on request TensorBoard; a progress bar in a terminal, lines elsewhere."""
 
     def __init__(self, run, until):
-        o = run.options
+        options = run.options
         first = run.processes.first
         self.run = run
-        self.file = open(f"{o.out_dir}/log.jsonl" if first else os.devnull, "a", buffering=1)
-        self.board = tensorboard(o.out_dir) if o.tensorboard and first else None
+        path = f"{options.out_dir}/log.jsonl" if first else os.devnull
+        self.file = open(path, "a", buffering=1)
+        self.board = tensorboard(options.out_dir) if options.tensorboard and first else None
         self.every = max(1, until // 8)
-        what = o.name if until == o.steps else f"{o.name}, the first {until} of {o.steps} steps"
-        self.what = what
-        self.bar = tqdm(total=until, initial=run.step, desc=what, unit="step", mininterval=1,
-                        dynamic_ncols=True, disable=not first or not sys.stderr.isatty())
+        self.what = options.name
+        if until < options.steps:
+            self.what += f", the first {until} of {options.steps} steps"
+        self.bar = tqdm(total=until, initial=run.step, desc=self.what, unit="step",
+                        mininterval=1, dynamic_ncols=True,
+                        disable=not first or not sys.stderr.isatty())
         peaks = [f for card, f in PEAK.items()
                  if run.cuda and card in torch.cuda.get_device_name()]
         self.peak_flops = peaks[0] * run.processes.size if peaks else None
@@ -694,7 +713,7 @@ def train(lm, options, corpus, resume=None, until=None, processes=Processes(), s
         if run.step % options.eval_interval == 0 or run.step == until:
             evaluate(run)
             log.write(val_loss=run.evaluations[-1][1], val_recall_loss=run.evaluations[-1][2],
-                      best=run.best, peak_mem_mib=peak_memory(run.cuda))
+                      peak_mem_mib=peak_memory(run.cuda))
             save(run)
         elif stopping:
             save(run)
@@ -723,8 +742,6 @@ def print_stopped(run):
     how = "the same command goes on"
     if run.options.overwrite:
         how = "the same command without --overwrite goes on"
-    if run.options.ckpt:
-        how = f"go on with --ckpt=resume --out_dir={run.options.out_dir} --name={run.options.name}"
     print(f"stopped by a signal: {run.path} holds step {run.step}; {how}", flush=True)
 
 
@@ -752,13 +769,15 @@ def open_folder(options, processes):
 
 
 # What may differ between a run and its continuation: it changes nothing that is computed.
+# A folder's run that goes on without being asked to resume keeps its start and its text, too.
 FREE = {"ckpt", "preset", "device", "out_dir", "overwrite", "plot", "accumulate", "compile",
         "checkpoint_activations", "shard", "tensorboard", "eval_interval", "data"}
 
 
-def held_run(options):
-    """The run that options.out_dir holds under options.name: its "train" entry with the same
-    options, to go on with, or None for none. Raises BadInput for one with other options."""
+def held_run(options, meta):
+    """The run that options.out_dir holds under options.name with the same options and the
+    corpus of this meta, to go on with. -> (its model, its "train" entry), or (None, None) for
+    none. Raises BadInput for another run."""
     path = f"{options.out_dir}/{options.name}.pt"
     if options.overwrite or not os.path.exists(path):
         return None, None
@@ -766,36 +785,49 @@ def held_run(options):
     if held is None:
         raise BadInput(f"{path} is there and holds no run; take another --out_dir or --name, or "
                        "--overwrite")
+    kept = held["options"]
+    free = FREE
+    if options.ckpt != "resume":
+        free = FREE - {"data"} if kept.get("ckpt") == "resume" else FREE - {"data", "ckpt"}
+        same_text(path, held, options, meta)
     other = [name for name, value in asdict(options).items()
-             if name not in FREE and held["options"].get(name, value) != value]
+             if name not in free and kept.get(name, value) != value]
     if other:
-        had = ", ".join(f"{name} = {held['options'][name]}" for name in other)
+        had = ", ".join(f"{name} = {kept[name]}" for name in other)
         raise BadInput(f"{path} holds a run with {had}; go on with it: --ckpt=resume; or take "
                        "another --out_dir, or --overwrite")
     return lm, held
 
 
+def same_text(path, held, options, meta):
+    """Raises BadInput where the run in path began with another text than is there now."""
+    saved = held.get("corpus", {}).get("sha256")
+    if saved and meta.get("sha256") != saved:
+        raise BadInput(f"the text in {options.data} has changed since the run in {path} began "
+                       "(another sha256); make it as it was, or go on with this one: "
+                       f"--ckpt=resume --out_dir={options.out_dir} --data={options.data}")
+
+
 def prepared(options, processes):
     """The corpus in options.data; the default one is made when it is missing."""
-    o = options
     default = Options().data
-    if o.data == default and not os.path.exists(f"{default}/meta.json"):
+    if options.data == default and not os.path.exists(f"{default}/meta.json"):
         if processes.first:
             print("preparing the Python source on this machine")
             documents = prepare.read_documents(prepare.python_files())
             prepare.write_corpus(documents, default, "code4096")
         if processes.size > 1:
             dist.barrier()
-    corpus = prepare.load_corpus(o.data)
+    corpus = prepare.load_corpus(options.data)
     tokens, val, _ = corpus
-    if len(tokens) <= o.block_size:
-        raise BadInput(f"{o.data} has {len(tokens)} tokens to train on; expected more than "
-                       f"block_size = {o.block_size}")
+    if len(tokens) <= options.block_size:
+        raise BadInput(f"{options.data} has {len(tokens)} tokens to train on; expected more than "
+                       f"block_size = {options.block_size}")
     if len(val) < 64:
-        raise BadInput(f"{o.data} has {len(val)} held-out tokens; expected at least 64")
-    if o.carry_state and len(tokens) <= o.batch_size * o.block_size:
-        raise BadInput(f"{o.data} has {len(tokens)} tokens; --carry_state reads batch_size x "
-                       f"block_size = {o.batch_size * o.block_size} per step")
+        raise BadInput(f"{options.data} has {len(val)} held-out tokens; expected at least 64")
+    if options.carry_state and len(tokens) <= options.batch_size * options.block_size:
+        raise BadInput(f"{options.data} has {len(tokens)} tokens; --carry_state reads batch_size x "
+                       f"block_size = {options.batch_size * options.block_size} per step")
     return corpus
 
 
@@ -814,24 +846,20 @@ def check_corpus(lm, options, meta):
 
 def new_model(options, meta):
     """A model with random weights, by options.seed, for the corpus."""
-    o = options
-    torch.manual_seed(o.seed)
-    if o.vocab_size and o.vocab_size < meta["vocab_size"]:
-        raise BadInput(f"vocab_size {o.vocab_size} is less than the {meta['vocab_size']} token "
-                       f"ids in {o.data}")
-    vocab = dict(vocab_size=o.vocab_size or meta["vocab_size"], tokenizer=meta["tokenizer"])
-    if o.size:
-        return LM(replace(SIZES[o.size], **vocab))
-    shape = {name: getattr(o, name) for name in (
-        "block", "n_layer", "d_model", "tie_embeddings", "norm_eps", "conv_size", "n_head",
-        "d_mlp", "d_state", "headdim")}
+    torch.manual_seed(options.seed)
+    if options.vocab_size and options.vocab_size < meta["vocab_size"]:
+        raise BadInput(f"vocab_size {options.vocab_size} is less than the {meta['vocab_size']} "
+                       f"token ids in {options.data}")
+    vocab = dict(vocab_size=options.vocab_size or meta["vocab_size"], tokenizer=meta["tokenizer"])
+    if options.size:
+        return LM(replace(SIZES[options.size], **vocab))
+    shape = {name: getattr(options, name) for name in SHAPE}
     return LM(Config(**vocab, **shape))
 
 
 def print_banner(lm, options, corpus, steps):
     """What is about to run, where, and how long so many steps of it take here."""
     c = lm.config
-    elements = sum(c.state_elements(i) for i in range(c.n_layer))
     params = sum(p.numel() for p in lm.parameters())
     where = options.device
     if where.startswith("cuda"):
@@ -839,13 +867,15 @@ def print_banner(lm, options, corpus, steps):
     if where == "cpu":
         where = f"a CPU with {torch.get_num_threads()} threads (OMP_NUM_THREADS sets them)"
     tokens, val, meta = corpus
-    print(f"{c.block}, {c.n_layer} layers, {params:,} parameters, {elements:,} elements of state "
-          f"per sequence\non {where}\ntext: {options.data}, {len(tokens):,} tokens to train on, "
-          f"{len(val):,} held out, tokenizer {meta['tokenizer']}", flush=True)
+    print(f"{c.block}, {c.n_layer} layers, {params:,} parameters, {c.total_state():,} elements "
+          f"of state per sequence\non {where}\n"
+          f"text: {options.data}, {len(tokens):,} tokens to train on, {len(val):,} held out, "
+          f"tokenizer {meta['tokenizer']}", flush=True)
     if options.device == "cpu" and params > 1e8:
-        print("this is a model for GPUs: on a CPU it takes weeks", flush=True)
-    elif options.device == "cpu":
-        print(f"about {minutes(lm, options, corpus, steps):.0f} minutes", flush=True)
+        print("this is a model for GPUs", flush=True)
+    elif options.device == "cpu" and steps:
+        expected = max(1, round(minutes(lm, options, corpus, steps)))
+        print(f"about {expected} minute{'s' * (expected > 1)}", flush=True)
 
 
 def minutes(lm, options, corpus, steps):
@@ -867,13 +897,14 @@ def minutes(lm, options, corpus, steps):
 def one_run(options, processes, stop):
     """--ckpt=scratch, or from a checkpoint, or a run that is resumed."""
     folder = open_folder(options, processes)
-    lm, held = held_run(options)
     corpus = prepared(options, processes)
+    lm, held = held_run(options, corpus.meta)
     if held is None and options.ckpt == "scratch":
-        lm = new_model(options, corpus[2])
+        lm = new_model(options, corpus.meta)
     elif held is None:
-        lm = LM.from_pretrained(options.ckpt)
-    check_corpus(lm, options, corpus[2])
+        block = PRESETS[options.preset]["block"] if options.preset else None
+        lm = LM.from_pretrained(options.ckpt, block)
+    check_corpus(lm, options, corpus.meta)
     print_banner(lm, options, corpus, options.steps - (held["step"] if held else 0))
     if held and held["step"] == options.steps:
         print("all steps are done already")
@@ -905,12 +936,8 @@ def resumed(options, given):
     free = {name: value for name, value in given.items() if name in FREE}
     options = Options(**kept | free | {"device": options.device, "out_dir": options.out_dir,
                                        "overwrite": False})     # the run may have begun with it
-    saved = held.get("corpus", {}).get("sha256")
-    meta = prepare.load_corpus(options.data)[2]
-    if saved and "data" not in given and meta.get("sha256") != saved:
-        raise BadInput(f"the text in {options.data} has changed since the run in {path} began "
-                       "(another sha256); make it as it was, or go on with this one: "
-                       f"--data={options.data}")
+    if "data" not in given:
+        same_text(path, held, options, prepare.load_corpus(options.data).meta)
     return options
 
 
@@ -920,74 +947,83 @@ def resumed(options, given):
 
 def recipe(options, processes, stop):
     """Pre-train a small model; LPT and StateX go on from it, alike in all but the state."""
-    o = options
-    corpus = prepared(o, processes)
-    small = new_model(o, corpus[2])
-    check_corpus(small, o, corpus[2])
-    layers = choose_layers(o.n_layer, o.every, o.layers)
-    expand(small, layers, o.factor or None, o.init, o.seed)     # what cannot be, stops here
-    tokenizer = prepare.load_tokenizer(corpus[2]["tokenizer"])
-    recall.check_text(corpus[1], tokenizer, pairs=pair_sizes(o), T=o.block_size)
-    folder = open_folder(o, processes)
-    quarter = max(1, o.steps // 4)
-    tries = quarter * (len(rates(o)) - 1)           # of learning rates that are not taken
-    print_banner(small, o, corpus, o.pretrain_steps + 2 * (o.steps + tries))
+    corpus = prepared(options, processes)
+    if already_done(options, corpus.meta):
+        return print_report(options.out_dir)
+    small = new_model(options, corpus.meta)
+    check_corpus(small, options, corpus.meta)
+    layers = choose_layers(options.n_layer, options.every, options.layers)
+    transplant = dict(factor=options.factor or None, init=options.init, seed=options.seed)
+    expand(small, layers, **transplant)             # what cannot be, stops here
+    tokenizer = prepare.load_tokenizer(corpus.meta["tokenizer"])
+    recall.check_text(corpus.val, tokenizer, pairs=pair_sizes(options), T=options.block_size)
+    folder = open_folder(options, processes)
+    quarter = max(1, options.steps // 4)
+    tries = quarter * (len(rates(options)) - 1)           # of learning rates that are not taken
+    print_banner(small, options, corpus, options.pretrain_steps + 2 * (options.steps + tries))
 
     def phase(lm, name, until=None, start=None, **changes):
         """Train lm, or go on where an earlier start of this recipe stopped."""
-        of_phase = replace(o, name=name, **changes)
-        held_lm, held = held_run(of_phase)
-        if held and held["step"] > 0:
-            lm, start = held_lm, held
+        of_phase = replace(options, name=name, **changes)
+        held_lm, held = held_run(of_phase, corpus.meta)
+        if held:
+            lm = held_lm
+            start = held
         return lm, train(lm, of_phase, corpus, start, until, processes, stop)
 
-    small, run = phase(small, "pretrained", steps=o.pretrain_steps)
-    results = {"pretrained": report(small, run, o, corpus, tokenizer)}
-    larger, changes = expand(small, layers, o.factor or None, o.init, o.seed)
+    small, trained = phase(small, "pretrained", steps=options.pretrain_steps)
+    results = {"pretrained": report(small, trained, options, corpus, tokenizer)}
+    larger, changes = expand(small, layers, **transplant)
     print(describe(changes))
-    for arm, start in (("lpt", small), ("statex", larger)):
+    post = dict(seed=options.seed + 1, curriculum=0.0)      # another seed: the data is new
+    for arm, model in (("lpt", small), ("statex", larger)):
         tried = {}
-        for lr in rates(o):
-            # Another seed than pre-training's, so that the data is new.
-            lm = LM(start.config).to(o.device)
-            lm.load_state_dict(start.state_dict())
-            _, run = phase(lm, f"{arm}-lr{lr:g}", quarter, lr=lr, seed=o.seed + 1, curriculum=0.0)
-            tried[lr] = run["val_loss"] + run["recall_loss"]
+        for lr in rates(options):
+            lm = LM(model.config).to(options.device)
+            lm.load_state_dict(model.state_dict())
+            _, trained = phase(lm, f"{arm}-lr{lr:g}", quarter, lr=lr, **post)
+            tried[lr] = trained["val_loss"] + trained["recall_loss"]
         lr = min(tried, key=tried.get)
-        lm, start = load_checkpoint(f"{o.out_dir}/{arm}-lr{lr:g}.pt")
-        lm, run = phase(lm, arm, None, start, lr=lr, seed=o.seed + 1, curriculum=0.0)
-        results[arm] = report(lm, run, o, corpus, tokenizer) | {
+        lm, held = load_checkpoint(f"{options.out_dir}/{arm}-lr{lr:g}.pt")
+        lm, trained = phase(lm, arm, None, held, lr=lr, **post)
+        results[arm] = report(lm, trained, options, corpus, tokenizer) | {
             "lr": lr, "held_out_loss_after_a_quarter": {f"{k:g}": v for k, v in tried.items()}}
         results[arm]["tokens"] += results["pretrained"]["tokens"]
-    results["config"] = asdict(o) | {"corpus": corpus[2]}
+    results["config"] = asdict(options) | {"corpus": corpus.meta}
     results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__,
                            "numpy": np.__version__, "threads": torch.get_num_threads()}
     if processes.first:
-        finish_recipe(results, o)
+        finish_recipe(results, options)
     del folder
 
 
+def already_done(options, meta):
+    """Whether out_dir holds the results of this very recipe, on this very text."""
+    try:
+        with open(f"{options.out_dir}/results.json") as f:
+            config = json.load(f)["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return not options.overwrite and config == asdict(options) | {"corpus": meta}
+
+
 def finish_recipe(results, options):
-    path = f"{options.out_dir}/results.json"
-    part = f"{path}.{os.getpid()}.tmp"
-    with open(part, "w") as f:
-        json.dump(results, f, indent=1)
-    os.replace(part, path)
+    encoded = json.dumps(results, indent=1).encode()
+    write_file(f"{options.out_dir}/results.json", lambda file: file.write(encoded))
     for arm in ("lpt", "statex"):
         for lr in rates(options):           # the tries for a learning rate
             os.remove(f"{options.out_dir}/{arm}-lr{lr:g}.pt")
     print_report(options.out_dir)
 
 
-def report(lm, run, options, corpus, tokenizer):
-    """One arm's entry of results.json: what it cost and what it scores."""
-    c = lm.config
-    elements = sum(c.state_elements(i) for i in range(c.n_layer))
+def report(lm, trained, options, corpus, tokenizer):
+    """One arm's entry of results.json: what it cost (`train`'s dict) and what it scores."""
     with scoring(lm.to(options.device), options):
-        scores = recall.score(lm, corpus[1], tokenizer, pairs=pair_sizes(options),
+        scores = recall.score(lm, corpus.val, tokenizer, pairs=pair_sizes(options),
                               T=options.block_size)
-    return {"params": sum(p.numel() for p in lm.parameters()), "state_elements": elements,
-            "lr": None, **run, **scores}
+    costs = {"params": sum(p.numel() for p in lm.parameters()),
+             "state_elements": lm.config.total_state(), "lr": None}
+    return costs | trained | scores                     # val_loss is that of scores
 
 
 # ---------------------------------------------------------------------------------------
@@ -1008,6 +1044,12 @@ def resolve(given):
     if name and name not in PRESETS:
         raise BadInput(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     options = Options(**PRESETS.get(name, {}) | given)
+    shaped = [name for name in (*SHAPE[1:], "size") if name in given]
+    if shaped and options.ckpt not in ("", "scratch", "resume"):
+        say(f"train.py: --{shaped[0]} is for a model from scratch; the one in {options.ckpt} "
+            "keeps its shape")
+    if options.size and shaped[:-1]:
+        raise BadInput(f"--{shaped[0]} is part of the shape that --size={options.size} names")
     if not options.out_dir:
         options.out_dir = "out/run" if options.ckpt else f"out/recipe-{options.block}"
     options.device = pick_device(options.device)
@@ -1038,7 +1080,7 @@ def main(stop=None):
         if processes.size == 1:
             raise
         say(f"train.py: process {processes.rank} lost the others "
-            f"({' '.join(str(e).split())[:120]}); go on with --ckpt=resume")
+            f"({one_line(e, 120)}); go on with --ckpt=resume")
         os._exit(1)
     if processes.size > 1:
         dist.destroy_process_group()

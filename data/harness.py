@@ -1,12 +1,12 @@
 """lm-evaluation-harness on any checkpoint of ours.
 
-    python data/harness.py --ckpt=out/run/statex.pt --tasks=swde,fda,squad_completion
+    python data/harness.py --ckpt=out/recipe-gla/statex.pt --tasks=swde,fda,squad_completion
 
 The harness's class for Hugging Face models does the work: it cuts texts into tokens and
 batches, and scores. Here it gets an LM of ours instead of a model of theirs, so a model
 that a public format holds has the same numbers here and, exported, in the harness itself:
 
-    python model.py --ckpt=out/run/statex.pt --export=FOLDER
+    python model.py --ckpt=out/recipe-gla/statex.pt --export=FOLDER
     lm_eval run --model hf --model_args pretrained=FOLDER --tasks swde fda squad_completion
 
 An exported GLA is read by flash-linear-attention, which the harness has to import first:
@@ -25,7 +25,15 @@ from types import SimpleNamespace
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from data.options import BadInput, command_line, option, pick_device, run_script
+from data.options import (
+    BadInput,
+    command_line,
+    one_line,
+    option,
+    pick_device,
+    run_script,
+    write_file,
+)
 
 import torch
 
@@ -133,9 +141,8 @@ def evaluate(lm, options):
         except BadInput:
             raise
         except (OSError, ValueError, KeyError) as e:       # data that is not there, a wrong file
-            why = " ".join(str(e).split())[:300]
             raise BadInput(f"the harness cannot run {options.tasks}: "
-                           f"{type(e).__name__}: {why}") from e
+                           f"{type(e).__name__}: {one_line(e, 300)}") from e
 
 
 def read_metadata(text):
@@ -151,7 +158,8 @@ def read_metadata(text):
 def main():
     options = Options(**command_line(Options, __doc__))
     if not options.ckpt or not options.tasks:
-        raise BadInput("name a checkpoint and tasks: --ckpt=out/run/statex.pt --tasks=swde,fda")
+        raise BadInput("name a checkpoint and tasks: --ckpt=out/recipe-gla/statex.pt "
+                       "--tasks=swde,fda")
     lm = LM.from_pretrained(options.ckpt).to(pick_device(options.device)).eval()
     results = evaluate(lm, options)
     from lm_eval.utils import make_table
@@ -159,20 +167,9 @@ def main():
     if results.get("groups"):
         print(make_table(results, "groups"))
     if options.json:
-        write_json(options.json, {"ckpt": options.ckpt, "results": results["results"]})
-
-
-def write_json(path, scores):
-    """All or nothing: written beside its place, and renamed."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(scores, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        raise BadInput(f"--json={path} cannot be written: {e.strerror}") from e
+        scores = {"ckpt": options.ckpt, "results": results["results"]}
+        encoded = json.dumps(scores, indent=1).encode()
+        write_file(options.json, lambda file: file.write(encoded))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ A script's options are a dataclass, one field per line with its default and its 
 Every script imports this module before torch, because of the first statement below.
 """
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -18,7 +19,7 @@ import os
 import sys
 
 # Threads that wait sleep instead of spinning. Beside other work on the machine, a spinning
-# thread takes the core that the one it waits for needs: a run is then 12 times slower.
+# thread takes the core that the one it waits for needs: a run is then many times slower.
 # OpenMP reads this once, when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -37,8 +38,8 @@ def option(default, meaning, choices=None, words=False, alias=None):
 
 def command_line(Options, doc, arguments=None):
     """What the user typed, as a dict: --name=value or --name value, dashes and underscores
-    alike. Only what was typed is in it, so that a script can put a preset between the
-    defaults and it.
+    alike, numbers from 0 up. Only what was typed is in it, so that a script can put a preset
+    between the defaults and it.
 
     arguments: a list of words, None for this process's own. Raises BadInput. --help prints
     doc and the options."""
@@ -117,9 +118,46 @@ def pick_device(name):
         elif (device.index or 0) >= torch.cuda.device_count():
             raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs that PyTorch can use")
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        why = " ".join(str(e).split())[:200]
-        raise BadInput(f"--device={name} cannot be used here: {why}") from e
+        raise BadInput(f"--device={name} cannot be used here: {one_line(e)}") from e
     return name
+
+
+def numbers(name, text, kind=int):
+    """The value of an option that is a list: "4,8" -> [4, 8], "" -> []. Numbers above 0, no
+    two alike. Raises BadInput."""
+    try:
+        listed = [kind(word) for word in text.split(",")] if text else []
+    except ValueError:
+        listed = [math.nan]
+    if len(set(listed)) < len(listed) or not all(0 < x < math.inf for x in listed):
+        what = "whole numbers" if kind is int else "numbers"
+        raise BadInput(f"--{name}={text} is not a list of {what} above 0, no two alike; "
+                       "expected such as " + ("4,8" if kind is int else "1e-2,2e-2"))
+    return listed
+
+
+def write_file(path, write):
+    """A file at path, filled by write(file): written beside its place under a name of this
+    process, flushed to the disk and renamed, so that a kill at any moment leaves the old file
+    or the new. Raises BadInput."""
+    part = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        raise BadInput(f"cannot write {path}: {e.strerror or e}; what was there is "
+                       "untouched") from e
+    finally:                                            # also after Ctrl-C
+        with contextlib.suppress(OSError):
+            os.remove(part)
+
+
+def one_line(error, most=200):
+    """What an exception says, on one line."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def run_script(main):

@@ -37,9 +37,10 @@ import sys
 import sysconfig
 import zipfile
 from dataclasses import dataclass
+from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from data.options import BadInput, command_line, option, run_script
+from data.options import BadInput, command_line, one_line, option, run_script, write_file
 
 import numpy as np
 
@@ -153,10 +154,6 @@ class HuggingFace:
         return self.tokenizer.decode(ids)
 
 
-def one_line(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def fingerprint(tokenizer):
     """sha256 of what decides a text's ids: the vocabulary, and the ids of a line that
     contains most of what tokenizers treat unlike."""
@@ -197,7 +194,7 @@ def same_tokenizer(name, meta):
 
 def train_bpe(documents, path):
     """Learn 4,095 byte-level BPE tokens from (text, share) documents, and write them to path,
-    as `read_ranks` reads them. About a second per MB."""
+    as `read_ranks` reads them."""
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError as e:
@@ -220,19 +217,11 @@ def train_bpe(documents, path):
     others = [byte for byte in range(256) if chr(byte) not in alphabet]
     byte_of = {chr(byte): byte for byte in printable}
     byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w") as f:
-            for token, rank in sorted(learner.get_vocab().items(), key=lambda item: item[1]):
-                spelling = base64.b64encode(bytes(byte_of[letter] for letter in token))
-                f.write(f"{spelling.decode()} {rank}\n")
-            flush(f)
-        os.replace(temporary, path)
-    except OSError as e:
-        raise BadInput(f"cannot write {path}: {e.strerror}") from e
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+    lines = []
+    for token, rank in sorted(learner.get_vocab().items(), key=lambda item: item[1]):
+        spelling = base64.b64encode(bytes(byte_of[letter] for letter in token))
+        lines.append(f"{spelling.decode()} {rank}\n")
+    write_file(path, lambda file: file.write("".join(lines).encode()))
 
 
 # ----------------------------------------------------------------------------------------
@@ -443,8 +432,7 @@ def write_corpus(documents, out, tokenizer, max_tokens=math.inf):
     temporary = f"{out}.{os.getpid()}.tmp"
     try:
         others = set(os.listdir(out)) if os.path.isdir(out) else set()
-        others -= {"train.bin", "val.bin", "meta.json"}
-        if any(not name.startswith("bigrams") for name in others):     # data/recall.py's counts
+        if others - {"train.bin", "val.bin", "meta.json", "bigrams.npz"}:   # that is recall.py's
             raise BadInput(f"{out} holds other files; --out names a folder of its own")
         os.makedirs(temporary)
         meta = write_tokens(documents, temporary, encoder, max_tokens)
@@ -535,9 +523,15 @@ def replace_folder(new, place):
         shutil.rmtree(old, ignore_errors=True)
 
 
+class Corpus(NamedTuple):
+    """A folder of token files: two memory-mapped arrays of ids, and meta.json."""
+    train: np.ndarray
+    val: np.ndarray                 # held out
+    meta: dict
+
+
 def load_corpus(folder):
-    """(train, val, meta) of a folder of token files: two memory-mapped arrays of ids and
-    meta.json as a dict. Raises BadInput."""
+    """-> Corpus. Raises BadInput."""
     try:
         with open(f"{folder}/meta.json") as f:
             meta = json.load(f)
@@ -554,10 +548,11 @@ def load_corpus(folder):
     if (len(train), len(val)) != expected:
         raise BadInput(f"the token files in {folder} are cut short; make them again: "
                        "python data/prepare.py")
-    return train, val, meta
+    return Corpus(train, val, meta)
 
 
 # ----------------------------------------------------------------------------------------
+# run as a script
 
 
 def source(options, left_out):

@@ -18,7 +18,7 @@ size without changing the function:
     GLA      o_j = S_j^T (m_1j q_1, ..., m_fj q_f): the gates m go into the rows of q_proj,
              and each head gets the keys and decays that it shared as rows of its own.
 """
-from data.options import BadInput
+from data.options import BadInput, one_line
 
 import json
 import math
@@ -402,8 +402,8 @@ def read_weights(folder):
     except BadInput:
         raise
     except Exception as e:                                 # a missing shard, a cut file, no tensors
-        why = " ".join(str(e).split())[:200]
-        raise BadInput(f"cannot read the weights in {folder}: {type(e).__name__}: {why}") from e
+        raise BadInput(f"cannot read the weights in {folder}: {type(e).__name__}: "
+                       f"{one_line(e)}") from e
 
 
 def weight_files(folder):

@@ -32,7 +32,15 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from data.options import BadInput, command_line, option, pick_device, run_script
+from data.options import (
+    BadInput,
+    command_line,
+    numbers,
+    option,
+    pick_device,
+    run_script,
+    write_file,
+)
 
 import json
 import math
@@ -53,11 +61,9 @@ LABELS = 4              # of fewshot
 DIGITS = 5              # of a passkey
 NEAR = 512              # distance, in tokens, from which a repeat is no longer near
 FAR = 2048              # distance, in tokens, from which it is far
-# A bigram is rare if training has it at most this often. Of bigrams new to the window,
-# models of 0.6M parameters knew 4 % of these after 4M tokens, 12 % of those seen 11 to 30
-# times, 34 % of those seen 101 to 300 times. At every threshold two thirds of the near
-# repeats can be had by copying what followed the token last time. So a low threshold
-# costs tokens only; at 10, 1.6 % of held-out text is left where training has 57M tokens.
+# A bigram is rare if training has it at most this often. At every threshold two thirds of the
+# near repeats can be had by copying what followed the token last time, so that a low one
+# costs tokens only (see data/results/README.md).
 RARE = 10
 
 
@@ -220,11 +226,6 @@ def answered(lm, idx, targets, all_right=False):
     return torch.cat(scores)
 
 
-def accuracy(lm, idx, targets, all_right=False):
-    """-> (mean, standard error over sequences) of what `answered` says."""
-    return mean_and_error(answered(lm, idx, targets, all_right))
-
-
 def mean_and_error(scores):
     """-> (mean, standard error) of scores (n,), a tensor. One score has no error:
     NaN."""
@@ -236,48 +237,57 @@ def mean_and_error(scores):
 
 @dataclass
 class Sizes:
-    """What `score` asks for. The defaults are those of the recipe."""
-    T: int = 256                        # tokens of a window of text
-    pairs: tuple = (4, 8, 16, 32)       # of mqar
+    """What `score` asks for."""
+    T: int                              # tokens of a window of text
+    pairs: tuple                        # of mqar
     shots: tuple = (1, 2, 4)            # of fewshot
     lengths: tuple = ()                 # of passkey sequences, in tokens; none: no passkey
     n: int = 256                        # sequences per task and size
     seed: int = 1                       # of the sequences
 
+    def by_task(self):
+        return {"mqar": self.pairs, "fewshot": self.shots, "passkey": self.lengths}
+
+
+CHANCE = {"mqar": lambda pairs: 1 / pairs, "fewshot": lambda shots: 1 / LABELS,
+          "passkey": lambda length: 10 ** -DIGITS}
+
+
+def sequences(task, rng, n, size, vocab_size, text, tokenizer):
+    """n sequences of a made-up task -> idx, targets. For a task of your own: a case here, its
+    chance above, its sizes in Sizes, a name for its rows in data/report.py's TASKS."""
+    if task == "mqar":
+        return mqar(rng, n, size, vocab_size)
+    if task == "fewshot":
+        return fewshot(rng, n, size, vocab_size)
+    return passkey(rng, n, size, text, tokenizer)
+
 
 def score(lm, text, tokenizer, **sizes):
     """The scores of a model, on the same sequences for every model of its vocabulary.
 
-    text: held-out token ids. sizes: fields of Sizes that are not to be the defaults.
+    text: held-out token ids. sizes: fields of Sizes.
     Returns a dict of val_loss, val_loss_se, icl_score (see text_loss); recall,
     recall_se and chance, each {task: {size: number}} for the tasks mqar, fewshot and
     passkey; and samples, what every sequence scored, {task: {size: list}}, and every
     window of text, {"text": list}, for differences between models on the same ones.
     Raises BadInput."""
     sizes = Sizes(**sizes)
-    vocab_size = lm.config.vocab_size
-    samples = {"mqar": {}, "fewshot": {}, "passkey": {}}
-    chance = {"mqar": {str(pairs): 1 / pairs for pairs in sizes.pairs},
-              "fewshot": {str(shots): 1 / LABELS for shots in sizes.shots},
-              "passkey": {str(length): 10 ** -DIGITS for length in sizes.lengths}}
-
-    def rng(size):
-        return np.random.default_rng([sizes.seed, size])
-
-    for pairs in sizes.pairs:
-        sequences = mqar(rng(pairs), sizes.n, pairs, vocab_size)
-        samples["mqar"][str(pairs)] = answered(lm, *sequences)
-    for shots in sizes.shots:
-        sequences = fewshot(rng(shots), sizes.n, shots, vocab_size)
-        samples["fewshot"][str(shots)] = answered(lm, *sequences)
-    for length in sizes.lengths:
-        sequences = passkey(rng(length), sizes.n, length, text, tokenizer)
-        samples["passkey"][str(length)] = answered(lm, *sequences, all_right=True)
-    means, errors = {}, {}
-    for task, of_task in samples.items():
-        means[task] = {size: mean_and_error(x)[0] for size, x in of_task.items()}
-        errors[task] = {size: mean_and_error(x)[1] for size, x in of_task.items()}
-        samples[task] = {size: x.tolist() for size, x in of_task.items()}
+    samples = {}
+    means = {}
+    errors = {}
+    chance = {}
+    for task, of_task in sizes.by_task().items():
+        scores = {}
+        for size in of_task:
+            rng = np.random.default_rng([sizes.seed, size])
+            idx, targets = sequences(task, rng, sizes.n, size, lm.config.vocab_size, text,
+                                     tokenizer)
+            scores[str(size)] = answered(lm, idx, targets, all_right=task == "passkey")
+        samples[task] = {size: x.tolist() for size, x in scores.items()}
+        means[task] = {size: mean_and_error(x)[0] for size, x in scores.items()}
+        errors[task] = {size: mean_and_error(x)[1] for size, x in scores.items()}
+        chance[task] = {str(size): CHANCE[task](size) for size in of_task}
     losses = text_losses(lm, text, sizes.T)
     samples["text"] = losses.mean(1).tolist()
     loss, loss_error, in_context = summary(losses)
@@ -290,12 +300,9 @@ def check_text(text, tokenizer, **sizes):
     training run that ends with a score. Draws one sequence of each kind."""
     sizes = Sizes(**sizes)
     rng = np.random.default_rng(0)
-    for pairs in sizes.pairs:
-        mqar(rng, 1, pairs, tokenizer.n_vocab)
-    for length in sizes.lengths:
-        passkey(rng, 1, length, text, tokenizer)
-    for shots in sizes.shots:
-        fewshot(rng, 1, shots, tokenizer.n_vocab)
+    for task, of_task in sizes.by_task().items():
+        for size in of_task:
+            sequences(task, rng, 1, size, tokenizer.n_vocab, text, tokenizer)
     text_windows(text, min(sizes.T, len(text) - 1), 1)
 
 
@@ -328,7 +335,8 @@ def token_scores(lm, windows, batch_tokens=0):
     device = next(lm.parameters()).device
     on_gpu = device.type == "cuda"
     vocab_size = lm.config.vocab_size
-    n, T = len(windows), windows.shape[1] - 1
+    n = len(windows)
+    T = windows.shape[1] - 1
     if not batch_tokens:
         batch_tokens = 1 << 17 if on_gpu else 1 << 14
     rows = max(1, batch_tokens // T)
@@ -400,8 +408,7 @@ class BigramCounts:
 
     @classmethod
     def of(cls, tokens, vocab_size, at_once=1 << 24):
-        """Count those of tokens (n,), at_once tokens at a time: 100M take some seconds
-        and, of 4,096 kinds, 1 GiB."""
+        """Count those of tokens (n,), at_once tokens at a time."""
         pairs = bigrams(tokens[:1], vocab_size)
         counts = np.zeros(0, np.int64)
         for start in range(0, len(tokens) - 1, at_once):
@@ -435,22 +442,6 @@ def bigram_counts(folder, train, meta):
         write_file(path, lambda file: np.savez(file, corpus=identity, pairs=table.pairs,
                                                counts=table.counts))
     return table
-
-
-def write_file(path, write):
-    """A new file at path, filled by write(file): written beside its place, then
-    renamed, so that it is never there in part. Raises BadInput."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise BadInput(f"cannot write {path}: {e.strerror}") from e
 
 
 def repeat_distance(pairs):
@@ -594,9 +585,9 @@ def main():
     sizes = chosen_sizes(options, trained, text)
     check_text(text, tokenizer, **sizes)
     needle = Needle(tokenizer)
-    contexts = whole_numbers("needle", options.needle)
+    contexts = numbers("needle", options.needle)
     if not contexts and sizes["T"] >= needle.least:
-        contexts = (sizes["T"],)
+        contexts = [sizes["T"]]
     for length in contexts:
         needle.room(length, text)
     lm.to(device).eval()
@@ -635,8 +626,8 @@ def chosen_sizes(options, trained, text):
     the text."""
     T = options.T or trained.get("block_size", 4096)
     sizes = {"T": min(T, len(text) - 1), "n": options.n, "seed": options.seed,
-             "lengths": whole_numbers("lengths", options.lengths),
-             "pairs": whole_numbers("pairs", options.pairs or trained.get("pairs", "4,8,16,32"))}
+             "lengths": numbers("lengths", options.lengths),
+             "pairs": numbers("pairs", options.pairs or trained.get("pairs", "4,8,16,32"))}
     if trained.get("recall_tokens") == 0 and not options.pairs:
         sizes |= {"pairs": (), "shots": ()}
     return sizes
@@ -649,14 +640,6 @@ def check_tokens(config, text, meta, folder):
     if ids > config.vocab_size:
         raise BadInput(f"{folder} has {ids} token ids, the model {config.vocab_size}; prepare the "
                        "text with the model's tokenizer")
-
-
-def whole_numbers(name, text):
-    """"4,8" -> (4, 8). Raises BadInput."""
-    words = [word for word in text.split(",") if word]
-    if not all(word.isdigit() and int(word) for word in words):
-        raise BadInput(f"--{name}={text} is not a list of whole numbers from 1 up, such as 4,8")
-    return tuple(int(word) for word in words)
 
 
 def without_nan(value):

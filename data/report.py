@@ -26,11 +26,14 @@ def print_report(folder):
 
 
 def difference(results, task, size=None):
-    """StateX - LPT on the same sequences, as (mean, half of the 95 % interval)."""
+    """StateX - LPT on the same sequences, as (mean, half of the 95 % interval); the half is
+    NaN for one sequence."""
     samples = [results[arm]["samples"][task] for arm in ("statex", "lpt")]
     if size is not None:
         samples = [of_task[size] for of_task in samples]
     more = [a - b for a, b in zip(*samples, strict=True)]
+    if len(more) < 2:
+        return statistics.mean(more), math.nan
     return statistics.mean(more), 1.96 * statistics.stdev(more) / math.sqrt(len(more))
 
 
@@ -60,18 +63,18 @@ def table(results):
 
 
 def closing(results):
-    """What was seen, in one sentence, and what the intervals are of."""
-    lpt, statex = results["lpt"], results["statex"]
+    """What was seen, and what the intervals are of."""
+    lpt = results["lpt"]
+    statex = results["statex"]
     size = list(statex["recall"]["mqar"])[-1]
     recalled, recall_error = difference(results, "mqar", size)
     text, text_error = difference(results, "text")
-    more = "more" if recalled > 0 else "less"
-    better = "worse" if text > 0 else "better"
     times = statex["state_elements"] / lpt["state_elements"]
-    return (f"With {times:.0f} times the state, StateX recalls {abs(recalled):.3f} ± "
-            f"{recall_error:.3f} {more} of {size} pairs than LPT, and reads\nheld-out text "
-            f"{abs(text):.3f} ± {text_error:.3f} nats per token {better}. (± is the 95 % interval "
-            "over the sequences asked;\nanother seed or machine makes another model.)")
+    share = {arm: f"{results[arm]['recall']['mqar'][size]:.1%}" for arm in ("statex", "lpt")}
+    return (f"With {times:.0f} times the state, StateX recalls {share['statex']} of {size} pairs, "
+            f"LPT {share['lpt']}: {100 * recalled:+.1f} ± {100 * recall_error:.1f} points.\n"
+            f"Held-out text, StateX - LPT: {text:+.3f} ± {text_error:.3f} nats per token.\n(± is "
+            "the 95 % interval over the sequences asked; another seed makes another model.)")
 
 
 def picture(results, path):

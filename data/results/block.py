@@ -19,7 +19,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from data.options import BadInput, command_line, option, pick_device, run_script
+from data.options import BadInput, command_line, one_line, option, pick_device, run_script
 
 import concurrent.futures
 import contextlib
@@ -242,7 +242,7 @@ def equal_flops(options):
     """Steps of LPT over those of preserve-x16 that cost as many FLOPs."""
     job = pre_job("pre", options)
     with torch.device("meta"):
-        lm = small_model(job, options, "code4096", 4096)
+        lm = random_model(job, options, "code4096", 4096)
         larger, _ = expand(lm, list(range(lm.config.n_layer)), 16)
     return train.flops_per_token(larger) / train.flops_per_token(lm)
 
@@ -346,7 +346,7 @@ def train_and_score(job, options, folder, place):
     if job.start:
         os.remove(f"{place}/ckpt.pt")
     config = lm.config
-    elements = sum(config.state_elements(i) for i in range(config.n_layer))
+    elements = config.total_state()
     per_token = train.flops_per_token(lm)
     device = "cpu"
     if options.device.startswith("cuda"):
@@ -361,12 +361,12 @@ def train_and_score(job, options, folder, place):
         "peak_mem_mib": trained["peak_mem_mib"], "tokens_per_s": trained["tokens_per_s"],
         "jobs": options.jobs, "seconds": round(seconds, 1),
         "scoring_seconds": round(time.time() - begin - seconds, 1),
-        "corpus": corpus[2].get("sha256"), "torch": torch.__version__, "device": device}
+        "corpus": corpus.meta.get("sha256"), "torch": torch.__version__, "device": device}
 
 
 def starting_model(job, training, corpus, folder):
     if not job.start:
-        return train.new_model(training, corpus[2])
+        return train.new_model(training, corpus.meta)
     lm, _ = load_checkpoint(f"{folder}/{job.start}/ckpt.pt")
     if job.expansion:
         lm, _ = expand(lm, **job.expansion)
@@ -414,13 +414,13 @@ def mean_loss(repeats):
 def layer_kinds(job, options):
     """The shapes of state in a job's model: layers alike in them are compiled once."""
     with torch.device("meta"):
-        lm = small_model(job, options, "code4096", 4096)
+        lm = random_model(job, options, "code4096", 4096)
     config = lm.config
     shapes = zip(config.n_head, config.n_key_head, config.d_state, strict=True)
     return {(*shape, config.n_groups) for shape in shapes}
 
 
-def small_model(job, options, tokenizer, vocab_size):
+def random_model(job, options, tokenizer, vocab_size):
     """A model of the job's shape, with random weights."""
     shape = train.Options(**pre_job("pre", options).training)
     lm = train.new_model(shape, {"vocab_size": vocab_size, "tokenizer": tokenizer})
@@ -433,12 +433,12 @@ def warm(job, options, folder):
     """Compile what a later job needs, with random weights and little text: two steps."""
     training = dict(job.training, steps=2, warmup=1)
     corpus = load_corpus(options.data)
-    short = (corpus[0], corpus[1][:job.training["block_size"] + 1], corpus[2])
+    short = corpus._replace(val=corpus.val[:job.training["block_size"] + 1])
     place = f"{folder}/warm-{job.name}"
     os.makedirs(place, exist_ok=True)
     training = train.Options(**training, name="ckpt", out_dir=place, data=options.data,
                              device=options.device, compile=options.device.startswith("cuda"))
-    lm = small_model(job, options, corpus[2]["tokenizer"], corpus[2]["vocab_size"])
+    lm = random_model(job, options, corpus.meta["tokenizer"], corpus.meta["vocab_size"])
     with open(f"{place}/log.txt", "w") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             train.train(lm, training, short)
@@ -538,7 +538,7 @@ class Block:
             line = future.result()
         except Exception as e:
             say(f"{self.seconds():4.0f} s  {job.name}: {type(e).__name__}: "
-                f"{' '.join(str(e).split())[:300]}; see {self.folder}/{job.name}/log.txt")
+                f"{one_line(e, 300)}; see {self.folder}/{job.name}/log.txt")
             if job.name in self.failed:
                 return not job.core
             self.failed.append(job.name)

@@ -31,6 +31,8 @@ recipe() {
             for block in gla mamba2; do
                 OMP_NUM_THREADS=$threads python train.py --block=$block --seed=$seed \
                     --out_dir=out/$block-$seed-$threads
+                python data/results/tables.py --recipe=out/$block-$seed-$threads \
+                    --machine="$(nproc) cores"
             done
         done
     done

@@ -17,7 +17,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from data.options import BadInput, command_line, option, run_script
+from data.options import BadInput, command_line, option, run_script, write_file
 
 import json
 import math
@@ -74,7 +74,7 @@ def p_value(values):
         return math.nan
     error = statistics.stdev(values) / math.sqrt(len(values))
     if not error:
-        return 0.0
+        return 0.0 if statistics.mean(values) else 1.0
     return 1 - t_within(abs(statistics.mean(values)) / error, len(values) - 1)
 
 
@@ -643,12 +643,7 @@ def main():
         if after != before:
             raise BadInput("README.md is not what the runs say; run python data/results/tables.py")
         return
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w") as f:
-        f.write(after)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    write_file(path, lambda file: file.write(after.encode()))
     if read_lines("recipe.jsonl"):
         draw_recipe(f"{HERE}/recipe.png")
     if any(models("runs.jsonl").values()):

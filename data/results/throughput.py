@@ -249,7 +249,7 @@ def print_generating(options):
             start = prompt[:batch, :1]
             writing = median_seconds(lambda lm=lm, start=start: lm.generate(start, WRITTEN))
             cells.append(f"{1000 * writing / WRITTEN:.2f}")
-        elements = sum(config.state_elements(i) for i in range(config.n_layer))
+        elements = config.total_state()
         print(f"| {name} | {4 * elements:,} | {PROMPT / reading:,.0f} | {' | '.join(cells)} |",
               flush=True)
         del lm
