@@ -1315,7 +1315,6 @@ def test_broken_folders(tmp_path, monkeypatch):
     for file, content, says in (
             ("pytorch_model.bin", (tmp_path / "0/pytorch_model.bin").read_bytes()[:9000],
              "weights"),
-            ("model.safetensors", b"\x10", "pip install safetensors"),
             ("model.safetensors.index.json", "[]", "cannot read the weights"),
             ("model.safetensors", b"\x10", "pip install safetensors"),
             ("config.json", "[" * 10**5, "no readable config.json"),
@@ -2268,6 +2267,9 @@ def test_a_run_goes_on_in_any_number_of_passes(corpus, tmp_path):
         train_script.Options, "", [*args, "--accumulate=2", f"--out_dir={tmp_path}/b"]))
     with pytest.raises(SystemExit):
         train_script.one_run(options, train_script.Processes(), stop)
+    lm, held = load_checkpoint(f"{tmp_path}/b/ckpt.pt")
+    held["options"] |= {"compile": True, "device": "cuda"}          # as if begun on a GPU
+    save_checkpoint(f"{tmp_path}/b/ckpt.pt", lm, held)
     ran(train_script, "--ckpt=resume", f"--out_dir={tmp_path}/b", "--accumulate=4", "--device=cpu",
         "--checkpoint_activations")
     assert losses(tmp_path / "b")[10] == pytest.approx(losses(tmp_path / "a")[10], rel=1e-5)
@@ -2311,6 +2313,24 @@ def test_documents_begin_after_the_end_of_text(corpus, tmp_path):
         assert torch.equal(first[:, 1:], idx[:, :-1] == 4095)
         begun += first.sum().item()
     assert begun > 0
+
+
+@pytest.mark.parametrize("block", ("gla", "mamba2"))
+def test_a_document_that_begins_with_a_carried_slice_forgets(block, tmp_path):
+    """Two slices of a row, between which a document ends, are the two read on their own."""
+    text = np.tile([*range(15), 4095, *range(30), 4095, 7], 20)
+    token_files(tmp_path / "c", text, text[:100])
+    ran(train_script, f"--data={tmp_path}/c", "--ckpt=scratch", f"--block={block}", *TINY,
+        "--steps=1", "--documents", "--carry_state", "--block_size=16", "--batch_size=1",
+        f"--out_dir={tmp_path}/o")
+    lm, run = run_of(tmp_path / "o")
+    state, carried, alone = None, [], []
+    for run.step in range(3):
+        idx, targets, first, _ = train_script.batches(run, 0)[0]
+        _, loss, state = lm(idx, targets, state, first)
+        carried.append(loss.item())
+        alone.append(lm(idx, targets, None, first)[1].item())
+    assert carried[:2] == pytest.approx(alone[:2], rel=1e-6) and carried[2] != alone[2]
 
 
 def torchrun(processes, *args):
@@ -2392,9 +2412,19 @@ def test_a_full_disk_loses_nothing(ckpt, corpus, tmp_path):
     assert len(before) > 30000
     with full_disk(30000):
         refused(train_script, f"--ckpt={ckpt}", f"--data={corpus}", *TINY, "--steps=3",
-                "--overwrite", f"--out_dir={tmp_path}", says="the last checkpoint is untouched")
+                "--overwrite", f"--out_dir={tmp_path}", says="what was there is untouched")
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
+    os.remove(tmp_path / "log.jsonl")
+    os.symlink("/dev/full", tmp_path / "log.jsonl")
+    refused(train_script, f"--ckpt={ckpt}", f"--data={corpus}", *TINY, "--steps=3", "--overwrite",
+            f"--out_dir={tmp_path}", says="No space left on device; what was saved is kept")
+
+
+def test_processes_that_cannot_meet(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    refused(train_script, "--ckpt=scratch", f"--data={corpus}", *TINY, f"--out_dir={tmp_path}/o",
+            says="start them with torchrun")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path):
@@ -2536,6 +2566,8 @@ BAD = (
     (train_script, (*SCRATCH, "--beta2=1"), "must be below 1"),
     (train_script, (*SCRATCH, "--name=a/b"), "the folder is --out_dir"),
     (train_script, (*SCRATCH, "--pretrain_steps=0"), "expected 1 or more"),
+    (train_script, (*SCRATCH, "--recall_tokens=1e15"), "out of memory on cpu"),
+    (train_script, (*SCRATCH, "--d_model=1e14"), "out of memory on cpu"),
     (train_script, (*SCRATCH, "--n_head=3"), "n_head 3 does not divide"),
     (train_script, (*SCRATCH, "--block=mamba2", "--headdim=7"), "headdim 7 does not divide"),
     (train_script, (*SCRATCH, "--block_size=10000000"), "block_size"),

@@ -174,7 +174,8 @@ def check(options, processes):
         raise BadInput(f"recall_tokens {options.recall_tokens} are fewer than {parts} sequences of "
                        f"{largest} pairs, one for each pass of a step")
     if options.shard and (processes.size == 1 or not options.ckpt):
-        raise BadInput("--shard cuts one run over processes: start it with torchrun and --ckpt")
+        raise BadInput("--shard cuts one run over processes: start it with torchrun and --ckpt, "
+                       "or let a run go on whole: --shard=false")
     if options.compile and options.device == "cpu":
         raise BadInput("--compile is for GPUs: on a CPU the first step takes minutes and the "
                        "others gain little")
@@ -215,11 +216,16 @@ def join(device):
     GPUs). All but the first print nothing. -> (Processes, its device)"""
     if "RANK" not in os.environ:
         return Processes(), device
-    processes = Processes(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-    if device.startswith("cuda"):
-        device = f"cuda:{processes.local}"
-        torch.cuda.set_device(processes.local)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        processes = Processes(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        if device.startswith("cuda"):
+            device = f"cuda:{processes.local}"
+            torch.cuda.set_device(processes.local)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    except (KeyError, ValueError, RuntimeError) as e:
+        raise BadInput(f"RANK is set, which makes this one of several processes, and they cannot "
+                       f"meet ({type(e).__name__}: {one_line(e)}); start them with torchrun, as "
+                       "many as there are GPUs, or unset RANK") from e
     if not processes.first:
         sys.stdout = open(os.devnull, "w")
     return processes, device
@@ -392,6 +398,7 @@ def text_batch(run, rng, rows):
     if options.documents:                   # one begins after the end of the one before
         first = np.zeros((len(text), options.block_size), bool)
         first[:, 1:] = text[:, :-2] == run.end_of_text
+        first[:, 0] = tokens[starts[rows] - 1] == run.end_of_text       # with --carry_state
     return text[:, :-1], text[:, 1:], first, len(text) / options.batch_size
 
 
@@ -1053,10 +1060,10 @@ def resolve(given):
     if not options.out_dir:
         options.out_dir = "out/run" if options.ckpt else f"out/recipe-{options.block}"
     options.device = pick_device(options.device)
-    if options.device == "cpu" and "compile" not in given:
-        options.compile = False                 # presets compile, which is for GPUs
     if options.ckpt == "resume":
         options = resumed(options, given)
+    if options.device == "cpu" and "compile" not in given:
+        options.compile = False                 # presets and runs of GPUs compile: it is for them
     return options
 
 
@@ -1073,10 +1080,14 @@ def main(stop=None):
             one_run(options, processes, stop)
         else:
             recipe(options, processes, stop)
-    except torch.OutOfMemoryError as e:
-        raise BadInput(f"out of memory on {options.device}; a larger --accumulate or "
-                       "--checkpoint_activations takes less") from e
-    except RuntimeError as e:
+    except OSError as e:
+        raise BadInput(f"{e.filename or options.out_dir}: {e.strerror or e}; what was saved is "
+                       "kept, and the same command goes on with it") from e
+    except (RuntimeError, MemoryError) as e:
+        kinds = (torch.OutOfMemoryError, MemoryError)
+        if isinstance(e, kinds) or "DefaultCPUAllocator" in str(e):
+            raise BadInput(f"out of memory on {options.device}; a smaller model, a larger "
+                           "--accumulate or --checkpoint_activations takes less") from e
         if processes.size == 1:
             raise
         say(f"train.py: process {processes.rank} lost the others "
