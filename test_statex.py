@@ -1688,6 +1688,9 @@ def test_token_files_of_an_earlier_version_are_read(tmp_path):
     token_files(tmp_path, range(100), range(70), val_tokens=71)
     with raises_one_line("cut short"):
         prepare.load_corpus(folder)
+    token_files(tmp_path, range(100), range(70), vocab_size="4096")
+    with raises_one_line("vocab_size is '4096'"):
+        prepare.load_corpus(folder)
     with raises_one_line("no token files"):
         prepare.load_corpus(fill(folder, {"meta.json": "[]"}))
 
@@ -1757,6 +1760,20 @@ def test_the_tokenizer_of_a_model_and_of_a_text(tmp_path):
     save_hf(tmp_path / "hf", letters="hgfedcba ", eos_token="</s>")
     with raises_one_line("has changed"):
         prepare.same_tokenizer(name, meta)
+
+
+def test_a_tokenizer_may_have_tokens_that_its_model_has_not(tmp_path):
+    """Such as one added for padding, which no text contains. Of a model whose tokenizer nobody
+    knows, the vocabulary has to be large enough."""
+    name = save_hf(tmp_path / "hf", eos_token="</s>", pad_token="<pad>")
+    fill(tmp_path, {"a.txt": "abcdefgh " * 2000})
+    prepared(tmp_path / "a.txt", f"--tokenizer={name}", tmp_path / "out")
+    meta = prepare.load_corpus(tmp_path / "out").meta
+    assert meta["vocab_size"] == 12 and meta["largest_id"] == 10
+    prepare.check_vocabulary(Config("gla", 11, 1, 32, tokenizer=name), meta, "f")
+    for config in (Config("gla", 11, 1, 32), Config("gla", 10, 1, 32, tokenizer=name)):
+        with raises_one_line("token ids, the model 1"):
+            prepare.check_vocabulary(config, meta, "f")
 
 
 def test_ids_beyond_the_vocabulary_are_not_written(tmp_path, monkeypatch):

@@ -841,10 +841,8 @@ def prepared(options, processes):
 def check_corpus(lm, options, meta):
     """Raises BadInput where the corpus' token ids mean nothing to the model."""
     c = lm.config
-    if meta["vocab_size"] > c.vocab_size:
-        raise BadInput(f"{options.data} has {meta['vocab_size']} token ids, the model "
-                       f"{c.vocab_size}; prepare the text with the model's tokenizer")
     prepare.same_tokenizer(c.tokenizer, meta)
+    prepare.check_vocabulary(c, meta, options.data)
     half = min(recall.SYMBOLS, c.vocab_size) // 2
     if options.recall_tokens and max(pair_sizes(options)) > half:
         raise BadInput(f"--pairs={options.pairs} needs more symbols than a vocabulary of "

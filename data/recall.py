@@ -51,7 +51,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.prepare import load_corpus, load_tokenizer, same_tokenizer
+from data.prepare import check_vocabulary, load_corpus, load_tokenizer, same_tokenizer
 from model import LM, load_checkpoint
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -636,10 +636,10 @@ def chosen_sizes(options, trained, text):
 def check_tokens(config, text, meta, folder):
     """Raises BadInput where the ids of a corpus are not what the model learned."""
     same_tokenizer(config.tokenizer, meta)
-    ids = max(meta["vocab_size"], int(text.max()) + 1)
-    if ids > config.vocab_size:
-        raise BadInput(f"{folder} has {ids} token ids, the model {config.vocab_size}; prepare the "
-                       "text with the model's tokenizer")
+    check_vocabulary(config, meta, folder)
+    if text.max() >= config.vocab_size:
+        raise BadInput(f"{folder} has the token id {text.max()}, which its meta.json denies; "
+                       "prepare the text again")
 
 
 def without_nan(value):
