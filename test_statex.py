@@ -2541,6 +2541,8 @@ BAD = (
     (expand_script, (*EXPAND, "--noise=1"), "Mamba2's tiled rows"),
     (expand_script, (*EXPAND, "--paper"), "what starts afresh"),
     (expand_script, (*EXPAND, "--out={tmp}"), "is a folder"),
+    (expand_script, (*EXPAND, "--out=/dev/tty"), "a folder or a device"),
+    (expand_script, (*EXPAND, "--ckpt={tmp}/mamba.pt", "--factor=1e15"), "out of memory"),
     (expand_script, (*EXPAND, "--ckpt=gla-1.3b"), "add --dry-run"),
     (train_script, ("--data={corpus}", "--out_dir={tmp}/o", "--layers=9"), "out of range"),
     (train_script, ("--data={corpus}", "--out_dir={tmp}/o", "--factor=3"), "a divisor of its 4"),
@@ -2565,7 +2567,7 @@ BAD = (
      "the 256 bytes"),
     (prepare, ("{tmp}/empty.txt", "--out={tmp}/t", "--train_bpe={tmp}/n.tiktoken"), "no text"),
     (prepare, ("{tmp}/short.txt", "--out={tmp}/t", "--train_bpe={tmp}/f.tiktoken"),
-     "Is a directory"),
+     "it is a folder"),
     (prepare, ("--packages={tmp}/pins", "--wheels={tmp}/wheels", "--out={tmp}/t"), "1 wheels of"),
     (prepare, ("{tmp}/short.txt", "--out={tmp}/file"), "is a file"),
     (prepare, ("{tmp}/short.txt", "--out={tmp}/file/tokens"), "cannot write"),
@@ -2579,6 +2581,7 @@ BAD = (
     (recall, (*RECALL, "--lengths=9999999"), "needs more than that of held-out text"),
     (recall, (*RECALL, "--needle=9999999"), "needs more than that of held-out text"),
     (recall, (*RECALL, "--json={tmp}/none/x.json"), "no such folder"),
+    (recall, (*RECALL, "--json={tmp}"), "a folder or a device"),
     # training
     (train_script, (*SCRATCH, "--beta2=1"), "must be below 1"),
     (train_script, (*SCRATCH, "--name=a/b"), "the folder is --out_dir"),
@@ -2630,6 +2633,7 @@ def bad_files(ckpt, corpus, tmp_path_factory):
                                         ("code", 4096, "code4096")):
         save_checkpoint(tmp / f"{name}.pt",
                         small("gla", vocab_size=vocab_size, tokenizer=tokenizer))
+    save_checkpoint(tmp / "mamba.pt", small("mamba2"))
     token_files(tmp / "nine", [0] * 2000, [0] * 200, vocab_size=9)
     token_files(tmp / "held", [0] * 2000, [0] * 63, vocab_size=50)
     return {"tmp": tmp, "ckpt": ckpt, "corpus": corpus}

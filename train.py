@@ -20,6 +20,7 @@ from data.options import (
     numbers,
     one_line,
     option,
+    out_of_memory,
     pick_device,
     run_script,
     write_file,
@@ -1082,8 +1083,7 @@ def main(stop=None):
         raise BadInput(f"{e.filename or options.out_dir}: {e.strerror or e}; what was saved is "
                        "kept, and the same command goes on with it") from e
     except (RuntimeError, MemoryError) as e:
-        kinds = (torch.OutOfMemoryError, MemoryError)
-        if isinstance(e, kinds) or "DefaultCPUAllocator" in str(e):
+        if out_of_memory(e):
             raise BadInput(f"out of memory on {options.device}; a smaller model, a larger "
                            "--accumulate or --checkpoint_activations takes less") from e
         if processes.size == 1:

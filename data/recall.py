@@ -576,6 +576,8 @@ def main():
         raise BadInput("name a checkpoint: --ckpt=out/recipe-gla/statex.pt")
     if options.json and not os.path.isdir(os.path.dirname(options.json) or "."):
         raise BadInput(f"--json={options.json}: there is no such folder; make it first")
+    if os.path.exists(options.json) and not os.path.isfile(options.json):
+        raise BadInput(f"--json={options.json} is a folder or a device; name a file")
     if not options.n or not options.windows:
         raise BadInput("--n and --windows must be at least 1")
     lm, trained = read_checkpoint(options.ckpt)
