@@ -2438,6 +2438,17 @@ def test_a_full_disk_loses_nothing(ckpt, corpus, tmp_path):
             f"--out_dir={tmp_path}", says="No space left on device; what was saved is kept")
 
 
+@pytest.mark.parametrize("error,status", ((BlockingIOError(11, "busy"), 2), (OSError(38, "none"), 0)))
+def test_an_out_dir_is_one_process_s(error, status, corpus, tmp_path, monkeypatch):
+    """Where the file system has locks; where it has none, a line says so."""
+    def refuse(*arguments):
+        raise error
+    monkeypatch.setattr(library("fcntl"), "flock", refuse)
+    found, _, err = cli(train_script, "--ckpt=scratch", f"--data={corpus}", *TINY, "--steps=1",
+                        f"--out_dir={tmp_path}/o")
+    assert found == status and ("cannot be locked (none)" in err) == (status == 0), err
+
+
 def test_processes_that_cannot_meet(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     refused(train_script, "--ckpt=scratch", f"--data={corpus}", *TINY, f"--out_dir={tmp_path}/o",

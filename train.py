@@ -770,9 +770,12 @@ def open_folder(options, processes):
     try:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
+    except BlockingIOError as e:
         raise BadInput(f"another process is writing in {options.out_dir}; wait for it, or take "
                        "another --out_dir") from e
+    except OSError as e:                    # some network file systems have no locks
+        say(f"train.py: {options.out_dir} cannot be locked ({e.strerror}); see to it that no other "
+            "process writes there")
     return lock
 
 
