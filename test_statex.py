@@ -2438,7 +2438,8 @@ def test_a_full_disk_loses_nothing(ckpt, corpus, tmp_path):
             f"--out_dir={tmp_path}", says="No space left on device; what was saved is kept")
 
 
-@pytest.mark.parametrize("error,status", ((BlockingIOError(11, "busy"), 2), (OSError(38, "none"), 0)))
+@pytest.mark.parametrize("error,status", (
+    (BlockingIOError(11, "busy"), 2), (OSError(38, "none"), 0)))
 def test_an_out_dir_is_one_process_s(error, status, corpus, tmp_path, monkeypatch):
     """Where the file system has locks; where it has none, a line says so."""
     def refuse(*arguments):

@@ -488,7 +488,7 @@ def write_tokens(documents, folder, encoder, max_tokens):
         raise BadInput("no text in there: every file is empty or not UTF-8")
     if min(n_train, n_val) < 64:
         raise BadInput(f"{n_train + n_val} tokens, {n_val} of them held out, are too short a text; "
-                       "expected 64 held out, as 1,280 in all give")
+                       "expected 64 held out: take more text, or a larger --tokens")
     return {"vocab_size": encoder.n_vocab, "end_of_text": encoder.eot_token, "dtype": dtype.name,
             "documents": n_documents, "train_tokens": n_train, "val_tokens": n_val,
             "largest_id": largest, "sha256": digest.hexdigest()}
