@@ -175,15 +175,15 @@ def values(some, arm, measure):
 
 
 def arms_of(some, start="pre"):
-    """The arms of these models that go on from `start`, in block.py's order, without LPT."""
+    """The arms of these models that go on from `start`, in the tables' order, without LPT."""
     found = dict.fromkeys(line["arm"] for model in some for line in model.lines
                           if line["start"] == start and line["arm"] != "lpt")
     order = ["preserve-x16", "preserve-x4", "preserve-x4-half", "preserve-x4-later", "inherit",
              "inherit-noise", "reinit", "reinit-keys", "reinit-same-state", "reinit-paper",
              "groups-x4", "lpt-equal-flops"]
     known = [arm for arm in order if arm in found]
-    quarter = [arm for arm in found if arm not in order]
-    return known + [arm for arm in quarter if not arm.endswith(("-quarter", "-long"))]
+    others = [arm for arm in found if arm not in order]
+    return known + [arm for arm in others if not arm.endswith(("-quarter", "-long"))]
 
 
 # ----------------------------------------------------------------------------------------
@@ -644,14 +644,15 @@ def main():
             raise BadInput("README.md is not what the runs say; run python data/results/tables.py")
         return
     write_file(path, lambda file: file.write(after.encode()))
+    drawn = []
     if read_lines("recipe.jsonl"):
         draw_recipe(f"{HERE}/recipe.png")
+        drawn.append("recipe.png")
     if any(models("runs.jsonl").values()):
         draw_differences(f"{HERE}/differences.png")
         draw_costs(f"{HERE}/costs.png")
-        print(f"{HERE}: README.md, differences.png, costs.png")
-    else:
-        print(f"{path}; no figures, for there are no runs in runs.jsonl yet")
+        drawn += ["differences.png", "costs.png"]
+    print(f"{path}; figures: {', '.join(drawn) or 'none, for there are no runs yet'}")
 
 
 if __name__ == "__main__":
