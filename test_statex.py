@@ -879,7 +879,7 @@ def test_a_second_derivative_of_the_loss_is_an_error():
     (lambda lm, idx: Config("gla", 61, 2, "32"), "d_model is '32'"),
     (lambda lm, idx: Config("gla", norm_eps=-1.0), "norm_eps is -1.0"),
     (lambda lm, idx: Config("gla", expand_k=math.nan), "expand_k is nan"),
-    (lambda lm, idx: Config("gla", expand_v=1e-9), "0 value channels"),
+    (lambda lm, idx: Config("gla", expand_v=1e-9), "leave no channel"),
     (lambda lm, idx: Config("gla", tie_embeddings="yes"), "tie_embeddings is 'yes'"),
     (lambda lm, idx: Config("gla", tokenizer=None), "tokenizer is None"),
 ))
