@@ -525,7 +525,7 @@ def save(run):
         train = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds,
                  "evaluations": run.evaluations, "carried": carried,
                  "options": asdict(run.options), "optimizer": optimizer,
-                 "corpus": {"sha256": meta.get("sha256"), "tokenizer": meta["tokenizer"]}}
+                 "corpus": {"sha256": meta.get("sha256"), "tokenizer": meta.get("tokenizer")}}
         save_checkpoint(run.path, run.lm, train, weights)
     if run.processes.size > 1:
         dist.barrier()
@@ -690,6 +690,7 @@ def train(lm, options, corpus, resume=None, until=None, processes=Processes(), s
     """Train lm in place, to the end or to step `until`. resume: the "train" entry of the
     checkpoint to go on from. Saves out_dir/NAME.pt. Returns {"tokens", "tokens_per_s",
     "val_loss", "recall_loss", "peak_mem_mib", "evaluations"}. Raises BadInput."""
+    corpus = prepare.Corpus(*corpus)
     run = start_run(lm, options, corpus, processes, stop or Stop())
     if resume:
         restore(run, resume)
