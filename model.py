@@ -107,8 +107,11 @@ class Config:
     def check_gla(self):
         if not self.d_mlp:
             self.d_mlp = -(-int(self.d_model * 4 * 2 / 3) // 256) * 256
+        if not self.d_k * self.d_v:
+            raise BadInput(f"expand_k {self.expand_k} and expand_v {self.expand_v} leave no "
+                           f"channel of d_model {self.d_model}")
         for heads, key_heads in zip(self.n_head, self.n_key_head, strict=True):
-            if not self.d_k * self.d_v or self.d_k % heads or self.d_v % heads:
+            if self.d_k % heads or self.d_v % heads:
                 raise BadInput(f"n_head {heads} does not divide the {self.d_k} key and "
                                f"{self.d_v} value channels; choose a common divisor")
             if heads % key_heads:
@@ -132,11 +135,11 @@ class Config:
 
     @property
     def d_k(self):
-        return int(self.d_model * self.expand_k)
+        return channels(self.d_model, self.expand_k)
 
     @property
     def d_v(self):
-        return int(self.d_model * self.expand_v)
+        return channels(self.d_model, self.expand_v)
 
     @property
     def d_inner(self):
@@ -152,6 +155,14 @@ class Config:
     def total_state(self):
         """Elements of state per sequence, of all layers."""
         return sum(self.state_elements(layer) for layer in range(self.n_layer))
+
+
+def channels(d_model, ratio):
+    """d_model ratio, rounded down; but 1000 x 0.57 = 569.99... are 570, as in
+    flash-linear-attention."""
+    exact = d_model * ratio
+    nearest = round(exact)
+    return nearest if math.isclose(exact, nearest) else int(exact)
 
 
 # The public checkpoints' shapes.
@@ -202,15 +213,17 @@ def causal_conv(x, weight, bias, before, sizes, document=None):
         x = F.pad(x, (0, 0, taps - 1, 0))
     else:
         x = torch.cat((before.to(x.dtype), x), dim=1)
+    last = x[:, T:]
     if document is None or not T:
         y = sum(x[:, i:i + T] * weight[:, 0, i] for i in range(taps))
     else:
         ids = F.pad(document, (x.shape[1] - document.shape[1], 0))
         alike = ids.unfold(1, taps, 1) == ids[:, taps - 1:, None]           # (B,T,taps)
         y = sum(x[:, i:i + T] * alike[..., i, None] * weight[:, 0, i] for i in range(taps))
+        last = last * (ids[:, T:] == ids[:, -1:])[..., None]    # the next call sees one document
     if bias is not None:
         y = y + bias
-    return F.silu(y).to(x.dtype).split(sizes, dim=-1), x[:, T:]
+    return F.silu(y).to(x.dtype).split(sizes, dim=-1), last
 
 
 class GLA(nn.Module):
@@ -496,7 +509,8 @@ class LM(nn.Module):
         the same length: there is no padding mask (`generate` takes prompts of any lengths).
         Raises BadInput for shapes that do not fit."""
         if targets is not None:
-            check_ids("targets", targets, self.config.vocab_size, not_counted=-100)
+            device = self.embeddings.weight.device
+            check_ids("targets", targets, self.config.vocab_size, device, not_counted=-100)
             if not torch.is_tensor(idx) or targets.shape != idx.shape:
                 raise BadInput(f"targets {kind_of(targets)}; expected the shape of idx, which "
                                f"{kind_of(idx)}")
@@ -508,12 +522,13 @@ class LM(nn.Module):
     def features(self, idx, state=None, first=None):
         """idx (B,T) -> the last layer's output after the final norm (B,T,d_model), and the
         state after the last token. For the rest see forward."""
-        check_ids("idx", idx, self.config.vocab_size)
-        check_state(state, self.config.n_layer)
+        device = self.embeddings.weight.device
+        check_ids("idx", idx, self.config.vocab_size, device)
+        check_state(state, self.config.n_layer, device)
         if first is not None and not (torch.is_tensor(first) and first.dtype == torch.bool
-                                      and first.shape == idx.shape):
+                                      and first.shape == idx.shape and first.device == device):
             raise BadInput(f"first {kind_of(first)}; expected torch.bool of idx's shape, "
-                           f"{tuple(idx.shape)}")
+                           f"{tuple(idx.shape)}, on {device}")
         x = self.embeddings(idx)
         update = None
         states = []
@@ -549,7 +564,8 @@ class LM(nn.Module):
             ids = [token[i].item() for token in new]
             if stop in ids:
                 ids = ids[:ids.index(stop) + 1]
-            continued.append(torch.cat((torch.as_tensor(prompt), torch.tensor(ids).long())))
+            prompt = torch.as_tensor(prompt)
+            continued.append(torch.cat((prompt, prompt.new_tensor(ids))))
         return continued
 
     @torch.no_grad()
@@ -561,7 +577,7 @@ class LM(nn.Module):
         that has reached it is filled up with it, and when all have, the stream ends. seed:
         prompt i draws as it would alone with seed + i; None draws from torch's generator.
         Memory does not grow with n: a step carries the state and one token. Raises BadInput."""
-        check_sampling(n, temperature, top_k, top_p, seed)
+        check_sampling(n, temperature, top_k, top_p, stop, seed)
         x, state = self.read_prompts(idx)
         chances = random_numbers(len(x), n, seed).to(x.device)
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -598,17 +614,20 @@ class LM(nn.Module):
             if idx.dim() != 2 or not idx.shape[1]:
                 raise BadInput(f"the prompts have shape {tuple(idx.shape)}, which is empty or not "
                                "(batch, length); begin at least with the end-of-text token")
-            check_ids("idx", idx, self.config.vocab_size)
+            check_ids("idx", idx, self.config.vocab_size, idx.device)   # while they are on a CPU
             x, state = self.features(idx.to(device))
             return x[:, -1], state
         if not isinstance(idx, (list, tuple)) or any(isinstance(p, (int, str)) for p in idx):
             raise BadInput("the prompts are not token ids; expected a tensor (batch, length), or a "
                            "list of prompts, each a list of token ids")
-        if not len(idx) or not all(len(prompt) for prompt in idx):
+        try:
+            prompts = [torch.as_tensor(prompt)[None] for prompt in idx]
+        except (TypeError, ValueError, RuntimeError) as e:      # no numbers, or too large ones
+            raise BadInput(f"a prompt is no list of token ids: {e}") from e
+        if not all(prompt.numel() for prompt in prompts) or not prompts:
             raise BadInput("a prompt is empty; begin at least with the end-of-text token")
-        prompts = [torch.as_tensor(prompt)[None] for prompt in idx]
         for prompt in prompts:
-            check_ids("a prompt", prompt, self.config.vocab_size)
+            check_ids("a prompt", prompt, self.config.vocab_size, prompt.device)
         read = [self.features(prompt.to(device)) for prompt in prompts]
         state = [tuple(None if parts[0] is None else torch.cat(parts)
                        for parts in zip(*layer, strict=True))
@@ -655,15 +674,17 @@ class LM(nn.Module):
 def kind_of(value):
     """What a message says of an argument."""
     if torch.is_tensor(value):
-        return f"has shape {tuple(value.shape)} and is {value.dtype}"
+        return f"has shape {tuple(value.shape)} and is {value.dtype} on {value.device}"
     return f"is of type {type(value).__name__}"
 
 
-def check_ids(name, ids, vocab_size, not_counted=None):
-    """Raises BadInput unless ids are token ids (B,T), or not_counted. Values are looked at on
-    a CPU only: a GPU would have to be waited for."""
+def check_ids(name, ids, vocab_size, device, not_counted=None):
+    """Raises BadInput unless ids are token ids (B,T) on that device, or not_counted. Values are
+    looked at on a CPU only: a GPU would have to be waited for."""
     if not torch.is_tensor(ids) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise BadInput(f"{name} {kind_of(ids)}; expected token ids, (batch, length) integers")
+    if ids.device != device:
+        raise BadInput(f"{name} {kind_of(ids)}; expected {device}, where the model is")
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
     known = (ids >= 0) & (ids < vocab_size)
@@ -674,8 +695,9 @@ def check_ids(name, ids, vocab_size, not_counted=None):
                        f"{vocab_size - 1}, the model's vocabulary")
 
 
-def check_state(state, n_layer):
-    """Raises BadInput unless state is a list of pairs. The mixers look at their shapes."""
+def check_state(state, n_layer, device):
+    """Raises BadInput unless state is a list of pairs of tensors. The mixers look at their
+    shapes."""
     if state is None:
         return
     if not isinstance(state, (list, tuple)):
@@ -686,12 +708,21 @@ def check_state(state, n_layer):
         if layer is not None and (not isinstance(layer, (list, tuple)) or len(layer) != 2):
             raise BadInput(f"a layer's state {kind_of(layer)}; expected a pair, as an earlier "
                            "call returned it")
+        for part in layer or ():
+            if part is not None and not (torch.is_tensor(part) and part.is_floating_point()
+                                         and part.device == device):
+                raise BadInput(f"a part of a layer's state {kind_of(part)}; expected a floating "
+                               f"dtype on {device}, or None")
 
 
-def check_sampling(n, temperature, top_k, top_p, seed):
-    for name, value in (("n", n), ("top_k", top_k), ("seed", seed)):
-        if value is not None and not isinstance(value, numbers.Integral):
-            raise BadInput(f"{name} is {value!r}; expected a whole number")
+def check_sampling(n, temperature, top_k, top_p, stop, seed):
+    for name, value in (("n", n), ("top_k", top_k), ("stop", stop), ("seed", seed)):
+        if value is not None and (not isinstance(value, numbers.Integral)
+                                  or not -2**63 <= value < 2**63):
+            raise BadInput(f"{name} is {value!r}; expected a whole number below 2^63")
+    for name, value in (("temperature", temperature), ("top_p", 1 if top_p is None else top_p)):
+        if not isinstance(value, numbers.Real):
+            raise BadInput(f"{name} is {value!r}; expected a number")
     if n is None or n < 0:
         raise BadInput(f"n is {n}; expected a number of tokens, 0 or more")
     if not 0 <= temperature < math.inf:
@@ -706,7 +737,8 @@ def random_numbers(batch, n, seed):
     """(batch,n) in [0,1), in float64; row i from a generator of its own, seeded seed + i."""
     if seed is None:
         return torch.rand(batch, n, dtype=torch.float64)
-    rows = [torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + i))
+    rows = [torch.rand(n, dtype=torch.float64,
+                       generator=torch.Generator().manual_seed(int(seed) + i))
             for i in range(batch)]
     return torch.stack(rows) if rows else torch.zeros(0, n)
 

@@ -800,6 +800,8 @@ def test_a_packed_document_sees_nothing_of_the_one_before(block, changes):
     assert gap(lm(idx, first=first)[0][:1], torch.cat(apart, dim=1)) < 1e-12
     _, _, state = lm(idx[:, :40], first=first[:, :40])          # and across two calls
     assert gap(lm(idx[:, 40:], state=state, first=first[:, 40:])[0][0], apart[2][0, 16:]) < 1e-12
+    _, _, state = lm(idx[:1, :25], first=first[:1, :25])        # the first ends in its beginning
+    assert gap(lm(idx[:1, 25:], state=state)[0], apart[2][:, 1:]) < 1e-12
 
 
 @pytest.mark.parametrize("taps", (1, 2, 4))
@@ -926,17 +928,26 @@ def test_a_second_derivative_of_the_loss_is_an_error():
     (lambda lm, idx: lm(idx, idx.tolist()), "targets is of type list"),
     (lambda lm, idx: lm(idx, state=5), "state is of type int"),
     (lambda lm, idx: lm(idx, state=[(*x, 0) for x in lm(idx)[2]]), "expected a pair"),
-    (lambda lm, idx: lm(idx, first=idx * 0), "is torch.int64; expected torch.bool"),
+    (lambda lm, idx: lm(idx, first=idx * 0), "is torch.int64 on cpu; expected torch.bool"),
     (lambda lm, idx: lm.generate(idx, 2.5), "n is 2.5"),
     (lambda lm, idx: lm.generate(idx, 2, top_k=2.5), "top_k is 2.5"),
     (lambda lm, idx: lm.generate(idx, 2, seed=1.5), "seed is 1.5"),
     (lambda lm, idx: lm.generate([1, 2, 3], 2), "each a list of token ids"),
     (lambda lm, idx: lm.generate("hello", 2), "the prompts are not token ids"),
     (lambda lm, idx: lm.generate([[1], [70]], 2), "a prompt has the token id 70"),
+    (lambda lm, idx: lm(idx, state=[(1, 2)] * 3), "a part of a layer's state is of type int"),
+    (lambda lm, idx: lm(idx.to("meta")), "where the model is"),
+    (lambda lm, idx: lm(idx, idx.to("meta")), "where the model is"),
+    (lambda lm, idx: lm.generate([None], 2), "no list of token ids"),
+    (lambda lm, idx: lm.generate([[10**20]], 2), "no list of token ids"),
+    (lambda lm, idx: lm.generate(idx, 2, stop=[1, 2]), "stop is [1, 2]"),
+    (lambda lm, idx: lm.generate(idx, 2, temperature=None), "temperature is None"),
+    (lambda lm, idx: lm.generate(idx, 2, top_p="0.9"), "top_p is '0.9'"),
+    (lambda lm, idx: lm.generate(idx, 2, seed=2**64), "below 2^63"),
     (lambda lm, idx: Config("gla", 61, 2, "32"), "d_model is '32'"),
     (lambda lm, idx: Config("gla", norm_eps=-1.0), "norm_eps is -1.0"),
     (lambda lm, idx: Config("gla", expand_k=math.nan), "expand_k is nan"),
-    (lambda lm, idx: Config("gla", expand_v=1e-9), "0 value channels"),
+    (lambda lm, idx: Config("gla", expand_v=1e-9), "leave no channel"),
     (lambda lm, idx: Config("gla", tie_embeddings="yes"), "tie_embeddings is 'yes'"),
     (lambda lm, idx: Config("gla", tokenizer=None), "tokenizer is None"),
 ))
@@ -955,6 +966,7 @@ def test_edge_calls_that_mean_something(block):
     _, _, same = lm(idx[:, :0], state=state)
     assert all(torch.equal(a, b) for x, y in zip(state, same, strict=True)
                for a, b in zip(x, y, strict=True))
+    assert torch.equal(lm.generate(idx, 3, seed=np.int32(5)), lm.generate(idx, 3, seed=5))
     assert lm.generate(idx, 0).shape == (2, 9) and lm.generate(idx, 3, 1e-40).shape == (2, 12)
     assert lm(idx[:, :0], first=idx[:, :0].bool())[0].shape == (2, 0, 61)
     assert lm(idx[:, :0], state=state, first=idx[:, :0].bool())[0].shape == (2, 0, 61)
@@ -1197,6 +1209,8 @@ def ssm(**layers):
     (GLA, {"rms_norm_eps": 1e-6, "share_conv_kernel": True, "attn_mode": "fused_chunk",
            "layer_sharing": None, "attn": None, "clamp_min": None, "feature_map": None,
            "num_kv_heads": 4, "use_gk": True, "use_gv": False, "hidden_act": "silu"}),
+    (GLA, {"gate_logit_normalizer": 8, "gate_low_rank_dim": 32, "conv_bias": True,
+           "sliding_window": None, "max_length": 20, "do_sample": False, "temperature": 1.0}),
     (GLA, {"num_kv_heads": None, "elementwise_affine": True, "use_output_gate": True,
            "hidden_ratio": 4, "intermediate_size": None, "conv_size": 4, "fuse_norm": False,
            "fuse_swiglu": False, "fuse_linear_cross_entropy": True, "_name_or_path": "x",
@@ -1292,13 +1306,16 @@ def older_names(tensors):
     for name in [name for name in tensors if name.endswith("mlp.up_proj.weight")]:
         gate = name.replace("up_proj", "gate_proj")
         tensors[gate] = torch.cat((tensors[gate], tensors.pop(name)))
-    return {name.replace("g_norm_swish_gate", "g_norm").replace("embeddings", "embed_tokens"): t
-            for name, t in tensors.items()}
+    changes = {"g_norm_swish_gate": "g_norm", "embeddings": "embed_tokens",
+               "layers.1.": "layers.1._checkpoint_wrapped_module."}
+    for old, new in changes.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def write_weights(path, config, tensors, shards=0, extension="bin"):
     """A checkpoint folder, written without the format's own library."""
-    fill(path, {"config.json": json.dumps(config)})
+    fill(path, {"config.json": b"\xef\xbb\xbf" + json.dumps(config).encode()})  # a BOM
     if not shards:
         return torch.save(tensors, path / "pytorch_model.bin")
     files = {name: f"part-{i * shards // len(tensors)}.{extension}"
@@ -1354,6 +1371,7 @@ def test_broken_folders(tmp_path, monkeypatch):
     lacking = {other: tensor for other, tensor in tensors.items() if other != name}
     for i, (weights, says) in enumerate((
             (lacking, "Missing key(s) in state_dict: \"layers.1.attn_norm.weight\""),
+            (tensors | {"model.layers.1.mlp.gate_proj.weight": torch.ones(())}, "size mismatch"),
             (tensors | {name: torch.ones(7)}, "size mismatch for layers.1.attn_norm.weight"),
             (tensors | {"model.rotary.weight": torch.ones(2)}, "rotary.weight"),
             (tensors | {name: torch.ones(32, dtype=torch.int8)}, "is of torch.int8"),
@@ -1365,8 +1383,9 @@ def test_broken_folders(tmp_path, monkeypatch):
     for file, content, says in (
             ("pytorch_model.bin", (tmp_path / "0/pytorch_model.bin").read_bytes()[:9000],
              "weights"),
-            ("model.safetensors", b"\x10", "pip install safetensors"),
             ("model.safetensors.index.json", "[]", "cannot read the weights"),
+            ("model.safetensors", b"\x10", "pip install safetensors"),
+            ("config.json", "[" * 10**5, "no readable config.json"),
             ("config.json", "{", "no readable config.json"), ("config.json", "[1]", "a list")):
         fill(tmp_path / "0", {file: content})
         with raises_one_line(says):
@@ -1425,6 +1444,7 @@ def test_key_channels_survive_the_ratio(d_model, d_k):
                expand_v=4.01 / d_model, conv_size=0)
     config, tensors = public.uniform(asdict(lm.config), lm.state_dict())
     assert Config(**config).d_k == 4 * d_k == len(tensors["layers.0.attn.q_proj.weight"])
+    assert Config("gla", 61, 1, 1000, n_head=1, expand_k=0.57).d_k == 570      # as a float: 569.99
 
 
 @pytest.fixture
@@ -1736,6 +1756,9 @@ def test_token_files_of_an_earlier_version_are_read(tmp_path):
     token_files(tmp_path, range(100), range(70), val_tokens=71)
     with raises_one_line("cut short"):
         prepare.load_corpus(folder)
+    token_files(tmp_path, range(100), range(70), vocab_size="4096")
+    with raises_one_line("vocab_size is '4096'"):
+        prepare.load_corpus(folder)
     with raises_one_line("no token files"):
         prepare.load_corpus(fill(folder, {"meta.json": "[]"}))
 
@@ -1805,6 +1828,20 @@ def test_the_tokenizer_of_a_model_and_of_a_text(tmp_path):
     save_hf(tmp_path / "hf", letters="hgfedcba ", eos_token="</s>")
     with raises_one_line("has changed"):
         prepare.same_tokenizer(name, meta)
+
+
+def test_a_tokenizer_may_have_tokens_that_its_model_has_not(tmp_path):
+    """Such as one added for padding, which no text contains. Of a model whose tokenizer nobody
+    knows, the vocabulary has to be large enough."""
+    name = save_hf(tmp_path / "hf", eos_token="</s>", pad_token="<pad>")
+    fill(tmp_path, {"a.txt": "abcdefgh " * 2000})
+    prepared(tmp_path / "a.txt", f"--tokenizer={name}", tmp_path / "out")
+    meta = prepare.load_corpus(tmp_path / "out").meta
+    assert meta["vocab_size"] == 12 and meta["largest_id"] == 10
+    prepare.check_vocabulary(Config("gla", 11, 1, 32, tokenizer=name), meta, "f")
+    for config in (Config("gla", 11, 1, 32), Config("gla", 10, 1, 32, tokenizer=name)):
+        with raises_one_line("token ids, the model 1"):
+            prepare.check_vocabulary(config, meta, "f")
 
 
 def test_ids_beyond_the_vocabulary_are_not_written(tmp_path, monkeypatch):
@@ -2315,6 +2352,9 @@ def test_a_run_goes_on_in_any_number_of_passes(corpus, tmp_path):
         train_script.Options, "", [*args, "--accumulate=2", f"--out_dir={tmp_path}/b"]))
     with pytest.raises(SystemExit):
         train_script.one_run(options, train_script.Processes(), stop)
+    lm, held = load_checkpoint(f"{tmp_path}/b/ckpt.pt")
+    held["options"] |= {"compile": True, "device": "cuda"}          # as if begun on a GPU
+    save_checkpoint(f"{tmp_path}/b/ckpt.pt", lm, held)
     ran(train_script, "--ckpt=resume", f"--out_dir={tmp_path}/b", "--accumulate=4", "--device=cpu",
         "--checkpoint_activations")
     assert losses(tmp_path / "b")[10] == pytest.approx(losses(tmp_path / "a")[10], rel=1e-5)
@@ -2358,6 +2398,24 @@ def test_documents_begin_after_the_end_of_text(corpus, tmp_path):
         assert torch.equal(first[:, 1:], idx[:, :-1] == 4095)
         begun += first.sum().item()
     assert begun > 0
+
+
+@pytest.mark.parametrize("block", ("gla", "mamba2"))
+def test_a_document_that_begins_with_a_carried_slice_forgets(block, tmp_path):
+    """Two slices of a row, between which a document ends, are the two read on their own."""
+    text = np.tile([*range(15), 4095, *range(30), 4095, 7], 20)
+    token_files(tmp_path / "c", text, text[:100])
+    ran(train_script, f"--data={tmp_path}/c", "--ckpt=scratch", f"--block={block}", *TINY,
+        "--steps=1", "--documents", "--carry_state", "--block_size=16", "--batch_size=1",
+        f"--out_dir={tmp_path}/o")
+    lm, run = run_of(tmp_path / "o")
+    state, carried, alone = None, [], []
+    for run.step in range(3):
+        idx, targets, first, _ = train_script.batches(run, 0)[0]
+        _, loss, state = lm(idx, targets, state, first)
+        carried.append(loss.item())
+        alone.append(lm(idx, targets, None, first)[1].item())
+    assert carried[:2] == pytest.approx(alone[:2], rel=1e-6) and carried[2] != alone[2]
 
 
 def torchrun(processes, *args):
@@ -2439,9 +2497,31 @@ def test_a_full_disk_loses_nothing(ckpt, corpus, tmp_path):
     assert len(before) > 30000
     with full_disk(30000):
         refused(train_script, f"--ckpt={ckpt}", f"--data={corpus}", *TINY, "--steps=3",
-                "--overwrite", f"--out_dir={tmp_path}", says="the last checkpoint is untouched")
+                "--overwrite", f"--out_dir={tmp_path}", says="what was there is untouched")
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
+    os.remove(tmp_path / "log.jsonl")
+    os.symlink("/dev/full", tmp_path / "log.jsonl")
+    refused(train_script, f"--ckpt={ckpt}", f"--data={corpus}", *TINY, "--steps=3", "--overwrite",
+            f"--out_dir={tmp_path}", says="No space left on device; what was saved is kept")
+
+
+@pytest.mark.parametrize("error,status", (
+    (BlockingIOError(11, "busy"), 2), (OSError(38, "none"), 0)))
+def test_an_out_dir_is_one_process_s(error, status, corpus, tmp_path, monkeypatch):
+    """Where the file system has locks; where it has none, a line says so."""
+    def refuse(*arguments):
+        raise error
+    monkeypatch.setattr(library("fcntl"), "flock", refuse)
+    found, _, err = cli(train_script, "--ckpt=scratch", f"--data={corpus}", *TINY, "--steps=1",
+                        f"--out_dir={tmp_path}/o")
+    assert found == status and ("cannot be locked (none)" in err) == (status == 0), err
+
+
+def test_processes_that_cannot_meet(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    refused(train_script, "--ckpt=scratch", f"--data={corpus}", *TINY, f"--out_dir={tmp_path}/o",
+            says="start them with torchrun")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path):
@@ -2541,6 +2621,8 @@ BAD = (
     (expand_script, (*EXPAND, "--noise=1"), "Mamba2's tiled rows"),
     (expand_script, (*EXPAND, "--paper"), "what starts afresh"),
     (expand_script, (*EXPAND, "--out={tmp}"), "is a folder"),
+    (expand_script, (*EXPAND, "--out=/dev/tty"), "a folder or a device"),
+    (expand_script, (*EXPAND, "--ckpt={tmp}/mamba.pt", "--factor=1e15"), "out of memory"),
     (expand_script, (*EXPAND, "--ckpt=gla-1.3b"), "add --dry-run"),
     (train_script, ("--data={corpus}", "--out_dir={tmp}/o", "--layers=9"), "out of range"),
     (train_script, ("--data={corpus}", "--out_dir={tmp}/o", "--factor=3"), "a divisor of its 4"),
@@ -2565,7 +2647,7 @@ BAD = (
      "the 256 bytes"),
     (prepare, ("{tmp}/empty.txt", "--out={tmp}/t", "--train_bpe={tmp}/n.tiktoken"), "no text"),
     (prepare, ("{tmp}/short.txt", "--out={tmp}/t", "--train_bpe={tmp}/f.tiktoken"),
-     "Is a directory"),
+     "it is a folder"),
     (prepare, ("--packages={tmp}/pins", "--wheels={tmp}/wheels", "--out={tmp}/t"), "1 wheels of"),
     (prepare, ("{tmp}/short.txt", "--out={tmp}/file"), "is a file"),
     (prepare, ("{tmp}/short.txt", "--out={tmp}/file/tokens"), "cannot write"),
@@ -2579,10 +2661,13 @@ BAD = (
     (recall, (*RECALL, "--lengths=9999999"), "needs more than that of held-out text"),
     (recall, (*RECALL, "--needle=9999999"), "needs more than that of held-out text"),
     (recall, (*RECALL, "--json={tmp}/none/x.json"), "no such folder"),
+    (recall, (*RECALL, "--json={tmp}"), "a folder or a device"),
     # training
     (train_script, (*SCRATCH, "--beta2=1"), "must be below 1"),
     (train_script, (*SCRATCH, "--name=a/b"), "the folder is --out_dir"),
     (train_script, (*SCRATCH, "--pretrain_steps=0"), "expected 1 or more"),
+    (train_script, (*SCRATCH, "--recall_tokens=1e15"), "out of memory on cpu"),
+    (train_script, (*SCRATCH, "--d_model=1e14"), "out of memory on cpu"),
     (train_script, (*SCRATCH, "--n_head=3"), "n_head 3 does not divide"),
     (train_script, (*SCRATCH, "--block=mamba2", "--headdim=7"), "headdim 7 does not divide"),
     (train_script, (*SCRATCH, "--block_size=10000000"), "block_size"),
@@ -2628,6 +2713,7 @@ def bad_files(ckpt, corpus, tmp_path_factory):
                                         ("code", 4096, "code4096")):
         save_checkpoint(tmp / f"{name}.pt",
                         small("gla", vocab_size=vocab_size, tokenizer=tokenizer))
+    save_checkpoint(tmp / "mamba.pt", small("mamba2"))
     token_files(tmp / "nine", [0] * 2000, [0] * 200, vocab_size=9)
     token_files(tmp / "held", [0] * 2000, [0] * 63, vocab_size=50)
     return {"tmp": tmp, "ckpt": ckpt, "corpus": corpus}

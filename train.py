@@ -20,6 +20,7 @@ from data.options import (
     numbers,
     one_line,
     option,
+    out_of_memory,
     pick_device,
     run_script,
     write_file,
@@ -174,7 +175,8 @@ def check(options, processes):
         raise BadInput(f"recall_tokens {options.recall_tokens} are fewer than {parts} sequences of "
                        f"{largest} pairs, one for each pass of a step")
     if options.shard and (processes.size == 1 or not options.ckpt):
-        raise BadInput("--shard cuts one run over processes: start it with torchrun and --ckpt")
+        raise BadInput("--shard cuts one run over processes: start it with torchrun and --ckpt, "
+                       "or let a run go on whole: --shard=false")
     if options.compile and options.device == "cpu":
         raise BadInput("--compile is for GPUs: on a CPU the first step takes minutes and the "
                        "others gain little")
@@ -215,11 +217,16 @@ def join(device):
     GPUs). All but the first print nothing. -> (Processes, its device)"""
     if "RANK" not in os.environ:
         return Processes(), device
-    processes = Processes(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-    if device.startswith("cuda"):
-        device = f"cuda:{processes.local}"
-        torch.cuda.set_device(processes.local)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        processes = Processes(*(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        if device.startswith("cuda"):
+            device = f"cuda:{processes.local}"
+            torch.cuda.set_device(processes.local)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    except (KeyError, ValueError, RuntimeError) as e:
+        raise BadInput(f"RANK is set, which makes this one of several processes, and they cannot "
+                       f"meet ({type(e).__name__}: {one_line(e)}); start them with torchrun, as "
+                       "many as there are GPUs, or unset RANK") from e
     if not processes.first:
         sys.stdout = open(os.devnull, "w")
     return processes, device
@@ -392,6 +399,7 @@ def text_batch(run, rng, rows):
     if options.documents:                   # one begins after the end of the one before
         first = np.zeros((len(text), options.block_size), bool)
         first[:, 1:] = text[:, :-2] == run.end_of_text
+        first[:, 0] = tokens[starts[rows] - 1] == run.end_of_text       # with --carry_state
     return text[:, :-1], text[:, 1:], first, len(text) / options.batch_size
 
 
@@ -517,7 +525,7 @@ def save(run):
         train = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds,
                  "evaluations": run.evaluations, "carried": carried,
                  "options": asdict(run.options), "optimizer": optimizer,
-                 "corpus": {"sha256": meta.get("sha256"), "tokenizer": meta["tokenizer"]}}
+                 "corpus": {"sha256": meta.get("sha256"), "tokenizer": meta.get("tokenizer")}}
         save_checkpoint(run.path, run.lm, train, weights)
     if run.processes.size > 1:
         dist.barrier()
@@ -682,6 +690,7 @@ def train(lm, options, corpus, resume=None, until=None, processes=Processes(), s
     """Train lm in place, to the end or to step `until`. resume: the "train" entry of the
     checkpoint to go on from. Saves out_dir/NAME.pt. Returns {"tokens", "tokens_per_s",
     "val_loss", "recall_loss", "peak_mem_mib", "evaluations"}. Raises BadInput."""
+    corpus = prepare.Corpus(*corpus)
     run = start_run(lm, options, corpus, processes, stop or Stop())
     if resume:
         restore(run, resume)
@@ -762,9 +771,12 @@ def open_folder(options, processes):
     try:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
+    except BlockingIOError as e:
         raise BadInput(f"another process is writing in {options.out_dir}; wait for it, or take "
                        "another --out_dir") from e
+    except OSError as e:                    # some network file systems have no locks
+        say(f"train.py: {options.out_dir} cannot be locked ({e.strerror}); see to it that no other "
+            "process writes there")
     return lock
 
 
@@ -834,10 +846,8 @@ def prepared(options, processes):
 def check_corpus(lm, options, meta):
     """Raises BadInput where the corpus' token ids mean nothing to the model."""
     c = lm.config
-    if meta["vocab_size"] > c.vocab_size:
-        raise BadInput(f"{options.data} has {meta['vocab_size']} token ids, the model "
-                       f"{c.vocab_size}; prepare the text with the model's tokenizer")
     prepare.same_tokenizer(c.tokenizer, meta)
+    prepare.check_vocabulary(c, meta, options.data)
     half = min(recall.SYMBOLS, c.vocab_size) // 2
     if options.recall_tokens and max(pair_sizes(options)) > half:
         raise BadInput(f"--pairs={options.pairs} needs more symbols than a vocabulary of "
@@ -1053,10 +1063,10 @@ def resolve(given):
     if not options.out_dir:
         options.out_dir = "out/run" if options.ckpt else f"out/recipe-{options.block}"
     options.device = pick_device(options.device)
-    if options.device == "cpu" and "compile" not in given:
-        options.compile = False                 # presets compile, which is for GPUs
     if options.ckpt == "resume":
         options = resumed(options, given)
+    if options.device == "cpu" and "compile" not in given:
+        options.compile = False                 # presets and runs of GPUs compile: it is for them
     return options
 
 
@@ -1073,10 +1083,13 @@ def main(stop=None):
             one_run(options, processes, stop)
         else:
             recipe(options, processes, stop)
-    except torch.OutOfMemoryError as e:
-        raise BadInput(f"out of memory on {options.device}; a larger --accumulate or "
-                       "--checkpoint_activations takes less") from e
-    except RuntimeError as e:
+    except OSError as e:
+        raise BadInput(f"{e.filename or options.out_dir}: {e.strerror or e}; what was saved is "
+                       "kept, and the same command goes on with it") from e
+    except (RuntimeError, MemoryError) as e:
+        if out_of_memory(e):
+            raise BadInput(f"out of memory on {options.device}; a smaller model, a larger "
+                           "--accumulate or --checkpoint_activations takes less") from e
         if processes.size == 1:
             raise
         say(f"train.py: process {processes.rank} lost the others "

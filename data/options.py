@@ -139,7 +139,11 @@ def numbers(name, text, kind=int):
 def write_file(path, write):
     """A file at path, filled by write(file): written beside its place under a name of this
     process, flushed to the disk and renamed, so that a kill at any moment leaves the old file
-    or the new. Raises BadInput."""
+    or the new. Raises BadInput, also for what is no file, such as /dev/null, which the file
+    would replace for everybody."""
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadInput(f"cannot write {path}: it is a folder or a device; name a file")
     part = f"{path}.{os.getpid()}.tmp"
     try:
         with open(part, "wb") as file:
@@ -160,10 +164,23 @@ def one_line(error, most=200):
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
+def out_of_memory(error):
+    """Whether it is one of Python's, NumPy's or PyTorch's exceptions that say so."""
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return ("MemoryError" in names or "OutOfMemoryError" in names
+            or "DefaultCPUAllocator" in str(error))
+
+
 def run_script(main):
     """Run a script's main; what the user can mend ends it with one line and status 2."""
     try:
-        main()
+        try:
+            main()
+        except (MemoryError, RuntimeError) as e:
+            if not out_of_memory(e):
+                raise
+            raise BadInput("out of memory; a smaller model or fewer tokens at a time take "
+                           f"less ({one_line(e)})") from e
     except BadInput as e:
         print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
         sys.exit(2)

@@ -192,6 +192,18 @@ def same_tokenizer(name, meta):
                        f"prepare it with --tokenizer={name}")
 
 
+def check_vocabulary(config, meta, folder):
+    """Raises BadInput where the model has no embedding for ids of the text that `meta` tells of,
+    whose tokenizer is the model's (see same_tokenizer). Such a tokenizer may have more ids than
+    its model: tokens that were added, for padding say, and that no text contains."""
+    ids = meta["vocab_size"]
+    if config.tokenizer and "largest_id" in meta:       # corpora of earlier versions have none
+        ids = meta["largest_id"] + 1
+    if ids > config.vocab_size:
+        raise BadInput(f"{folder} has {ids} token ids, the model {config.vocab_size}; prepare the "
+                       "text with the model's tokenizer")
+
+
 def train_bpe(documents, path):
     """Learn 4,095 byte-level BPE tokens from (text, share) documents, and write them to path,
     as `read_ranks` reads them."""
@@ -451,7 +463,7 @@ def write_corpus(documents, out, tokenizer, max_tokens=math.inf):
 def write_tokens(documents, folder, encoder, max_tokens):
     """Write train.bin and val.bin. Returns what meta.json says of them."""
     dtype = np.dtype(np.uint16 if encoder.n_vocab <= 2**16 else np.uint32)
-    n_documents = n_train = n_val = 0
+    n_documents = n_train = n_val = largest = 0
     digest = hashlib.sha256()
     with open(f"{folder}/train.bin", "wb") as train, open(f"{folder}/val.bin", "wb") as val:
         for ids, share in encoded(documents, encoder):
@@ -459,6 +471,7 @@ def write_tokens(documents, folder, encoder, max_tokens):
             if ids.max() >= encoder.n_vocab:
                 raise BadInput(f"the tokenizer gives the id {ids.max()}, and its vocabulary has "
                                f"{encoder.n_vocab}; choose another one")
+            largest = max(largest, ids.max().item())
             ids = ids.astype(dtype)
             cut = len(ids) - int(share * len(ids))
             ids[:cut].tofile(train)
@@ -475,10 +488,10 @@ def write_tokens(documents, folder, encoder, max_tokens):
         raise BadInput("no text in there: every file is empty or not UTF-8")
     if min(n_train, n_val) < 64:
         raise BadInput(f"{n_train + n_val} tokens, {n_val} of them held out, are too short a text; "
-                       "expected 64 held out, as 1,280 in all give")
+                       "expected 64 held out: take more text, or a larger --tokens")
     return {"vocab_size": encoder.n_vocab, "end_of_text": encoder.eot_token, "dtype": dtype.name,
             "documents": n_documents, "train_tokens": n_train, "val_tokens": n_val,
-            "sha256": digest.hexdigest()}
+            "largest_id": largest, "sha256": digest.hexdigest()}
 
 
 def encoded(documents, encoder):
@@ -537,9 +550,9 @@ def load_corpus(folder):
             meta = json.load(f)
         dtype = np.dtype(meta["dtype"])
         expected = (meta["train_tokens"], meta["val_tokens"])
-        for name in ("tokenizer", "vocab_size"):
-            if name not in meta:
-                raise KeyError(name)
+        for name, kind in (("tokenizer", str), ("vocab_size", int)):
+            if not isinstance(meta[name], kind):
+                raise TypeError(f"{name} is {meta[name]!r}")
         train = np.memmap(f"{folder}/train.bin", dtype=dtype, mode="r")
         val = np.memmap(f"{folder}/val.bin", dtype=dtype, mode="r")
     except (OSError, ValueError, KeyError, TypeError) as e:

@@ -51,15 +51,22 @@ class Format:
     ignored: str
 
 
-# Of no consequence in any of the libraries: what transformers writes for every model, and
-# what chooses an initialisation, a kernel, a loss or a precision.
+# Of no consequence in any of the libraries: what transformers writes for every model (before
+# version 5 how to generate, too), and what chooses an initialisation, a kernel, a loss or a
+# precision.
 COMMON = """architectures model_type torch_dtype dtype transformers_version auto_map use_cache
     bos_token_id eos_token_id pad_token_id sep_token_id tokenizer_class return_dict
     output_hidden_states output_attentions is_decoder is_encoder_decoder add_cross_attention
     chunk_size_feed_forward tie_encoder_decoder tie_last_hidden_states torchscript id2label label2id
     problem_type initializer_range max_position_embeddings layer_types residual_in_fp32
     rescale_prenorm_residual fuse_norm fuse_swiglu fuse_cross_entropy fuse_linear_cross_entropy
-    use_l2warp chunk_size statex_tokenizer"""
+    use_l2warp chunk_size statex_tokenizer use_bfloat16 tf_legacy_loss pruned_heads prefix
+    cross_attention_hidden_size finetuning_task task_specific_params decoder_start_token_id
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+    return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens"""
 
 NO_LIMIT = ([0.0, math.inf], None)         # of the time step
 
@@ -86,16 +93,14 @@ GLA = Format(
         "use_output_gate": (True,),
         "elementwise_affine": (True,),
         "clamp_min": (None,),
-        "gate_logit_normalizer": (16,),
-        "gate_low_rank_dim": (16,),
-        "conv_bias": (False,),
         "attn": (None, {}, []),
         "attnres_block_size": (None,),
         "layer_sharing": (None,),
     },
     # The library has never read use_gk and use_gv. It has not read share_conv_kernel since
-    # July 2024: weights from before have an h_conv1d, which no model takes.
-    ignored="use_gk use_gv share_conv_kernel",
+    # July 2024: weights from before have an h_conv1d, which no model takes. Its layer has the
+    # last three, but its model never hands them on.
+    ignored="use_gk use_gv share_conv_kernel gate_logit_normalizer gate_low_rank_dim conv_bias",
 )
 
 MAMBA2 = Format(
@@ -183,8 +188,9 @@ def read_config(public, folder):
     else:
         finish_mamba2(config, options, where)
     ignored = f"{COMMON} {library.ignored}".split()
+    # null for a name that the library does not know means nothing
     refused = [f"{name} = {value!r}" for name, value in options.items()
-               if name not in ignored and value not in library.only.get(name, ())]
+               if name not in ignored and value not in library.only.get(name, (None,))]
     if refused:
         raise BadInput(f"{where} asks for what is not built: {', '.join(refused)}")
     return config
@@ -278,10 +284,12 @@ def finish_mamba2(config, options, where):
 # ---------------------------------------------------------------------------------------
 # tensors
 
-# A public name becomes ours by these replacements, in turn. The first takes off what
-# DistributedDataParallel, torch.compile and the libraries' outer classes put in front.
+# A public name becomes ours by these replacements, in turn. The first two take off what
+# torch.compile, checkpointing and FSDP put in front of any part of a name, and
+# DistributedDataParallel and the libraries' outer classes in front of all of it.
 NAMES = (
-    (r"^(module\.|_orig_mod\.|model\.|backbone\.)+", ""),
+    (r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.", ""),
+    (r"^(module\.|model\.|backbone\.)+", ""),
     (r"^(embedding|embed_tokens)\.", "embeddings."),
     (r"^norm_f\.", "norm."),
     (r"\.gla_norm\.", ".attn_norm."),                    # flash-linear-attention of February 2024
@@ -306,9 +314,9 @@ def read_folder(name):
     Raises BadInput."""
     folder = local_folder(str(name))
     try:
-        with open(f"{folder}/config.json", encoding="utf-8") as file:
+        with open(f"{folder}/config.json", encoding="utf-8-sig") as file:   # some begin with a BOM
             public = json.load(file)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise BadInput(f"{folder} has no readable config.json ({type(e).__name__}); expected a "
                        "checkpoint folder") from e
     config = read_config(public, folder)
@@ -334,7 +342,7 @@ def read_folder(name):
 def split_mlp(name, tensor, config):
     """Yields name, tensor. flash-linear-attention until February 2025 had the MLP's gate and
     up projections in one."""
-    if name.endswith(".mlp.gate_proj.weight") and tensor.shape[0] == 2 * config["d_mlp"]:
+    if name.endswith(".mlp.gate_proj.weight") and tensor.shape[:1] == (2 * config["d_mlp"],):
         gate, up = tensor.chunk(2)
         yield name, gate.clone()
         yield name.replace("gate_proj", "up_proj"), up.clone()
@@ -399,15 +407,16 @@ def read_weights(folder):
 
 
 def weight_files(folder):
-    """The files that hold the weights: shards where an index names them."""
+    """The files that hold the weights, as transformers looks for them: one file, else the
+    shards that an index names."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         path = f"{folder}/{name}"
+        if os.path.exists(path):
+            return [path]
         if os.path.exists(f"{path}.index.json"):
             with open(f"{path}.index.json", encoding="utf-8") as file:
                 shards = set(json.load(file)["weight_map"].values())
             return [f"{folder}/{shard}" for shard in sorted(shards)]
-        if os.path.exists(path):
-            return [path]
     raise BadInput(f"cannot read the weights in {folder}: there is no model.safetensors and no "
                    "pytorch_model.bin")
 
@@ -555,7 +564,7 @@ def fold_keys(config, tensors, shared):
     rows of q_proj. Rows beyond those f heads' are zero. The public format scales q by its own
     head size^-0.5, ours by that of one head: the square root of the width makes up for it."""
     heads = config["n_head"]
-    key_channels = int(config["d_model"] * config["expand_k"])
+    key_channels = len(tensors["layers.0.attn.q_proj.weight"])
     size = key_channels // heads
     width = max(shared)
     tensors = dict(tensors)

@@ -51,7 +51,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.prepare import load_corpus, load_tokenizer, same_tokenizer
+from data.prepare import check_vocabulary, load_corpus, load_tokenizer, same_tokenizer
 from model import LM, load_checkpoint
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -576,6 +576,8 @@ def main():
         raise BadInput("name a checkpoint: --ckpt=out/recipe-gla/statex.pt")
     if options.json and not os.path.isdir(os.path.dirname(options.json) or "."):
         raise BadInput(f"--json={options.json}: there is no such folder; make it first")
+    if os.path.exists(options.json) and not os.path.isfile(options.json):
+        raise BadInput(f"--json={options.json} is a folder or a device; name a file")
     if not options.n or not options.windows:
         raise BadInput("--n and --windows must be at least 1")
     lm, trained = read_checkpoint(options.ckpt)
@@ -636,10 +638,10 @@ def chosen_sizes(options, trained, text):
 def check_tokens(config, text, meta, folder):
     """Raises BadInput where the ids of a corpus are not what the model learned."""
     same_tokenizer(config.tokenizer, meta)
-    ids = max(meta["vocab_size"], int(text.max()) + 1)
-    if ids > config.vocab_size:
-        raise BadInput(f"{folder} has {ids} token ids, the model {config.vocab_size}; prepare the "
-                       "text with the model's tokenizer")
+    check_vocabulary(config, meta, folder)
+    if text.max() >= config.vocab_size:
+        raise BadInput(f"{folder} has the token id {text.max()}, which its meta.json denies; "
+                       "prepare the text again")
 
 
 def without_nan(value):
