@@ -340,7 +340,7 @@ def describe(r):
     after = r["state_elements_after"]
     lines += ["",
               f"parameters      {millions(params)} -> {millions(params + more)}   "
-              f"{more:+,d} ({100 * more / params:+.4f} %)",
+              f"+{more / 1e6:.1f}M ({more:,d}, {100 * more / params:+.4f} %)",
               f"state elements  {millions(before)} -> {millions(after)}   x {after / before:.2f}",
               f"state bytes     {4 * before:,d} -> {4 * after:,d} per sequence, in float32"]
     return "\n".join(lines)

@@ -2588,6 +2588,11 @@ def short_conv(x, weight, bias=None, document=None):
         if not fits:
             raise BadInput(f"short_conv: {name} has shape {tuple(tensor.shape)}; expected "
                            f"{expected} for x of shape {tuple(x.shape)}")
+        if tensor is not None and name != "document" and tensor.dtype not in (
+                torch.float32, torch.float16, torch.bfloat16):
+            raise BadInput(f"short_conv: {name} is {tensor.dtype}; expected at most 32 bits, "
+                           "floating")
+    bias = None if bias is None else bias.contiguous()
     document = None if document is None else document.to(torch.int32).contiguous()
     return conv_forward(rows_apart(x), weight[:, 0].contiguous(), bias, document)
 

@@ -2053,10 +2053,10 @@ def test_what_the_sequences_need(text):
         assert make(rng, 9, 64, tokens[:65], tokenizer)[0].shape == (9, 64)
     with raises_one_line("a token for every digit"):
         recall.Needle(SimpleNamespace(encode_ordinary=lambda words: [0]))
-    for sizes in (dict(pairs=(4, 200)), dict(lengths=(8,)), dict(lengths=(10**6,))):
+    for pairs, lengths in (((4, 200), ()), ((), (8,)), ((), (10**6,))):
         with pytest.raises(BadInput):               # what score would say, before a training run
-            recall.check_text(tokens, tokenizer, **sizes)
-    recall.check_text(tokens[:65], tokenizer, lengths=(64,))
+            recall.check_text(tokens, tokenizer, T=64, pairs=pairs, lengths=lengths)
+    recall.check_text(tokens[:65], tokenizer, T=64, pairs=(), lengths=(64,))
 
 
 def test_accuracy_counts_shares_or_all():
