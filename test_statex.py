@@ -1862,7 +1862,11 @@ def test_a_bpe_learned_from_your_own_text(tmp_path):
     assert (train + val).startswith(words)
     meta = prepare.load_corpus(tmp_path / "out").meta
     assert meta["tokenizer"] == bpe and meta["train_tokens"] + meta["val_tokens"] < 3000 * 10
-    refused(prepare, tmp_path / "a.txt", "--train_bpe=x.bpe", says="does not end in .tiktoken")
+    fill(tmp_path, {"blank.txt": "", "f.tiktoken/x": ""})
+    for text, path, says in (("a.txt", "x.bpe", "does not end in .tiktoken"),
+                             ("blank.txt", "n.tiktoken", "no text"),
+                             ("a.txt", "f.tiktoken", "it is a folder")):
+        refused(prepare, tmp_path / text, f"--train_bpe={tmp_path}/{path}", says=says)
 
 
 def save_wheel(folder, package, files):
@@ -2645,9 +2649,6 @@ BAD = (
     (prepare, ("{tmp}/short.txt", "--out={tmp}/t", "--tokenizer=x.tiktoken"), "no tokenizer in"),
     (prepare, ("{tmp}/short.txt", "--out={tmp}/t", "--tokenizer={tmp}/odd.tiktoken"),
      "the 256 bytes"),
-    (prepare, ("{tmp}/empty.txt", "--out={tmp}/t", "--train_bpe={tmp}/n.tiktoken"), "no text"),
-    (prepare, ("{tmp}/short.txt", "--out={tmp}/t", "--train_bpe={tmp}/f.tiktoken"),
-     "it is a folder"),
     (prepare, ("--packages={tmp}/pins", "--wheels={tmp}/wheels", "--out={tmp}/t"), "1 wheels of"),
     (prepare, ("{tmp}/short.txt", "--out={tmp}/file"), "is a file"),
     (prepare, ("{tmp}/short.txt", "--out={tmp}/file/tokens"), "cannot write"),
@@ -2695,7 +2696,7 @@ def bad_files(ckpt, corpus, tmp_path_factory):
         start_of_ckpt = f.read(10000)
     fill(tmp, {"cut.pt": start_of_ckpt, "file": "x", "empty.txt": "  \n", "kept/notes.md": "mine",
                "short.txt": "three short words", "latin.txt": b"caf\xe9 " * 1000,
-               "f.tiktoken/x": "", "wheels/a.whl/x": "", "wheels/b.whl": "no wheel"})
+               "wheels/a.whl/x": "", "wheels/b.whl": "no wheel"})
     pin = hashlib.sha256(b"no wheel").hexdigest()
     pairs = [(base64.b64encode(bytes([i % 256, i // 256])).decode(), i) for i in range(300)]
     fill(tmp, {"pins": f"b==1 --hash=sha256:{pin}\n",

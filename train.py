@@ -752,6 +752,8 @@ def print_stopped(run):
     how = "the same command goes on"
     if run.options.overwrite:
         how = "the same command without --overwrite goes on"
+    if run.options.ckpt:
+        how += f", or --ckpt=resume --out_dir={run.options.out_dir} --name={run.options.name}"
     print(f"stopped by a signal: {run.path} holds step {run.step}; {how}", flush=True)
 
 

@@ -207,13 +207,13 @@ def check_vocabulary(config, meta, folder):
 def train_bpe(documents, path):
     """Learn 4,095 byte-level BPE tokens from (text, share) documents, and write them to path,
     as `read_ranks` reads them."""
+    if not path.endswith(".tiktoken"):
+        raise BadInput(f"--train_bpe={path} does not end in .tiktoken, by which --tokenizer "
+                       "knows such a file")
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError as e:
         raise BadInput("--train_bpe needs tokenizers: pip install tokenizers") from e
-    if not path.endswith(".tiktoken"):
-        raise BadInput(f"--train_bpe={path} does not end in .tiktoken, by which --tokenizer "
-                       "knows such a file")
     learner = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(WORDS), "isolated")
     spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
