@@ -20,7 +20,7 @@ Decays travel as logarithms g = log a <= 0. Any decay is safe: none at all (g = 
 state that forgets everything at every step (g = -60), and a reset (g = -inf, or `first`
 of ssd), which keeps packed documents apart.
 """
-from __future__ import annotations  # so that tl.constexpr below needs no Triton until a kernel runs
+from __future__ import annotations  # tl.constexpr below works without Triton
 
 # isort: split
 from data.options import BadInput, command_line, option, pick_device, run_script
@@ -39,7 +39,7 @@ try:
     import triton
     import triton.language as tl
     triton_installed = True
-except ImportError:  # not on this platform: recurrent and chunked still work
+except ImportError:  # recurrent and chunked still work
     triton = types.SimpleNamespace(jit=lambda f=None, **options: f or (lambda g: g))
     triton_installed = False
 
@@ -107,7 +107,7 @@ def ssd(x, dt, A, B, C, D=None, state=None, impl="auto", first=None):
     return y.to(x.dtype), state
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # In front of every implementation: shapes, dtypes, devices, and which one it is
 
 
@@ -119,8 +119,8 @@ SHAPES = {
 
 
 def check_gla(q, k, v, g, state):
-    """The arguments, broadcast. Where nothing is to be done this takes a few
-    microseconds, for small layers wait for the processor."""
+    """The arguments, broadcast; in a few microseconds where that changes nothing, for
+    in small layers the GPU waits for the host."""
     try:
         batch, T, H, K = q.shape
         keys = k.shape
@@ -236,7 +236,8 @@ def pick(impl, *tensors):
 @torch.compiler.assume_constant_result
 def triton_supports(device):
     """Whether "auto" may take the Triton kernels there: NVIDIA from capability 8.0 on,
-    the first with bfloat16 matrix products."""
+    the first with bfloat16 matrix products. A constant for torch.compile, which cannot
+    trace it."""
     return triton_installed and torch.version.hip is None and capability(device) >= (8, 0)
 
 
@@ -273,7 +274,7 @@ def no_tokens(v, state, sizes, others):
     return (v + nothing).to(v.dtype), state.to(dtype) + nothing
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # recurrent: the definition
 
 
@@ -314,7 +315,7 @@ def ssd_recurrent(x, dt, A, B, C, D, state, first):
     return y if D is None else y + D.view(H, -1) * x, S
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # chunked: matrix products inside chunks, one state handed from chunk to chunk
 
 
@@ -324,12 +325,12 @@ FORGOTTEN = -1000.0
 
 
 def halves(x):
-    """Of blocks in pairs, (B,G,blocks,...): the left ones and the right ones."""
+    """The left and the right blocks of all pairs of neighbours, x (B,G,blocks,...)."""
     return x.unflatten(2, (-1, 2)).unbind(3)
 
 
 def merge(x):
-    """(B,G,blocks,heads,tokens,D) with half as many blocks, of twice as many tokens."""
+    """x (B,G,blocks,heads,tokens,D) with neighbouring blocks as one."""
     return x.unflatten(2, (-1, 2)).transpose(3, 4).flatten(4, 5)
 
 
@@ -338,11 +339,11 @@ def gla_chunked(q, k, v, g, scale, state, L=32):
     i, with a decay of its own for every channel.
 
     Blocks of 1, 2, 4, ... L tokens are merged in pairs. When two neighbours merge, the
-    queries of the right one meet the keys of the left one, and the decay between them
-    splits at the seam: from key j to the end of the left block (`after`), and from the
-    start of the right block to query i (`upto`). Both are sums of g over part of one
-    block, so both are <= 0, and exact however large the decay elsewhere is. That is
-    log2(L) levels, with one exponential per token, channel and level.
+    queries of the right one (1) meet the keys of the left one (0), and the decay
+    between them splits at the seam: from key j to the end of the left block (`after`),
+    and from the start of the right block to query i (`upto`). Both are sums of g over
+    part of one block, so both are <= 0, and exact however large the decay elsewhere is.
+    That is log2(L) levels, with one exponential per token, channel and level.
     """
     q, k, v, g, S = widen(q, k, v, g, state)
     batch, T, H, K = q.shape
@@ -375,7 +376,7 @@ def gla_chunked(q, k, v, g, scale, state, L=32):
         after = torch.cat((after0 + upto1[..., -1:, :], after1), dim=-2)
         q, k, v = merge(q), merge(k), merge(v)
 
-    # what a chunk adds to the states of a group's heads, side by side, and forgets
+    # what a chunk adds to its group's states, (B,G,n,K,heads V), and leaves of them
     q = q * upto.exp()
     values = v.transpose(3, 4).flatten(4, 5)
     writes = (k * after.exp()).squeeze(3).mT @ values
@@ -445,27 +446,30 @@ def ssd_chunked(x, dt, A, B, C, D, state, first, L=64):
     return y if D is None else y + D.view(H, -1) * x, S.flatten(1, 2)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Triton, first: each recurrence as one short kernel, forward only. They are right and
 # slow, are tested and never dispatched; read them before the fast path.
 
 
-chunk_kernel = triton.jit(do_not_specialize=["n", "heads"])  # one compilation for every T
+# Sizes of the fast path's kernels are constants of the compilation, so that addresses
+# fold into instructions, but not the number of chunks nor B H, which change with every
+# input. Triton would compile anew where these are 1 or a multiple of 16.
+chunk_kernel = triton.jit(do_not_specialize=["n", "heads"])
+# Of globals kernels read only those that are tl.constexpr.
 LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None
-# exp(FORGOTTEN_32) is 0 in float32: as FORGOTTEN, for sums in float32
-FORGOTTEN_32 = tl.constexpr(-200.0) if triton_installed else None
+FORGOTTEN_32 = tl.constexpr(-200.0) if triton_installed else None  # of float32
 
 
 @triton.jit
 def split(number, size):
-    """number = inner + size * outer, as inner and outer."""
+    """inner and outer of number = inner + size * outer."""
     return number % size, number // size
 
 
 @triton.jit
 def split3(number, inner, chunks, blocks: tl.constexpr = 1):
-    """The same with three: a < inner, then the block, of chunks * blocks in a sequence, and
-    the sequence, in 64 bits: what it multiplies may pass 2^31."""
+    """The three of number = first + inner * (block + chunks * blocks * sequence). The
+    sequence has 64 bits, since offsets may pass 2^31."""
     first, rest = split(number, inner)
     block, sequence = split(rest, chunks * blocks)
     return first, block, sequence.to(tl.int64)
@@ -473,7 +477,7 @@ def split3(number, inner, chunks, blocks: tl.constexpr = 1):
 
 @triton.jit
 def log2_decay(g):
-    """The base-2 logarithm of exp(g): the GPU's exponential is exp2."""
+    """log2(exp(g)): the GPU's exponential is exp2."""
     return tl.maximum(g, FORGOTTEN_32) * LOG2E
 
 
@@ -489,8 +493,8 @@ def gla_first(
     over j <= i of (q_i . k_j exp(c_i - c_j)) v_j, and then S becomes exp(c_L) S + sum
     over j of (k_j exp(c_L - c_j)) v_j^T.
 
-    One program owns BV columns of one head's state. They stay in registers from the
-    first token to the last."""
+    One program owns BV columns of one head's state, in registers from the first token
+    to the last."""
     v_block, rest = split(tl.program_id(0), V // BV)
     head, batch = split(rest, H)
     i = tl.arange(0, L)
@@ -529,8 +533,9 @@ def gla_first(
 
 @triton.jit
 def ssd_first(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr,   # (B,T,H,P), (B,T,H), (H,), (B,T,G,N), (B,T,G,N)
-    state_ptr, y_ptr, last_ptr,           # (B,H,P,N), (B,T,H,P), (B,H,P,N)
+    x_ptr, dt_ptr, A_ptr,          # (B,T,H,P), (B,T,H), (H,)
+    B_ptr, C_ptr,                  # (B,T,G,N)
+    state_ptr, y_ptr, last_ptr,    # (B,H,P,N), (B,T,H,P), (B,H,P,N)
     T,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
 ):
@@ -568,23 +573,23 @@ def ssd_first(
     tl.store(last_ptr + of_state, state)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Triton, the fast path. Five changes to the kernels above:
 #
-#   all chunks at once   one kernel scans the states over the chunks and keeps them; outputs
-#                        and gradients then take all chunks side by side
-#   products only        scores too are a matrix product: the decay of a pair is split at a
-#                        point between the two, a factor for the query, a factor for the key
-#   long chunks          a kept state costs K V / L elements per token, most of the traffic:
-#                        256 tokens where states are large, else 128
-#   small tiles          several programs share a state, and fetch ahead what they multiply
+#   all chunks at once   one kernel scans the states over the chunks and keeps them;
+#                        outputs and gradients then take all chunks side by side
+#   products only        scores too are a matrix product: the decay of a pair is split
+#                        at a point between the two, into a factor for each of them
+#   long chunks          a kept state costs K V / L elements per token, most of the
+#                        traffic: 256 tokens where states are large, else 128
+#   small tiles          several programs share a state, and fetch ahead their factors
 #   gradients by hand    from the kept states, with nothing computed twice but factors
 #
-# What was measured of them, on an H100, batch 4, 8192 tokens, bfloat16, forward and
-# backward: long chunks take gla-340m with one head from 1.49 to 1.41 ms and from 0.89
-# to 0.69 GB, and Mamba2-1.3b with d_state 512 from 2.9 to 2.0 GB in the same 4.8 ms;
-# tiles of 64 x 128 for 128 x 256 take both scans of gla-1.3b with one head from 2.36 to
-# 0.95 of now 3.6 ms.
+# Measured on an H100, batch 4, 8192 tokens, bfloat16, forward and backward: long chunks
+# take gla-340m with one head from 1.49 to 1.41 ms and from 0.89 to 0.69 GB, and
+# Mamba2-1.3b with d_state 512 from 2.9 to 2.0 GB in the same 4.8 ms; tiles of 64 x 128
+# for 128 x 256 take both scans of gla-1.3b with one head from 2.36 to 0.95 ms, of 3.6
+# in all.
 #
 #   launch             gla                                   ssd
 #   decays             (in gla_scores)                       ssd_decays
@@ -592,34 +597,47 @@ def ssd_first(
 #   states             scan_states                           scan_states
 #   outputs            gla_outputs                           (read_states,) ssd_outputs
 #   backward: states   scan_states, in reverse               scan_states, in reverse
-#   values             gla_grad_values                       (read_states,) ssd_grad_values
+#   values             gla_grad_values                       as outputs, ssd_grad_values
 #   scores             gla_grad_scores                       ssd_grad_scores
 #   queries and keys   gla_grad_queries_keys                 ssd_grad_queries_keys
 #   decays             gla_grad_decays, _steep               ssd_grad_decays
 #
 # The fast kernels mask neither tokens nor channels: their callers pad T to whole chunks
 # (with g = 0, or dt = 0, and k = v = 0, which leaves the state alone) and channels to
-# whole tiles. Sizes are constants of the compilation, so that addresses fold into
-# instructions; n, the number of chunks, is not: one compilation serves every T.
+# whole tiles. In all of them:
+#
+#   n, L, R           chunks of a sequence, tokens of a chunk, of a block; a chunk is one
+#                     block or more, in gla at most two
+#   BK, BV, BN        channels of a tile
+#   DOT               tl.dot's input_precision for float32; None for bfloat16
+#   upto, after       sums of g from the start of a chunk (or block) up to a token, and
+#                     after the token to the end. Code has them in bits (log2, exp2),
+#                     formulas write exp
+#   q_start, k_end    q exp(upto), k exp(after): what meets the states around a chunk
+#   q_seam, k_seam    the same of a block, where a chunk's two blocks meet
+#   dx, grad_x        the gradient of x; S is a state, dS its gradient
+#   row, at_x, of_x, mine   offsets in elements
+#
+# A program's number counts fastest over what reads the same tiles, so that programs
+# that run side by side find them in the cache.
 
 
 @triton.jit
 def waited_for(x):
-    """x, a running sum of matrix products in a loop, waited for.
+    """x, a loop's running sum of matrix products, waited for.
 
-    Triton's pipeliner counts too few buffers for a tile that a product still under way
-    and registers both read: the next fetch may write over it (triton-lang/triton issue
-    6691, open). A loop with such a tile adds 0 to its sums at every turn, which waits
-    for the products."""
+    Triton's pipeliner counts too few buffers for a tile that both registers and a
+    product still under way read: the next fetch may write over it (triton-lang/triton
+    issue 6691; this can go when that is closed). Adding 0 at every turn waits for the
+    products."""
     return x + 0.0
 
 
 @triton.jit
 def sum_rows(which, x, DOT: tl.constexpr):
-    """For every row of which (R,R) the sum of the rows of x (R,BK) that it names.
-
-    A matrix product in place of a scan. In bfloat16 (DOT is None) x goes in as the sum
-    of two bfloat16, which keeps 16 of its bits."""
+    """For every row of which (R,R) the sum of the rows of x (R,BK) that it names, as a
+    matrix product. In bfloat16 x goes in as the sum of two bfloat16, which keeps 16 of
+    its bits."""
     if DOT is not None:
         return tl.dot(which.to(tl.float32), x, input_precision=DOT)
     ones = which.to(tl.bfloat16)
@@ -630,21 +648,28 @@ def sum_rows(which, x, DOT: tl.constexpr):
 
 @chunk_kernel
 def scan_states(
-    x_ptr,        # (B,T,HX,K)   what each token writes: rows of the state
-    y_ptr,        # (B,T,HY,V)   and columns; HX and HY are H, or less where heads share
-    weight_ptr,   # (B,H,T)      a factor per token, None where x has it already
-    decay_ptr,    # (B,HD,n,K) or (B,H,n)   log2 of what a chunk leaves of the state
-    first_ptr,    # (B,H,K,V)    the state to begin with, None for zeros
-    last_ptr,     # (B,H,K,V)    the state at the end, None if nobody asks
-    states_ptr,   # (B,H,n,K,V)  the state before every chunk
+    x_ptr, y_ptr,          # (B,T,HX,K), (B,T,HY,V)  less than H where heads share
+    weight_ptr,            # (B,H,T) or None
+    decay_ptr,             # (B,HD,n,K) if PER_CHANNEL, else (B,HD,n): of a chunk, log2
+    first_ptr, last_ptr,   # (B,H,K,V)    S to begin with and at the end, or None
+    states_ptr,            # (B,H,n,K,V)  S as each chunk is entered
     n,
     H: tl.constexpr, HX: tl.constexpr, HY: tl.constexpr, HD: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
     PER_CHANNEL: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr,
 ):
-    """S_{c+1} = decay_c S_c + sum of weight_t x_t y_t^T over a chunk, R tokens at a time;
-    REVERSE: from the last chunk to the first. One program owns BK x BV elements."""
+    """S = decay_c S + sum of weight_t x_t y_t^T over chunk c, chunk after chunk. dS obeys
+    the same equation from the last chunk to the first: REVERSE.
+
+                   x        y   weight         S (K x V)   stored for chunk c
+      gla          k_end    v   None           K x V       S before it
+      gla reverse  q_start  do  None           K x V       dS after it
+      ssd          x        B   exp(after) dt  P x N       S before it
+      ssd reverse  dy       C   exp(upto)      P x N       dS after it
+
+    One program owns BK x BV elements of one head's S, in registers from end to end, and
+    adds a piece of R tokens at a time."""
     k_block, rest = split(tl.program_id(0), K // BK)
     v_block, head, batch = split3(rest, V // BV, H)
     i = tl.arange(0, R)
@@ -652,7 +677,7 @@ def scan_states(
     v = v_block * BV + tl.arange(0, BV)
     mine = k[:, None] * V + v[None, :]
 
-    # move every pointer to my sequence and head
+    # move the pointers to my sequence and head
     x_ptr += (batch * n * L * HX + head // (H // HX)) * K
     y_ptr += (batch * n * L * HY + head // (H // HY)) * V
     states_ptr += (batch * H + head) * n * K * V
@@ -663,7 +688,7 @@ def scan_states(
     state = tl.zeros((BK, BV), tl.float32)
     if first_ptr is not None:
         state += tl.load(first_ptr + (batch * H + head) * K * V + mine)
-    PIECES: tl.constexpr = L // R  # of a chunk
+    PIECES: tl.constexpr = L // R  # per chunk
     for step in range(n * PIECES):
         piece = n * PIECES - 1 - step if REVERSE else step
         chunk = (piece // PIECES).to(tl.int64)
@@ -671,7 +696,7 @@ def scan_states(
         if entering:
             tl.store(states_ptr + chunk * K * V + mine, state.to(states_ptr.dtype.element_ty))
 
-        # load R tokens; x comes in transposed, (BK, R)
+        # x comes in transposed, (BK, R)
         token = piece.to(tl.int64) * R
         x = tl.load(x_ptr + token * HX * K + (i[None, :] * (HX * K) + k[:, None]))
         y = tl.load(y_ptr + token * HY * V + (i[:, None] * (HY * V) + v[None, :]))
@@ -679,7 +704,7 @@ def scan_states(
             weight = tl.load(weight_ptr + token + i)
             x = (x.to(tl.float32) * weight[None, :]).to(y.dtype)
 
-        # forget, then write
+        # forget the chunk's decay at once, on entering it, then write
         if PER_CHANNEL:
             decay = tl.load(decay_ptr + (decay_head + chunk) * K + k)[:, None]
         else:
@@ -693,19 +718,18 @@ def scan_states(
 
 @triton.jit
 def step_state(
-    q_ptr, k_ptr,           # (B,HQ,K), (B,G,K)
-    v_ptr,                  # (B,H,V)
-    g_ptr, dt_ptr, A_ptr,   # (B,G,K) log decays, or None and (B,H), (H,): the decay is dt A
-    D_ptr,                  # (H,)     the skip, or None
-    state_ptr, new_ptr,     # (B,H,K,V), (B,H,V,K) where VALUES_FIRST
+    q_ptr, k_ptr, v_ptr,    # (B,HQ,K), (B,G,K), (B,H,V)
+    g_ptr, dt_ptr, A_ptr,   # gla: (B,G,K), None, None; ssd: None, (B,H), (H,)
+    D_ptr,                  # (H,) or None
+    state_ptr, new_ptr,     # (B,H,K,V), or (B,H,V,K) where VALUES_FIRST
     out_ptr,                # (B,H,V)
     scale,
     H: tl.constexpr, HQ: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, VALUES_FIRST: tl.constexpr,
 ):
-    """One token of either recurrence. For ssd k is B, q is C, and v is dt x.
+    """One token of either recurrence. For ssd q is C, k is B, v is x, VALUES_FIRST.
 
-    One program owns BV value channels of one head's state: read once, written once."""
+    One program owns BV value channels of one head's state, read and written once."""
     v_block, rest = split(tl.program_id(0), tl.cdiv(V, BV))
     head, batch = split(rest, H)
     batch = batch.to(tl.int64)
@@ -744,17 +768,16 @@ def step_state(
     tl.store(out_ptr + bh * V + v, out.to(out_ptr.dtype.element_ty), v_inside)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Triton: how kernels are launched
 
 
 class Launch:
     """A kernel with its tile. `cut` says which sizes programs share out: {"BV": "HP"}
-    is one program for every BV of H P channels.
+    is one program for every BV of H P channels, times `programs` of the call.
 
-    It has as many stages of the software pipeline as asked for, or as the GPU's shared
-    memory holds, which it finds once. (An H100's 227 KiB hold all that are asked for
-    here.)"""
+    Where the GPU's shared memory (227 KiB on an H100, enough) does not hold the stages
+    of the software pipeline that were asked for, it keeps to fewer."""
 
     def __init__(self, kernel, cut=None, **options):
         self.kernel = kernel
@@ -766,7 +789,7 @@ class Launch:
             total = math.prod(named[size] for size in sizes)
             programs *= -(-total // self.options[tile])
         while True:
-            try:  # all programs on the grid's first axis: the others end at 65,535
+            try:  # on the grid's first axis, for the others end at 65,535
                 return self.kernel[(programs,)](*pointers, **named, **self.options)
             except triton.OutOfResources:
                 if self.options.get("num_stages", 1) == 1:
@@ -775,19 +798,18 @@ class Launch:
 
 
 def power_of_two(x, low, high=1 << 30):
-    """The power of two from x up, within low and high. (Not triton's next_power_of_2:
-    small layers wait for the processor.)"""
+    """The power of two from x up, within low and high. (triton.next_power_of_2 takes the
+    host longer.)"""
     return max(low, min(high, 1 << (x - 1).bit_length()))
 
 
 def on_device(x):
-    """A context in which kernels run on x's GPU."""
+    """A context in which kernels run on x's GPU, as torch.compile sees to by itself."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)
 
 
 def pad(x, multiples):
-    """x with zeros after its end: every dimension becomes a multiple of the number that
-    {dimension: number} gives for it."""
+    """x with zeros after its end, up to multiples: {dimension: a multiple of this}."""
     ends = [0] * (2 * x.dim())  # F.pad counts from the last dimension
     for dimension, multiple in multiples.items():
         ends[-1 - 2 * dimension] = -x.shape[dimension] % multiple
@@ -795,8 +817,8 @@ def pad(x, multiples):
 
 
 def tile_multiple(channels, x):
-    """Channels are padded to a multiple of this; in the interpreter, where size costs
-    and nothing is compiled, by less."""
+    """Channels are padded to a multiple of this: less in the interpreter, which compiles
+    nothing and is slow."""
     return power_of_two(channels, 64 if x.is_cuda else 16, 128)
 
 
@@ -807,7 +829,7 @@ def needs_grad(*tensors):
 def operator(schema, results):
     """Makes launch(*arguments, *results) a PyTorch operator, which torch.compile leaves
     in one piece; results(*arguments) allocates what launch fills. `.plain` is the same
-    function without PyTorch's way to it, which is long for small layers."""
+    function without PyTorch's dispatcher, which is slow for small layers."""
     def make(launch):
         def call(*arguments):
             out = results(*arguments)
@@ -823,10 +845,9 @@ def operator(schema, results):
 
 
 class FirstDerivativeOnly(torch.autograd.Function):
-    """Hands on the first n tensors, gradients that a backward pass made by hand.
-    Whoever differentiates them is told that it cannot be done. (PyTorch's
-    once_differentiable says so only where the incoming gradient depends on something,
-    and is silently wrong elsewhere.)"""
+    """Hands on the first n tensors, gradients that a backward pass made by hand, and
+    refuses to differentiate them. (PyTorch's once_differentiable refuses only where the
+    incoming gradient depends on something, and is silently wrong elsewhere.)"""
 
     @staticmethod
     def forward(ctx, n, *tensors):
@@ -838,10 +859,9 @@ class FirstDerivativeOnly(torch.autograd.Function):
 
 
 def differentiable(forward, save, backward, chain):
-    """Two operators as one differentiable function. save(ctx, inputs, output) keeps
-    what chain(backward, ctx, saved tensors, *gradients) needs. Inside torch.compile the
-    operators are called, elsewhere their plain functions. (Saved tensors are read once:
-    torch.utils.checkpoint gives them out once.)"""
+    """Two operators as one differentiable function; outside of torch.compile their plain
+    functions. save(ctx, inputs, output) keeps what chain(backward, ctx, saved tensors,
+    *gradients) needs. (torch.utils.checkpoint gives saved tensors out once.)"""
     def compiled_backward(ctx, *gradients):
         return chain(backward, ctx, ctx.saved_tensors, *gradients)
 
@@ -868,13 +888,13 @@ def differentiable(forward, save, backward, chain):
     return call
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Triton: gated linear attention
 
 
 @triton.jit
 def is_steep(decay_ptr, LIMIT, K: tl.constexpr, BK: tl.constexpr):
-    """Whether some channel of a block decays by more than 2 LIMIT bits."""
+    """Whether some channel of a block decays by more than 2 LIMIT bits: see steep_limit."""
     lowest = tl.zeros((BK,), tl.float32)
     for k0 in range(0, K, BK):
         lowest = tl.minimum(lowest, tl.load(decay_ptr + k0 + tl.arange(0, BK)))
@@ -883,8 +903,8 @@ def is_steep(decay_ptr, LIMIT, K: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def half_sums(g, bit, DOT: tl.constexpr):
-    """g (R,BK) in pieces of 2^bit rows: for every row the sum from its piece's start to
-    it, and the sum after it to the piece's end."""
+    """g (R,BK) in pieces of 2^bit rows, halves of the next longer ones: for every row
+    the sum from its piece's start to it, and the sum after it to the piece's end."""
     i = tl.arange(0, g.shape[0])[:, None]
     j = tl.arange(0, g.shape[0])[None, :]
     same = (i ^ j) >> bit == 0
@@ -896,8 +916,9 @@ def to_seam(
     q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, group, n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
 ):
-    """Where a block's queries and keys go, decayed to its borders: of two blocks of a
-    chunk the first one's keys and the second one's queries meet at the seam."""
+    """Where a block's q_start and k_end go. Of two blocks in a chunk, the first one's
+    keys and the second one's queries go no further than the seam: gla_scores_across
+    takes them on to the chunk's ends."""
     if L > R:
         seam = (batch * n + block // 2) * R
         if block % 2 == 0:
@@ -910,20 +931,21 @@ def to_seam(
 @chunk_kernel
 def gla_scores(
     q_ptr, k_ptr, g_ptr,      # (B,T,H,K), (B,T,G,K), (B,T,G,K)
-    q_start_ptr, k_end_ptr,   # (B,T,H,K), (B,T,G,K)      q exp(upto), k exp(after)
-    q_seam_ptr, k_seam_ptr,   # (B,n,R,H,K), (B,n,R,G,K)  None where a chunk is one block
-    decay_ptr,                # (B,G,T/R,K)  log2 of what a block leaves of the state
-    scores_ptr,               # (B,T,H,L)
+    q_start_ptr, k_end_ptr,   # (B,T,H,K), (B,T,G,K)
+    q_seam_ptr, k_seam_ptr,   # (B,n,R,H,K), (B,n,R,G,K), or None: one block a chunk
+    decay_ptr,                # (B,G,T/R,K)  of a block, log2: later called block_decay
+    scores_ptr,               # (B,T,H,L)    of each query with the keys of its chunk
     scale, n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
     """scores_ij = scale sum_k q_ik k_jk exp(c_ik - c_jk), j <= i, c the running sum of g.
 
-    One program owns one block of R tokens of one head. The decay is split at the
-    block's middle m: exp(c_i - m) goes to the query and exp(m - c_j) to the key, so
-    that all pairs are one matrix product. One of the two exponents can be positive, by
-    at most half of the block's decay; where that is too much, gla_scores_steep follows."""
+    With m half of c's last row, exp(c_i - m) goes to the query (q_mid) and exp(m - c_j)
+    to the key (k_mid), so that all pairs are one matrix product. One of the exponents
+    can be positive, by at most -m; where that is too much, gla_scores_steep follows.
+
+    One program owns one block of R tokens of one head."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
     group = head // (H // G)
     i = tl.arange(0, R)
@@ -957,7 +979,7 @@ def gla_scores(
         k_mid = k * tl.exp2(-from_middle)
         scores = tl.dot(q_mid.to(dtype), tl.trans(k_mid.to(dtype)), scores, input_precision=DOT)
 
-        # one head of a group stores what they share
+        # on from the middle to the ends; one head of a group stores what they share
         tl.store(q_start_ptr + at_q, (q_mid * half).to(dtype))
         if head % (H // G) == 0:
             tl.store(k_end_ptr + at_k, (k_mid * half).to(dtype))
@@ -980,14 +1002,13 @@ def gla_scores_steep(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
-    """gla_scores for a block that decays by more than 2 LIMIT bits in some channel.
-    Where none does (as nearly always in a GLA model) the program returns at once.
+    """gla_scores again, written over it, for steep blocks. Where there are none (as
+    nearly always in a GLA model) a program returns at once.
 
     Tokens i and j < i part at their highest unequal bit, 2^b: in a piece of 2^(b+1)
     tokens j is in the lower half, i in the upper one, and exp(sum from the upper half's
     start to i) exp(sum after j to the lower half's end) has no positive exponent. So
-    there is one matrix product for each bit, of which that bit's pairs are written over
-    what gla_scores left."""
+    there is one matrix product for each bit, of which that bit's pairs are stored."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
     group = head // (H // G)
     if not is_steep(decay_ptr + ((batch * G + group) * n * (L // R) + block) * K, LIMIT, K, BK):
@@ -1005,7 +1026,7 @@ def gla_scores_steep(
         q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, group, n, H, G, K, L, R)
 
     dtype = q_ptr.dtype.element_ty
-    for bit in range(8):  # R is at most 128, 2^7; the last turn is for q_start and k_end
+    for bit in range(8):  # R is at most 2^7; the last turn is for q_start and k_end
         scores = tl.zeros((R, R), tl.float32)
         for k0 in range(0, K, BK):
             channel = k0 + tl.arange(0, BK)[None, :]
@@ -1024,19 +1045,17 @@ def gla_scores_steep(
 
 @chunk_kernel
 def gla_scores_across(
-    q_seam_ptr, k_seam_ptr,   # (B,n,R,H,K), (B,n,R,G,K)  as the blocks of a chunk meet
-    block_decay_ptr,          # (B,G,n,2,K)
-    q_start_ptr, k_end_ptr,   # (B,T,H,K), (B,T,G,K)  as they meet the states
-    decay_ptr,                # (B,G,n,K)
+    q_seam_ptr, k_seam_ptr,   # (B,n,R,H,K), (B,n,R,G,K)
+    block_decay_ptr,          # (B,G,n,2,K)  in: of each block
+    q_start_ptr, k_end_ptr,   # (B,T,H,K), (B,T,G,K)
+    decay_ptr,                # (B,G,n,K)    out: of the chunk
     scores_ptr,               # (B,T,H,L)
     n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
-    """The scores of a chunk's second block of queries with its first block of keys,
-    where a chunk is two blocks of R tokens. The decay splits at the seam between them.
-
-    One program owns one chunk of one head."""
+    """Of a chunk of two blocks, the scores of the second one's queries with the first
+    one's keys: their decay splits at the seam. One program owns one chunk of one head."""
     head, chunk, batch = split3(tl.program_id(0), H, n)
     group = head // (H // G)
     i = tl.arange(0, R)
@@ -1061,7 +1080,7 @@ def gla_scores_across(
         k = tl.load(k_seam_ptr + at_k)
         scores = waited_for(tl.dot(q, tl.trans(k), scores, input_precision=DOT))
 
-        # queries are one block further from the state before, keys from that after
+        # on by the other block: queries to the chunk's start, keys to its end
         of_first = tl.load(block_decay_ptr + channel)
         of_second = tl.load(block_decay_ptr + K + channel)
         tl.store(q_start_ptr + at_q, (q.to(tl.float32) * tl.exp2(of_first)[None, :]).to(dtype))
@@ -1075,8 +1094,8 @@ def gla_scores_across(
 def load_scores(
     scores_ptr, query, key, H: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
 ):
-    """A tile of one head's scores of a chunk of one or two blocks: no query of the
-    first block has one with a key of the second."""
+    """A tile of the scores of a chunk of one head. Those of the first block's queries
+    with the second block's keys are 0 and were never stored."""
     at = scores_ptr + query[:, None] * (H * L) + key[None, :]
     if L > R:
         return tl.load(at, query[:, None] // R >= key[None, :] // R, 0.0)
@@ -1085,18 +1104,18 @@ def load_scores(
 
 @chunk_kernel
 def gla_outputs(
-    q_start_ptr,   # (B,T,H,K)
-    states_ptr,    # (B,H,n,K,V)  the state before every chunk
-    scores_ptr,    # (B,T,H,L)
+    q_start_ptr,   # (B,T,H,K)    queries, scaled, decayed from the chunk's start
+    states_ptr,    # (B,H,n,K,V)  S before each chunk
+    scores_ptr,    # (B,T,H,L)    with scale and decays; 0 for keys after the query
     v_ptr,         # (B,T,H,V)
     o_ptr,         # (B,T,H,V)
     n,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
-    """o_i = S^T q_start_i + sum_{j <= i} scores_ij v_j.
+    """o_i = S^T q_start_i + sum over j <= i in its chunk of scores_ij v_j.
 
-    One program owns BV channels of one chunk of one head."""
+    One program owns BV channels of the L tokens of one chunk of one head."""
     v_block, rest = split(tl.program_id(0), V // BV)
     head, chunk, batch = split3(rest, H, n)
     i = tl.arange(0, L)
@@ -1108,7 +1127,7 @@ def gla_outputs(
     states_ptr += ((batch * H + head) * n + chunk) * K * V + v_block * BV
     channel = tl.arange(0, BV)
 
-    # what my queries read from the state
+    # what queries read from the state
     o = tl.zeros((L, BV), tl.float32)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
@@ -1116,7 +1135,7 @@ def gla_outputs(
         s = tl.load(states_ptr + k[:, None] * V + channel[None, :])
         o = tl.dot(q, s, o, input_precision=DOT)
 
-    # what they read from the keys of their own chunk
+    # and from the keys of their chunk, BJ at a time
     BJ: tl.constexpr = min(L, 64)
     for j0 in range(0, L, BJ):
         j = j0 + tl.arange(0, BJ)
@@ -1129,17 +1148,16 @@ def gla_outputs(
 @chunk_kernel
 def gla_grad_values(
     k_end_ptr,         # (B,T,G,K)
-    grad_states_ptr,   # (B,H,n,K,V)  the gradient of the state after every chunk
+    grad_states_ptr,   # (B,H,n,K,V)  dS after each chunk
     scores_ptr,        # (B,T,H,L)
-    do_ptr,            # (B,T,H,V)
-    dv_ptr,            # (B,T,H,V)
+    do_ptr, dv_ptr,    # (B,T,H,V)
     n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dv_j = dS^T k_end_j + sum_{i >= j} scores_ij do_i.
+    """dv_j = dS^T k_end_j + sum over i >= j in its chunk of scores_ij do_i.
 
-    One program owns BV channels of one chunk of one head."""
+    One program owns BV channels of the L tokens of one chunk of one head."""
     v_block, rest = split(tl.program_id(0), V // BV)
     head, chunk, batch = split3(rest, H, n)
     group = head // (H // G)
@@ -1152,7 +1170,7 @@ def gla_grad_values(
     grad_states_ptr += ((batch * H + head) * n + chunk) * K * V + v_block * BV
     channel = tl.arange(0, BV)
 
-    # what my keys write to the state
+    # what keys write to the state
     dv = tl.zeros((L, BV), tl.float32)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
@@ -1160,7 +1178,7 @@ def gla_grad_values(
         ds = tl.load(grad_states_ptr + k[:, None] * V + channel[None, :])
         dv = tl.dot(keys, ds, dv, input_precision=DOT)
 
-    # what the queries of their own chunk read
+    # and what the queries of their chunk read, BI at a time
     BI: tl.constexpr = min(L, 64)
     for i0 in range(0, L, BI):
         i = i0 + tl.arange(0, BI)
@@ -1174,12 +1192,12 @@ def gla_grad_values(
 def gla_grad_scores(
     do_ptr, v_ptr,     # (B,T,H,V)
     grad_scores_ptr,   # (B,T,H,L)
-    diagonal_ptr,      # (B,H,T)  the gradient of a query's score with its own key
+    diagonal_ptr,      # (B,H,T)  the same for j = i
     n,
     H: tl.constexpr, V: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BV: tl.constexpr, DOT: tl.constexpr,
 ):
-    """grad_scores_ij = do_i . v_j for j < i.
+    """grad_scores_ij = do_i . v_j for j < i. The diagonal apart, for it has no decay.
 
     One program owns a block of queries and one of keys, no later, of one head."""
     key_block, rest = split(tl.program_id(0), L // R)
@@ -1215,14 +1233,16 @@ def gla_grad_queries_keys(
     states_ptr, grad_states_ptr,    # (B,H,n,K,V)
     q_start_ptr, k_end_ptr,         # (B,T,H,K), (B,T,G,K)
     dq_start_ptr, dk_end_ptr,       # (B,T,H,K), (B,T,G,K)
-    state_pairs_ptr,                # (B,G,n,K)    sum of S dS over the values of a group
-    around_ptr,                     # (B,G,T/R,K)  None where a chunk is one block
+    state_pairs_ptr,                # (B,G,n,K)    S dS, summed over a group's values
+    around_ptr,                     # (B,G,T/R,K)  or None: one block a chunk
     n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq_start_i = S do_i and dk_end_j = dS v_j, through the states alone; around:
-    weight x gradient of a block's pairs with a state around the chunk's other block.
+    """dq_start_i = S do_i and dk_end_j = dS v_j, the gradients through the states alone,
+    and two sums for dg (see below): state_pairs; and `around` a block, what the chunk's
+    other block reads from the state before it, or writes to that after it.
+
     One program owns BK channels of one block of one group, its heads in turn."""
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n, L // R)
@@ -1272,19 +1292,24 @@ def gla_grad_queries_keys(
         tl.store(around_ptr + other * K + k, around)
 
 
-# The gradient of decays. The weight of key j in query i is exp of the sum of g over j <
-# t <= i, so dg_t adds up weight x gradient over all pairs that span t: within t's block
-# those that end at t or later, less those that begin at t or later; of the block's
-# queries with what is before the block those at t or later; of its keys with what is
-# after it those before t; what is before with what is after always. A query with its
-# own key spans nothing: it is left out, else it would drown small gradients.
+# The gradient of decays. Key j reaches query i with the weight exp(g_{j+1} + ... + g_i).
+# So dg_t is the sum of weight x its gradient over all pairs that span t, j < t <= i.
+# For a token t of a block (in ssd: of a chunk) these are
+#
+#   both in the block        pairs with i >= t, less those with j >= t
+#   key before the block     those with i >= t                         (dq_before, reads)
+#   query after the block    those with j < t                          (dk_after, writes)
+#   key before, query after  all of them                               (around, always)
+#
+# They are never listed: over a query's pairs weight x gradient sums to q dq, over a
+# key's to k dk, channel by channel, each with the part of dq or dk from those pairs. A
+# query with its own key spans nothing, and would drown small gradients: it is left out.
 
 
 @triton.jit
 def sum_pairs(pairs, writes, DOT: tl.constexpr):
-    """For every token t of a block: the pairs of t and later, and the writes before t.
-
-    Not as a running sum less its last term, whose rounding drowns what is small."""
+    """For every token t of a block: the sum of pairs of t and later, and of writes
+    before t. (A running sum less its last term would drown what is small.)"""
     i = tl.arange(0, pairs.shape[0])
     earlier = i[:, None] > i[None, :]
     if DOT is not None:
@@ -1297,7 +1322,8 @@ def sum_pairs(pairs, writes, DOT: tl.constexpr):
 def sum_around(
     state_pairs_ptr, decay_ptr, around_ptr, of_state, of_block, TWO_BLOCKS: tl.constexpr
 ):
-    """Weight x gradient of all pairs from before a block to after it, per channel."""
+    """Weight x gradient of all pairs around a block: from the state before its chunk to
+    the state after, and with the chunk's other block."""
     around = tl.load(state_pairs_ptr + of_state) * tl.exp2(tl.load(decay_ptr + of_state))
     if TWO_BLOCKS:
         around += tl.load(around_ptr + of_block)
@@ -1311,8 +1337,10 @@ def meet_other_block(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """dq_before of a chunk's second block with the keys of the first one, or dk_after of
-    its first block with the queries of the second one. other: the other block's decay."""
+    """A chunk's blocks meet at the seam: dq_before of the second (of_chunk 1), decayed
+    on by the first (other), and the first one's keys; or dk_after of the first, and the
+    second one's queries. (The state's part of dk_after is no head's: the caller adds
+    it, decayed, once.)"""
     if of_chunk == 1:
         scores = tl.load(scores_ptr + at_scores)
         keys = tl.load(k_seam_ptr + (seam * G + group) * K + at_k)
@@ -1327,8 +1355,8 @@ def meet_other_block(
 @chunk_kernel
 def gla_grad_decays(
     q_ptr, k_ptr, g_ptr,              # (B,T,H,K), (B,T,G,K), (B,T,G,K)
-    q_seam_ptr, k_seam_ptr,           # (B,n,R,H,K), (B,n,R,G,K)  None for one block
-    block_decay_ptr, decay_ptr,       # (B,G,T/R,K), (B,G,n,K)
+    q_seam_ptr, k_seam_ptr,           # (B,n,R,H,K), (B,n,R,G,K), or None
+    block_decay_ptr, decay_ptr,       # (B,G,T/R,K), (B,G,n,K)  log2
     grad_scores_ptr, diagonal_ptr,    # (B,T,H,L), (B,H,T)
     dq_start_ptr, dk_end_ptr,         # (B,T,H,K), (B,T,G,K)
     state_pairs_ptr, around_ptr,      # (B,G,n,K), (B,G,T/R,K)
@@ -1337,8 +1365,11 @@ def gla_grad_decays(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq, dk and dg. One program owns BK channels of one block of one group, its heads
-    in turn. The decay is split at the block's middle, as in gla_scores."""
+    """dq, dk and dg, of three kinds of pairs: within the block (_mid, the decay split at
+    the middle as in gla_scores), with what is before it (_before), after it (_after).
+
+    One program owns BK channels of one block of one group, its heads in turn. dg adds
+    up its heads' `pairs` in the order of the table above, then k dk_after, then around."""
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n, L // R)
     of_chunk = block % (L // R)
@@ -1364,7 +1395,7 @@ def gla_grad_decays(
     half = tl.exp2(0.5 * total)
     to_q = tl.exp2(from_middle)
     to_k = tl.exp2(-from_middle)
-    if L > R:  # the other block of the chunk
+    if L > R:  # what the chunk's other block leaves of a state
         other = tl.exp2(tl.load(block_decay_ptr + of_block + (1 - 2 * of_chunk) * K))[None, :]
 
     k = tl.load(k_ptr + at_k).to(tl.float32)
@@ -1379,33 +1410,36 @@ def gla_grad_decays(
         q = tl.load(q_ptr + row * K + at_q).to(tl.float32) * scale
         q_mid = (q * to_q).to(dtype)
 
-        # within the block; of rounded factors, so that the pairs of both ends cancel
+        # within the block. A pair is in q dq and in k dk: of the same rounded factors,
+        # so that it cancels where it does not span t
         scores = tl.load(scores_ptr + of_chunk * R + (i * (H * L) + j))
         dq_mid = tl.dot(scores, k_mid, input_precision=DOT)
         dk_mid = tl.dot(tl.trans(scores), q_mid, input_precision=DOT)
         pairs += q_mid.to(tl.float32) * dq_mid - k_mid.to(tl.float32) * dk_mid
 
-        # with what is before it and after it
+        # with the state before it and the chunk's other block
         dq_before = tl.load(dq_start_ptr + row * K + at_q).to(tl.float32)
         if L > R:
             dq_before, dk_after = meet_other_block(
                 dq_before, dk_after, scores_ptr, q_seam_ptr, k_seam_ptr,
                 (batch * n + block // 2) * R, head, group, other, of_chunk,
                 i * (H * L) + j, at_q, at_k, H, G, K, L, R, DOT)
-        dq_before *= to_q * half
+        dq_before *= to_q * half  # exp(upto)
         pairs += q * dq_before
 
+        # each query with its own key: no decay
         at_diagonal = diagonal_ptr + (batch * H + head) * n * L + block * R + tl.arange(0, R)
         diagonal = tl.load(at_diagonal)[:, None]
         dq = (dq_mid * to_q + diagonal * k + dq_before) * scale
         dk += dk_mid * to_k + diagonal * q
         tl.store(dq_ptr + row * K + at_q, dq.to(dtype))
 
+    # with the state after it: for the first block it lies beyond the second
     dk_end = tl.load(dk_end_ptr + at_k).to(tl.float32)
     if L > R:
         if of_chunk == 0:
             dk_end *= other
-    dk_after = (dk_after + dk_end) * (to_k * half)
+    dk_after = (dk_after + dk_end) * (to_k * half)  # exp(after)
     tl.store(dk_ptr + at_k, (dk + dk_after).to(dtype))
     around = sum_around(state_pairs_ptr, decay_ptr, around_ptr, of_state, of_block, L > R)
     dg = sum_pairs(pairs, k * dk_after, DOT) + around[None, :]
@@ -1425,7 +1459,8 @@ def gla_grad_decays_steep(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
-    """gla_grad_decays for a block that gla_scores_steep did, bit by bit as there."""
+    """gla_grad_decays again, written over it, for steep blocks: the pairs within the
+    block bit by bit, as in gla_scores_steep."""
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n, L // R)
     blocks = (batch * G + group) * n * (L // R) + block
@@ -1502,7 +1537,7 @@ def gla_grad_decays_steep(
 
 
 def gla_chunk(T, K, V, dtype):
-    """Tokens of a chunk, and of its one or two blocks."""
+    """L and R: tokens of a chunk, and of its one or two blocks."""
     if T <= 128:
         L = power_of_two(T, 16) if T <= 32 else 128
         return L, L
@@ -1511,13 +1546,14 @@ def gla_chunk(T, K, V, dtype):
 
 @functools.cache
 def gla_launches(K, V, heads, L, R, dtype):
-    """The kernels with their tiles; heads: of all sequences."""
+    """The kernels with their tiles; heads: B H."""
     narrow = dtype == torch.bfloat16
     BK = power_of_two(K, 16, 64)
     BV = power_of_two(V, 16, 64)
     wide_k = power_of_two(K, 16, 128 if narrow else 64)
     wide_v = power_of_two(V, 16, 128 if narrow else 64)
-    many = narrow and K // BK * (V // wide_v) * heads >= 128  # programs for every processor
+    # a program for each of a large GPU's processors
+    many = narrow and K // BK * (V // wide_v) * heads >= 128
     if many and L > R:
         scan = dict(BK=BK, BV=wide_v, R=64, num_warps=4, num_stages=4)
     elif many:
@@ -1526,6 +1562,7 @@ def gla_launches(K, V, heads, L, R, dtype):
         scan = dict(BK=BK, BV=BV, R=R, num_warps=4, num_stages=3)
     rows = dict(BK=BK, BV=wide_v)
     rows |= dict(num_warps=8, num_stages=4) if L > R else dict(num_warps=4, num_stages=3)
+    # fewer channels where a program holds most of them in registers
     finish = dict(BK=power_of_two(K, 16, 32), num_warps=8)
     return types.SimpleNamespace(
         scores=Launch(gla_scores, BK=BK, num_warps=8, num_stages=1),
@@ -1549,8 +1586,8 @@ def product_precision(x):
 
 
 def steep_limit(x):
-    """Bits that half of a block may decay by before its scores leave the range of x's
-    dtype or, in float32, its digits."""
+    """LIMIT: bits that half of a block may decay by, before its scores leave the range
+    of x's dtype or, in float32, its digits."""
     return 30.0 if x.dtype == torch.float32 else 90.0
 
 
@@ -1693,7 +1730,7 @@ def gla_triton(q, k, v, g, scale, state):
     return o[:, :T, :, :V], last[:, :, :K, :V]
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Triton: Mamba2's recurrence
 
 
@@ -2354,7 +2391,7 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
     return y[:, :T, :, :P], last[:, :, :P, :N]
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Triton: the short convolution of Mamba2 (and of GLA, where it has one)
 #
 # pre_t = bias + sum over i of weight_i x_{t - taps + 1 + i},  y = silu(pre). Forward, x
@@ -2597,7 +2634,7 @@ def short_conv(x, weight, bias=None, document=None):
     return conv_forward(rows_apart(x), weight[:, 0].contiguous(), bias, document)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # run as a script: check every implementation against the definition, then time them
 
 
