@@ -22,10 +22,8 @@ of ssd), which keeps packed documents apart.
 """
 from __future__ import annotations  # tl.constexpr below works without Triton
 
-# isort: split
 from data.options import BadInput, command_line, option, pick_device, run_script
 
-# isort: split
 import contextlib
 import functools
 import math
@@ -606,8 +604,8 @@ def ssd_first(
 # (with g = 0, or dt = 0, and k = v = 0, which leaves the state alone) and channels to
 # whole tiles. In all of them:
 #
-#   n, L, R           chunks of a sequence, tokens of a chunk, of a block; a chunk is one
-#                     block or more, in gla at most two
+#   n, L, R           chunks of a sequence, tokens of a chunk, of a block; a chunk has
+#                     blocks, in gla one or two
 #   BK, BV, BN        channels of a tile
 #   DOT               tl.dot's input_precision for float32; None for bfloat16
 #   upto, after       sums of g from the start of a chunk (or block) up to a token, and
@@ -1239,9 +1237,9 @@ def gla_grad_queries_keys(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq_start_i = S do_i and dk_end_j = dS v_j, the gradients through the states alone,
-    and two sums for dg (see below): state_pairs; and `around` a block, what the chunk's
-    other block reads from the state before it, or writes to that after it.
+    """dq_start_i = S do_i and dk_end_j = dS v_j, the gradients through the states alone.
+    For dg (see below) also state_pairs, and `around` each block: q dq or k dk of the
+    chunk's other block with the state on this block's far side.
 
     One program owns BK channels of one block of one group, its heads in turn."""
     k_block, rest = split(tl.program_id(0), K // BK)
@@ -1292,18 +1290,18 @@ def gla_grad_queries_keys(
         tl.store(around_ptr + other * K + k, around)
 
 
-# The gradient of decays. Key j reaches query i with the weight exp(g_{j+1} + ... + g_i).
-# So dg_t is the sum of weight x its gradient over all pairs that span t, j < t <= i.
-# For a token t of a block (in ssd: of a chunk) these are
+# The gradient of decays. Key j reaches query i with weight exp(g_{j+1} + ... + g_i), so
+# dg_t sums weight x its gradient over all pairs that span t, j < t <= i. For a token t
+# of a block (in ssd: of a chunk) these are
 #
-#   both in the block        pairs with i >= t, less those with j >= t
-#   key before the block     those with i >= t                         (dq_before, reads)
-#   query after the block    those with j < t                          (dk_after, writes)
-#   key before, query after  all of them                               (around, always)
+#   both in the block         pairs with i >= t, less those with j >= t
+#   key before the block      those with i >= t                 (dq_before; ssd: reads)
+#   query after the block     those with j < t                  (dk_after; writes)
+#   key before, query after   all                               (around; always)
 #
-# They are never listed: over a query's pairs weight x gradient sums to q dq, over a
-# key's to k dk, channel by channel, each with the part of dq or dk from those pairs. A
-# query with its own key spans nothing, and would drown small gradients: it is left out.
+# Over a query's pairs weight x gradient sums to q dq, over a key's to k dk, per channel,
+# with what these pairs give of dq and dk. A query with its own key spans nothing: it is
+# left out, for it would drown small gradients.
 
 
 @triton.jit
@@ -1337,10 +1335,10 @@ def meet_other_block(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """A chunk's blocks meet at the seam: dq_before of the second (of_chunk 1), decayed
-    on by the first (other), and the first one's keys; or dk_after of the first, and the
-    second one's queries. (The state's part of dk_after is no head's: the caller adds
-    it, decayed, once.)"""
+    """What a chunk's two blocks give each other: dq_before of the second one (of_chunk
+    1), through the first one's decay (other) and keys; or dk_after of the first one
+    from the queries of the second. (The states' part of dk_after already sums over the
+    heads: the caller adds it once.)"""
     if of_chunk == 1:
         scores = tl.load(scores_ptr + at_scores)
         keys = tl.load(k_seam_ptr + (seam * G + group) * K + at_k)
@@ -1365,11 +1363,11 @@ def gla_grad_decays(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq, dk and dg, of three kinds of pairs: within the block (_mid, the decay split at
-    the middle as in gla_scores), with what is before it (_before), after it (_after).
+    """dq, dk and dg. Pairs within the block have their decay split at its middle, as in
+    gla_scores (_mid); with what is before or after it, at its start or end (_before,
+    _after). `pairs` is what dg sums from t on, the table's first two rows.
 
-    One program owns BK channels of one block of one group, its heads in turn. dg adds
-    up its heads' `pairs` in the order of the table above, then k dk_after, then around."""
+    One program owns BK channels of one block of one group, its heads in turn."""
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n, L // R)
     of_chunk = block % (L // R)
@@ -1410,8 +1408,8 @@ def gla_grad_decays(
         q = tl.load(q_ptr + row * K + at_q).to(tl.float32) * scale
         q_mid = (q * to_q).to(dtype)
 
-        # within the block. A pair is in q dq and in k dk: of the same rounded factors,
-        # so that it cancels where it does not span t
+        # within the block; both ends of the same rounded factors, so that pairs that do
+        # not span t cancel
         scores = tl.load(scores_ptr + of_chunk * R + (i * (H * L) + j))
         dq_mid = tl.dot(scores, k_mid, input_precision=DOT)
         dk_mid = tl.dot(tl.trans(scores), q_mid, input_precision=DOT)
@@ -1562,7 +1560,7 @@ def gla_launches(K, V, heads, L, R, dtype):
         scan = dict(BK=BK, BV=BV, R=R, num_warps=4, num_stages=3)
     rows = dict(BK=BK, BV=wide_v)
     rows |= dict(num_warps=8, num_stages=4) if L > R else dict(num_warps=4, num_stages=3)
-    # fewer channels where a program holds most of them in registers
+    # few channels, for many tiles of them are in registers at once
     finish = dict(BK=power_of_two(K, 16, 32), num_warps=8)
     return types.SimpleNamespace(
         scores=Launch(gla_scores, BK=BK, num_warps=8, num_stages=1),
@@ -1592,10 +1590,8 @@ def steep_limit(x):
 
 
 def gla_results(q, k, v, g, state, scale, L, R):
-    """o (B,T,H,V), the last state (B,H,K,V), and for the backward pass q_start
-    (B,T,H,K), k_end (B,T,G,K), q_seam (B,n,R,H,K), k_seam (B,n,R,G,K), block_decay
-    (B,G,n,2,K), these three empty where a chunk is one block, decay (B,G,n,K), scores
-    (B,T,H,L) and states (B,H,n,K,V)."""
+    """What gla_forward fills, in its order: o, the last state, and what the backward
+    pass needs. Nothing is at the seams where a chunk is one block."""
     B, T, H, K = q.shape
     G = k.shape[2]
     V = v.shape[3]
@@ -1612,7 +1608,7 @@ def gla_results(q, k, v, g, state, scale, L, R):
           gla_results)
 def gla_forward(q, k, v, g, state, scale, L, R,
                 o, last, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, states):
-    """T a multiple of L; K and V multiples of 128, or powers of two from 16."""
+    """T is a multiple of L; K and V are of 128, or powers of two from 16."""
     B, T, H, K = q.shape
     G = k.shape[2]
     V = v.shape[3]
@@ -1638,7 +1634,7 @@ def gla_forward(q, k, v, g, state, scale, L, R,
 
 def gla_gradients(q, k, v, g, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, states,
                   do, dlast, scale, L, R, has_state):
-    """Of q, k, v, g and of the incoming state (B,H,K,V), empty where it was None."""
+    """What gla_backward fills: dq, dk, dv, dg, dstate, which is empty without a state."""
     B, _, H, K = q.shape
     dstate = g.new_empty(B, H, K, v.shape[3]) if has_state else g.new_empty(0)
     return (*(torch.empty_like(x) for x in (q, k, v, g)), dstate)
@@ -1738,9 +1734,8 @@ def gla_triton(q, k, v, g, scale, state):
 def decay_table(cum_ptr, low_ptr, query, key):
     """exp(g_{key+1} + ... + g_query) for query >= key, else 0, in one head's chunk.
 
-    In float32 the running sum is a float64 cut in two: a difference of two large sums
-    then keeps the digits of the small decays. bfloat16 has fewer digits to keep,
-    low_ptr is None."""
+    In float32 the running sum is a float64 cut in two, cum + low: a difference of large
+    sums then keeps the digits of small decays. In bfloat16 low_ptr is None."""
     between = tl.load(cum_ptr + query)[:, None] - tl.load(cum_ptr + key)[None, :]
     if low_ptr is not None:
         between += tl.load(low_ptr + query)[:, None] - tl.load(low_ptr + key)[None, :]
@@ -1749,14 +1744,14 @@ def decay_table(cum_ptr, low_ptr, query, key):
 
 @chunk_kernel
 def ssd_decays(
-    dt_ptr, A_ptr, first_ptr,   # (B,T,H), (H,), (B,T) int8 or None
-    cum_ptr, low_ptr,           # (B,H,T)  log2 of the decay from the chunk's start to each token
-    read_ptr, write_ptr,        # (B,H,T)  exp(upto) for queries, exp(after) dt for keys
-    decay_ptr,                  # (B,H,n)  log2 of what a chunk leaves of the state
+    dt_ptr, A_ptr, first_ptr,   # (B,T,H), (H,), (B,T) int8 or None: a document begins
+    cum_ptr, low_ptr,           # (B,H,T)  upto, log2; and what float32 drops of it
+    read_ptr, write_ptr,        # (B,H,T)  read_weight exp(upto), write_weight exp(after) dt
+    decay_ptr,                  # (B,H,n)  of a chunk, log2
     n,
     H: tl.constexpr, L: tl.constexpr, BH: tl.constexpr,
 ):
-    """The decays g = dt A inside a chunk. One program owns one chunk of BH heads."""
+    """Sums of g = dt A inside a chunk. One program owns one chunk of BH heads."""
     head_block, chunk, batch = split3(tl.program_id(0), tl.cdiv(H, BH), n)
     head = head_block * BH + tl.arange(0, BH)
     inside = (head < H)[None, :]
@@ -1790,7 +1785,7 @@ def ssd_scores(
     G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """scores_ij = C_i . B_j, shared by all heads of a group, the decays left out.
+    """scores_ij = C_i . B_j, of all heads of a group, and so without decays.
 
     One program owns R queries and R keys, no later, of one chunk of one group."""
     key_block, rest = split(tl.program_id(0), L // R)
@@ -1818,13 +1813,13 @@ def ssd_scores(
 @chunk_kernel
 def read_states(
     c_ptr,        # (B,T,G,N)    C, or B
-    states_ptr,   # (B,H,n,P,N)  the states, or their gradients
-    read_ptr,     # (B,T,H,P)
+    states_ptr,   # (B,H,n,P,N)  S, or dS
+    read_ptr,     # (B,T,H,P)    the result
     n,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
     BV: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """read = S c, for states of over 128 columns: neighbouring heads share c's tile.
+    """read = S c, where N > READ_APART: neighbouring heads share c's tile.
 
     One program owns BV channels, of one head or several of one group, of one chunk."""
     v_block, chunk, batch = split3(tl.program_id(0), H * P // BV, n)
@@ -1851,7 +1846,7 @@ def read_rows(
     read_ptr, row, mine, c_ptr, states_ptr, token, p,
     G: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """S c for tokens of one head: read apart already, or here."""
+    """S c for tokens of one head: loaded where read_states made it, else made here."""
     if read_ptr is not None:
         return tl.load(read_ptr + row + mine).to(tl.float32)
     read = tl.zeros((token.shape[0], p.shape[0]), tl.float32)
@@ -1866,7 +1861,7 @@ def read_rows(
 @chunk_kernel
 def ssd_outputs(
     C_ptr, states_ptr,       # (B,T,G,N), (B,H,n,P,N)
-    state_read_ptr,          # (B,T,H,P)  S C where it was read apart, else None
+    state_read_ptr,          # (B,T,H,P)  S C of read_states, or None
     scores_ptr,              # (B,T,G,L)
     x_ptr, dt_ptr, D_ptr,    # (B,T,H,P), (B,T,H), (H,) or None
     cum_ptr, low_ptr,        # (B,H,T)
@@ -1896,12 +1891,12 @@ def ssd_outputs(
     states_ptr += ((batch * H + head) * n + chunk) * P * N
     mine = query[:, None] * (H * P) + p[None, :]
 
-    # what my queries read from the state
+    # what queries read from the state
     row = (token * H + head) * P
     y = read_rows(state_read_ptr, row, mine, C_ptr, states_ptr, query, p, G, N, BN, DOT)
     y *= tl.exp2(tl.load(cum_ptr + query))[:, None]
 
-    # what they read from the keys of their own chunk, block by block up to the diagonal
+    # and from the keys of their chunk, block by block up to the diagonal
     for key_block in range(block + 1):
         key = key_block * R + i
         scores = tl.load(scores_ptr + query[:, None] * (G * L) + key[None, :]).to(tl.float32)
@@ -1918,9 +1913,9 @@ def ssd_outputs(
 def written(
     x, dv, cum_ptr, low_ptr, write_ptr, writes_ptr, of_head, key, L: tl.constexpr,
 ):
-    """The part of dv that keys get through the state after their chunk: dv, the
-    gradient that they find there, decayed from the chunk's end. Stores weight x
-    gradient of these pairs."""
+    """What keys get of dv through the state after their chunk: dS B, as it comes in,
+    decayed from the chunk's end. Stores weight x gradient of these pairs. (write / dt
+    would be this decay, but dt may be 0.)"""
     write = tl.load(write_ptr + of_head + key)
     tl.store(writes_ptr + of_head + key, write * tl.sum(x * dv, axis=1))
     end = tl.load(cum_ptr + L - 1) - tl.load(cum_ptr + key)
@@ -1932,20 +1927,21 @@ def written(
 @chunk_kernel
 def ssd_grad_values(
     B_ptr, grad_states_ptr,         # (B,T,G,N), (B,H,n,P,N)
-    grad_read_ptr, state_read_ptr,  # (B,T,H,P)  dS B and S C where read apart, else None
+    grad_read_ptr, state_read_ptr,  # (B,T,H,P)  dS B, S C of read_states, or None
     scores_ptr,                     # (B,T,G,L)
     x_ptr, dy_ptr, dt_ptr, D_ptr,   # (B,T,H,P), (B,T,H,P), (B,T,H), (H,) or None
     cum_ptr, low_ptr, write_ptr,    # (B,H,T)
-    dx_ptr, ddt_ptr,                # (B,T,H,P), (B,H,T)  the part of dt that scales x
-    writes_ptr, reads_ptr,          # (B,H,T)  weight x gradient: keys - state, state - queries
-    dD_ptr,                         # (B,H,T/R)
+    dx_ptr, ddt_ptr,                # (B,T,H,P), (B,H,T)  ddt_of_x: dt as x's factor
+    writes_ptr, reads_ptr,          # (B,H,T)    weight x gradient with the states
+    dD_ptr,                         # (B,H,T/R)  parts
     n,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """The gradient of v = dt x, dv_j = exp(after_j) dS B_j + sum_{i >= j} scores_ij
-    exp(cum_i - cum_j) dy_i, and dx = dt dv + D dy, which may be grad_read's buffer. One
-    program owns R keys of one chunk of one head."""
+    """Of v = dt x: dv_j = exp(after_j) dS B_j + sum over i >= j of scores_ij exp(cum_i -
+    cum_j) dy_i, and dx = dt dv + D dy, in grad_read's buffer where there is one.
+
+    One program owns R keys of one chunk of one head."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
     chunk, block = block // (L // R), block % (L // R)
     group = head // (H // G)
@@ -1970,13 +1966,13 @@ def ssd_grad_values(
         read = tl.sum(read * tl.load(dy_ptr + mine).to(tl.float32), axis=1)
         tl.store(reads_ptr + of_head + key, tl.exp2(tl.load(cum_ptr + key)) * read)
 
-    # what my keys write to the state
+    # what keys write to the state
     dv = read_rows(grad_read_ptr, row, mine, B_ptr, grad_states_ptr, key, p, G, N, BN, DOT)
     x = tl.load(x_ptr + mine).to(tl.float32)
     dt = tl.load(dt_ptr + key * H)
     dv = written(x, dv, cum_ptr, low_ptr, write_ptr, writes_ptr, of_head, key, L)
 
-    # what the queries of their own chunk read, block by block from the diagonal
+    # and what the queries of their chunk read, block by block from the diagonal
     for query_block in range(block, L // R):
         query = query_block * R + i
         scores = tl.load(scores_ptr + query[:, None] * (G * L) + key[None, :]).to(tl.float32)
@@ -1998,13 +1994,13 @@ def ssd_grad_scores(
     cum_ptr, low_ptr,          # (B,H,T)
     scores_ptr,                # (B,T,G,L)
     grad_scores_ptr,           # (B,T,G,L)
-    ends_ptr, begins_ptr,      # (L/R,B,H,T)  sums of weight x gradient over the pairs that
-                               #              end, and begin, at a token; by the other's block
+    ends_ptr, begins_ptr,      # (L/R,B,H,T)  by the block of keys, of queries
     n, heads,                  # heads: B H
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """grad_scores_ij sums exp(cum_i - cum_j) dt_j (dy_i . x_j) over the group's heads.
+    ends and begins: weight x gradient of the pairs that end and begin at a token.
 
     One program owns R queries and R keys, no later, of one chunk of one group, its
     heads in turn."""
@@ -2036,7 +2032,7 @@ def ssd_grad_scores(
         pairs *= decay_table(cum_ptr + of_head, low_of_head, query, key)
         grad_scores += pairs
 
-        # The diagonal spans nothing. The two sums nearly cancel: float64 for float32.
+        # ends and begins nearly cancel: float64 for float32
         pairs = tl.where(below, pairs * scores, 0.0).to(ends_ptr.dtype.element_ty)
         of_query = (key_block * heads).to(tl.int64) * n * L + of_head + query
         of_key = (query_block * heads).to(tl.int64) * n * L + of_head + key
@@ -2050,8 +2046,8 @@ def through_scores(
     B_ptr, C_ptr, grad_scores_ptr, mine, channel,
     G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dC and dB of the tokens `mine` through the scores of their chunk: from the keys
-    up to a query, from the queries from a key on."""
+    """dC and dB of the tokens `mine` through the scores of their chunk: of a query from
+    the keys up to it, of a key from the queries from it on."""
     dC = tl.zeros((mine.shape[0], channel.shape[0]), tl.float32)
     dB = tl.zeros((mine.shape[0], channel.shape[0]), tl.float32)
     for other_block in range(L // R):
@@ -2074,15 +2070,16 @@ def ssd_grad_queries_keys(
     states_ptr, grad_states_ptr,   # (B,H,n,P,N)
     grad_scores_ptr,               # (B,T,G,L)
     dB_ptr, dC_ptr,                # (B,T,G,N)
-    reads_ptr,                     # (N/BN,B,H,T)  parts of weight x gradient of the queries and
-                                   #               the state before; None where it is known
+    reads_ptr,                     # (N/BN,B,H,T)  parts; None if ssd_grad_values has it
     state_pairs_ptr,               # (N/BN,B,H,n)  parts of the sum of S dS
     n, heads,                      # heads: B H
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dC_i = sum over heads of exp(cum_i) dy_i S + sum_j grad_scores_ij B_j, and dB_j
-    alike. One program owns BN columns of BR tokens of one group, its heads in turn."""
+    """dC_i = sum over heads of exp(cum_i) dy_i S + sum over j of grad_scores_ij B_j, and
+    dB_j alike. reads: C_i . dC_i of the first sum, per head.
+
+    One program owns BN columns of BR tokens of one group, its heads in turn."""
     n_block, rest = split(tl.program_id(0), N // BN)
     group, block, batch = split3(rest, G, n, L // BR)
     chunk, block = block // (L // BR), block % (L // BR)
@@ -2141,8 +2138,8 @@ def ssd_grad_decays(
     H: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     READS: tl.constexpr, PARTS: tl.constexpr,
 ):
-    """dg by the sums over all pairs that span a token, as in gla_grad_decays; from g =
-    dt A the gradients of dt and A. One program owns one chunk of one head."""
+    """dg by the table above gla_grad_decays, with a chunk for a block; from it, as g =
+    dt A, the gradients of dt and A. One program owns one chunk of one head."""
     head, chunk, batch = split3(tl.program_id(0), H, n)
     i = tl.arange(0, L)
     T = n * L
@@ -2173,11 +2170,11 @@ def ssd_grad_decays(
     tl.store(dA_ptr + (batch * H + head) * n + chunk, tl.sum(dg * dt, axis=0))
 
 
-READ_APART = 128  # states of more columns are read by a kernel of their own
+READ_APART = 128  # states of more columns are read by read_states
 
 
 def ssd_chunk(T, N, dtype):
-    """Tokens of a chunk, and of its blocks."""
+    """L and R: tokens of a chunk, and of its blocks."""
     if T <= 32:
         L = power_of_two(T, 16)
         return L, L
@@ -2186,12 +2183,12 @@ def ssd_chunk(T, N, dtype):
 
 @functools.cache
 def ssd_launches(P, N, heads, shared, L, R, dtype):
-    """The kernels with their tiles; heads: of all sequences, shared: of a group."""
+    """The kernels with their tiles; heads: B H, shared: heads of a group."""
     narrow = dtype == torch.bfloat16
     apart = N > READ_APART
     BN = power_of_two(N, 16, 64)
     scan_n = power_of_two(N, 16, 128)
-    # a program for each of a large GPU's processors; fewer of them must each be quick
+    # as many programs as a large GPU has processors, or small ones
     if N // scan_n * heads < 128:
         scan_n = min(scan_n, 32)
     read = 128 if narrow and shared * P % 128 == 0 else P
@@ -2199,8 +2196,8 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
         through = dict(BR=128, BN=128, num_warps=8, num_stages=3 if L == 128 else 2)
     else:
         through = dict(BR=R, BN=BN, num_warps=4, num_stages=3)
-    # A whole chunk at a time where programs are few.
     scan = dict(BK=P, BV=scan_n, R=min(L, 64 if scan_n > 32 else 128), num_warps=4)
+    # maxnreg: registers of a thread, so that 4 (128) or 3 (168) programs fit a processor
     return types.SimpleNamespace(
         decays=Launch(ssd_decays, cut={"BH": "H"}, BH=8, num_warps=4),
         scores=Launch(ssd_scores, BN=BN, num_warps=4),
@@ -2221,10 +2218,8 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
 
 
 def ssd_results(x, dt, A, B, C, D, state, first, L, R):
-    """y (B,T,H,P), the last state (B,H,P,N), and for the backward pass cum, low (empty
-    in bfloat16), read_weight, write_weight (B,H,T), decay (B,H,n), scores (B,T,G,L),
-    states (B,H,n,P,N), state_read (B,T,H,P), empty where the states are not read
-    apart."""
+    """What ssd_forward fills, in its order: y, the last state, and what the backward
+    pass needs. low is empty in bfloat16, state_read without read_states."""
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
     cum = dt.new_empty(batch, H, T)
@@ -2241,7 +2236,8 @@ def ssd_results(x, dt, A, B, C, D, state, first, L, R):
           ssd_results)
 def ssd_forward(x, dt, A, B, C, D, state, first, L, R, y, last,
                 cum, low, read_weight, write_weight, decay, scores, states, state_read):
-    """T a multiple of L; P 16, 32 or 64; N a multiple of 128, or a power of two >= 16."""
+    """T is a multiple of L; P 16, 32 or 64; N a multiple of 128, or a power of two from
+    16."""
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
     n = T // L
@@ -2263,8 +2259,7 @@ def ssd_forward(x, dt, A, B, C, D, state, first, L, R, y, last,
 
 def ssd_gradients(x, dt, A, B, C, D, first, cum, low, read_weight, write_weight, decay, scores,
                   states, state_read, dy, dlast, L, R, has_state):
-    """Of x, dt, A, B, C, D, and of the incoming state (B,H,P,N); the last two empty
-    where they were not given."""
+    """What ssd_backward fills, in its order; dD and dstate empty without D or state."""
     batch, _, H, P = x.shape
     dD = torch.empty_like(A) if D is not None else A.new_empty(0)
     dstate = dt.new_empty(batch, H, P, B.shape[3]) if has_state else dt.new_empty(0)
@@ -2346,7 +2341,7 @@ ssd_kernels = differentiable(ssd_forward, ssd_save, ssd_backward, ssd_chain)
 def ssd_triton(x, dt, A, B, C, D, state, first):
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
-    if D is not None and D.dim() == 2:  # a skip of every channel is added outside of the kernels
+    if D is not None and D.dim() == 2:  # one D per channel: not in the kernels
         y, state = ssd_triton(x, dt, A, B, C, None, state, first)
         return y + D * x, state
     if T == 1 and state is not None and not needs_grad(x, dt, A, B, C, D, state):
@@ -2365,8 +2360,7 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
         return y, new
     narrow = x.dtype == B.dtype == C.dtype == torch.bfloat16
     dtype = torch.bfloat16 if narrow else torch.float32
-    # A tile has all channels of a head, 64 at most: a wider head is several of one
-    # decay.
+    # A tile has all channels of a head, at most 64: a wider head becomes several.
     parts = -(-P // 64)
     L, R = ssd_chunk(T, N, dtype)
     BP = tile_multiple(min(P, 64), x)
@@ -2411,7 +2405,7 @@ def same_document(document_ptr, seen, other, token, T):
 
 @triton.jit
 def conv_outputs(
-    x_ptr, weight_ptr, bias_ptr,   # (B,T,D) of ROW elements from token to token, (D,TAPS), (D,)
+    x_ptr, weight_ptr, bias_ptr,   # (B,T,D) in rows of ROW elements, (D,TAPS), (D,)
     document_ptr,                  # (B,T) int32 or None
     y_ptr,                         # (B,T,D)
     T,
@@ -2443,7 +2437,7 @@ def conv_outputs(
 def conv_gradients(
     x_ptr, weight_ptr, bias_ptr,   # as in conv_outputs
     document_ptr,
-    dy_ptr,                        # (B,T,D) of DY_ROW elements from token to token
+    dy_ptr,                        # (B,T,D) in rows of DY_ROW elements
     dpre_ptr,                      # (B,T,D)
     dweight_ptr, dbias_ptr,        # (B parts,D,TAPS), (B parts,D)  float32
     T, STEPS,
@@ -2453,7 +2447,7 @@ def conv_gradients(
     """dpre = dy silu'(pre), pre computed again, and sums of dpre x_s and of dpre.
 
     One program owns STEPS tiles of BT tokens, one after the other, of BD channels of
-    one sequence: a part of the sums."""
+    one sequence, and their part of the sums."""
     channel = tl.program_id(1) * BD + tl.arange(0, BD)
     batch = tl.program_id(2).to(tl.int64)
     part = batch * tl.num_programs(0) + tl.program_id(0)
@@ -2509,8 +2503,7 @@ def conv_grad_inputs(
     T,
     D: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):
-    """dx_t = sum over j of weight_{taps - 1 - j} dpre_{t + j}, in tiles as
-    conv_outputs."""
+    """dx_t = sum over j of weight_{taps - 1 - j} dpre_{t + j}. Programs as conv_outputs."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     channel = tl.program_id(1) * BD + tl.arange(0, BD)
     batch = tl.program_id(2).to(tl.int64)
@@ -2537,8 +2530,7 @@ def conv_tile(x):
     "statex::conv_forward", mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? document) -> Tensor")
 def conv_forward(x, weight, bias, document):
-    """x (B,T,D), its tokens any number of channels apart; weight (D,taps); bias (D,) or
-    None; document (B,T) int32 or None -> y (B,T,D)."""
+    """short_conv with weight (D,taps) and x as rows_apart gives it."""
     B, T, D = x.shape
     BT, BD = conv_tile(x)
     y = x.new_empty(x.shape)
@@ -2554,7 +2546,7 @@ def conv_output(x, weight, bias, document):
 
 
 def conv_results(x, weight, bias, document, dy):
-    """dx (B,T,D), dweight (D,taps), dbias (D,), empty where there is no bias."""
+    """What conv_backward fills: dx, dweight, dbias, which is empty without a bias."""
     dbias = weight.new_empty(len(weight) if bias is not None else 0)
     return x.new_empty(x.shape), torch.empty_like(weight), dbias
 
@@ -2596,15 +2588,15 @@ conv_forward.register_autograd(conv_chain, setup_context=conv_save)
 
 
 def rows_apart(x):
-    """x (B,T,D) with its sequences one after the other, tokens a fixed number of
-    channels apart: itself, or a copy."""
+    """x (B,T,D), or a copy, such that all tokens follow each other by the same number of
+    elements, x.stride(1), at least D."""
     apart = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
     return x if apart else x.contiguous()
 
 
 def conv_fits(x):
-    """Whether short_conv is the way for x (B,T,D): on a GPU, not in float64, of fewer
-    than 2^31 elements per sequence."""
+    """Whether short_conv takes x (B,T,D): on a GPU, not float64, a sequence within 2^31
+    elements."""
     return (triton_installed and x.is_cuda and x.dtype != torch.float64
             and x.shape[1] * x.stride(1) < 2**31)
 
@@ -2647,8 +2639,8 @@ class Options:
 
 
 def layers():
-    """name -> op, heads, heads of keys, K, V: the public models' layers and what
-    expansion makes of them. For ssd K and V are P and N."""
+    """name -> op, heads, heads of keys, K, V (for ssd P, N): the public models' layers
+    and what expansion makes of them, all heads with shared keys or merged into one."""
     from model import SIZES
     made = {}
     for name, config in SIZES.items():
@@ -2703,9 +2695,8 @@ def run(op, args, impl):
 
 
 def errors(op, args, impl, reference="recurrent"):
-    """||x - ref|| / ||ref|| of the output, the final state and every gradient, ref
-    being the reference impl in float64. The gradient that arrives is random, in the
-    output and in the final state, the same for both."""
+    """||x - ref|| / ||ref|| of the output, the final state and every gradient, ref of
+    the reference impl in float64. Both get the same random gradients of the results."""
     def everything(impl, dtype):
         inputs = [a.detach().to(dtype or a.dtype).requires_grad_() for a in args]
         o, S = run(op, inputs, impl)
@@ -2764,14 +2755,14 @@ def peers(op, G, H):
 
 
 def time_layer(name, layer, B, T, rates, options):
-    """A line for every implementation: times, and how many times the floor they are,
-    the larger of FLOPs / measured rate and bytes / measured bandwidth."""
+    """A line for every implementation: times, and how many floors they are. The floor is
+    the larger of FLOPs / measured rate and bytes / measured bandwidth, three times that
+    of the forward pass for both."""
     op, H, G, K, V = layer
     args = example(op, B, T, H, K, V, G, torch.bfloat16, "cuda")[:-1]
     args = [a.requires_grad_() for a in args]
     grad = torch.randn_like(args[2] if op == "gla" else args[0])
-    # The least work: scores of 64 (gla) or 256 (ssd) tokens, each input and output
-    # moved once.
+    # the least work: scores of 64 (gla) or 256 (ssd) tokens, all moved once
     if op == "gla":
         work = B * T * H * (4 * K * V + 64 * (K + V))
         moved = B * T * (2 * H * (K + 2 * V) + 6 * G * K)
