@@ -11,7 +11,7 @@ Both model families are one recurrence. Per head, with a state S of K x V elemen
           and a skip D x is added to the output.
 
     o, state = gla(q, k, v, g)           y, state = ssd(x, dt, A, B, C)
-    python kernels.py                    checks every implementation, on a GPU times them
+    python kernels.py                    checks all implementations, on a GPU times them
     python kernels.py --only=merged      only these layers; --help lists the options
 
 "recurrent" is the definition: a loop over time. "chunked" does the same sums with
@@ -609,15 +609,13 @@ def ssd_first(
 #   BK, BV, BN        channels of a tile
 #   DOT               tl.dot's input_precision for float32; None for bfloat16
 #   upto, after       sums of g from the start of a chunk (or block) up to a token, and
-#                     after the token to the end. Code has them in bits (log2, exp2),
-#                     formulas write exp
+#                     after it to the end; in bits (log2, exp2), but formulas write exp
 #   q_start, k_end    q exp(upto), k exp(after): what meets the states around a chunk
 #   q_seam, k_seam    the same of a block, where a chunk's two blocks meet
 #   dx, grad_x        the gradient of x; S is a state, dS its gradient
-#   row, at_x, of_x, mine   offsets in elements
+#   row, mine, at_, of_   offsets in elements
 #
-# A program's number counts fastest over what reads the same tiles, so that programs
-# that run side by side find them in the cache.
+# Program ids count fastest over what reads the same tiles, and finds them in the cache.
 
 
 @triton.jit
@@ -657,8 +655,8 @@ def scan_states(
     BK: tl.constexpr, BV: tl.constexpr,
     PER_CHANNEL: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr,
 ):
-    """S = decay_c S + sum of weight_t x_t y_t^T over chunk c, chunk after chunk. dS obeys
-    the same equation from the last chunk to the first: REVERSE.
+    """S = decay_c S + sum of weight_t x_t y_t^T over chunk c, chunk after chunk. dS
+    obeys the same equation from the last chunk to the first: REVERSE.
 
                    x        y   weight         S (K x V)   stored for chunk c
       gla          k_end    v   None           K x V       S before it
@@ -675,7 +673,6 @@ def scan_states(
     v = v_block * BV + tl.arange(0, BV)
     mine = k[:, None] * V + v[None, :]
 
-    # move the pointers to my sequence and head
     x_ptr += (batch * n * L * HX + head // (H // HX)) * K
     y_ptr += (batch * n * L * HY + head // (H // HY)) * V
     states_ptr += (batch * H + head) * n * K * V
@@ -702,7 +699,7 @@ def scan_states(
             weight = tl.load(weight_ptr + token + i)
             x = (x.to(tl.float32) * weight[None, :]).to(y.dtype)
 
-        # forget the chunk's decay at once, on entering it, then write
+        # Forget once, on entering the chunk: what is written is decayed to its end.
         if PER_CHANNEL:
             decay = tl.load(decay_ptr + (decay_head + chunk) * K + k)[:, None]
         else:
@@ -796,8 +793,7 @@ class Launch:
 
 
 def power_of_two(x, low, high=1 << 30):
-    """The power of two from x up, within low and high. (triton.next_power_of_2 takes the
-    host longer.)"""
+    """The power of two from x up, within low and high. (triton.next_power_of_2 is slow.)"""
     return max(low, min(high, 1 << (x - 1).bit_length()))
 
 
@@ -815,8 +811,7 @@ def pad(x, multiples):
 
 
 def tile_multiple(channels, x):
-    """Channels are padded to a multiple of this: less in the interpreter, which compiles
-    nothing and is slow."""
+    """Channels are padded to a multiple of this: less in the interpreter, which is slow."""
     return power_of_two(channels, 64 if x.is_cuda else 16, 128)
 
 
@@ -857,9 +852,9 @@ class FirstDerivativeOnly(torch.autograd.Function):
 
 
 def differentiable(forward, save, backward, chain):
-    """Two operators as one differentiable function; outside of torch.compile their plain
-    functions. save(ctx, inputs, output) keeps what chain(backward, ctx, saved tensors,
-    *gradients) needs. (torch.utils.checkpoint gives saved tensors out once.)"""
+    """Two operators as one differentiable function; outside of torch.compile, by their
+    plain functions. save(ctx, inputs, output) keeps what chain(backward, ctx, saved
+    tensors, *gradients) needs. (torch.utils.checkpoint gives saved tensors out once.)"""
     def compiled_backward(ctx, *gradients):
         return chain(backward, ctx, ctx.saved_tensors, *gradients)
 
@@ -892,7 +887,7 @@ def differentiable(forward, save, backward, chain):
 
 @triton.jit
 def is_steep(decay_ptr, LIMIT, K: tl.constexpr, BK: tl.constexpr):
-    """Whether some channel of a block decays by more than 2 LIMIT bits: see steep_limit."""
+    """Whether a block decays by more than 2 LIMIT bits in a channel: see steep_limit."""
     lowest = tl.zeros((BK,), tl.float32)
     for k0 in range(0, K, BK):
         lowest = tl.minimum(lowest, tl.load(decay_ptr + k0 + tl.arange(0, BK)))
@@ -937,7 +932,8 @@ def gla_scores(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
-    """scores_ij = scale sum_k q_ik k_jk exp(c_ik - c_jk), j <= i, c the running sum of g.
+    """scores_ij = scale sum_k q_ik k_jk exp(c_ik - c_jk) for j <= i, c the running sum
+    of g.
 
     With m half of c's last row, exp(c_i - m) goes to the query (q_mid) and exp(m - c_j)
     to the key (k_mid), so that all pairs are one matrix product. One of the exponents
@@ -1053,7 +1049,9 @@ def gla_scores_across(
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
     """Of a chunk of two blocks, the scores of the second one's queries with the first
-    one's keys: their decay splits at the seam. One program owns one chunk of one head."""
+    one's keys: their decay splits at the seam.
+
+    One program owns one chunk of one head."""
     head, chunk, batch = split3(tl.program_id(0), H, n)
     group = head // (H // G)
     i = tl.arange(0, R)
@@ -1237,8 +1235,8 @@ def gla_grad_queries_keys(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq_start_i = S do_i and dk_end_j = dS v_j, the gradients through the states alone.
-    For dg (see below) also state_pairs, and `around` each block: q dq or k dk of the
+    """dq_start_i = S do_i and dk_end_j = dS v_j, the gradients through the states. For
+    dg (see below) also state_pairs, and `around` each block: q dq or k dk of the
     chunk's other block with the state on this block's far side.
 
     One program owns BK channels of one block of one group, its heads in turn."""
@@ -1299,9 +1297,9 @@ def gla_grad_queries_keys(
 #   query after the block     those with j < t                  (dk_after; writes)
 #   key before, query after   all                               (around; always)
 #
-# Over a query's pairs weight x gradient sums to q dq, over a key's to k dk, per channel,
-# with what these pairs give of dq and dk. A query with its own key spans nothing: it is
-# left out, for it would drown small gradients.
+# Over a query's pairs weight x gradient sums to q dq, over a key's to k dk, with what
+# these pairs give of dq and dk, per channel. A query with its own key spans nothing: it
+# is left out, for it would drown small gradients.
 
 
 @triton.jit
@@ -1312,6 +1310,7 @@ def sum_pairs(pairs, writes, DOT: tl.constexpr):
     earlier = i[:, None] > i[None, :]
     if DOT is not None:
         return tl.cumsum(pairs, 0, reverse=True) + sum_rows(earlier, writes, DOT)
+    # in bfloat16 one product: pairs of t and later are all less those before
     before = sum_rows(earlier, writes - pairs, DOT)
     return tl.sum(pairs, 0)[None, :] + before
 
@@ -1389,6 +1388,7 @@ def gla_grad_decays(
 
     g = log2_decay(tl.load(g_ptr + at_k))
     total = tl.sum(g, 0)[None, :]
+    # for bfloat16 16 bits do, of a product, in place of a scan
     from_middle = (tl.cumsum(g, 0) if DOT is not None else sum_rows(i >= j, g, DOT)) - 0.5 * total
     half = tl.exp2(0.5 * total)
     to_q = tl.exp2(from_middle)
@@ -1530,6 +1530,7 @@ def gla_grad_decays_steep(
     dk_after *= after
     tl.store(dk_ptr + at_k, (dk + dk_after).to(dtype))
     around = sum_around(state_pairs_ptr, decay_ptr, around_ptr, of_state, of_block, L > R)
+    # as sum_pairs in float32: "all less those before" would drown what is left here
     dg = tl.cumsum(pairs, 0, reverse=True) + sum_rows(i > j, k * dk_after, DOT) + around[None, :]
     tl.store(dg_ptr + at_k, tl.where(tl.load(g_ptr + at_k) > FORGOTTEN_32, dg, 0.0))
 
@@ -1634,7 +1635,7 @@ def gla_forward(q, k, v, g, state, scale, L, R,
 
 def gla_gradients(q, k, v, g, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, states,
                   do, dlast, scale, L, R, has_state):
-    """What gla_backward fills: dq, dk, dv, dg, dstate, which is empty without a state."""
+    """What gla_backward fills, in its order; dstate is empty without a state."""
     B, _, H, K = q.shape
     dstate = g.new_empty(B, H, K, v.shape[3]) if has_state else g.new_empty(0)
     return (*(torch.empty_like(x) for x in (q, k, v, g)), dstate)
@@ -1746,7 +1747,7 @@ def decay_table(cum_ptr, low_ptr, query, key):
 def ssd_decays(
     dt_ptr, A_ptr, first_ptr,   # (B,T,H), (H,), (B,T) int8 or None: a document begins
     cum_ptr, low_ptr,           # (B,H,T)  upto, log2; and what float32 drops of it
-    read_ptr, write_ptr,        # (B,H,T)  read_weight exp(upto), write_weight exp(after) dt
+    read_ptr, write_ptr,        # (B,H,T)  weights exp(upto) and exp(after) dt
     decay_ptr,                  # (B,H,n)  of a chunk, log2
     n,
     H: tl.constexpr, L: tl.constexpr, BH: tl.constexpr,
@@ -1938,8 +1939,8 @@ def ssd_grad_values(
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """Of v = dt x: dv_j = exp(after_j) dS B_j + sum over i >= j of scores_ij exp(cum_i -
-    cum_j) dy_i, and dx = dt dv + D dy, in grad_read's buffer where there is one.
+    """Of v = dt x: dv_j = exp(after_j) dS B_j + sum over i >= j of scores_ij exp(cum_i
+    - cum_j) dy_i, and dx = dt dv + D dy, in grad_read's buffer where there is one.
 
     One program owns R keys of one chunk of one head."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
@@ -2076,8 +2077,8 @@ def ssd_grad_queries_keys(
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dC_i = sum over heads of exp(cum_i) dy_i S + sum over j of grad_scores_ij B_j, and
-    dB_j alike. reads: C_i . dC_i of the first sum, per head.
+    """dC_i = sum over heads of exp(cum_i) dy_i S + sum over j of grad_scores_ij B_j,
+    and dB_j alike. reads: C_i . dC_i of the first sum, per head.
 
     One program owns BN columns of BR tokens of one group, its heads in turn."""
     n_block, rest = split(tl.program_id(0), N // BN)
@@ -2197,7 +2198,7 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
     else:
         through = dict(BR=R, BN=BN, num_warps=4, num_stages=3)
     scan = dict(BK=P, BV=scan_n, R=min(L, 64 if scan_n > 32 else 128), num_warps=4)
-    # maxnreg: registers of a thread, so that 4 (128) or 3 (168) programs fit a processor
+    # maxnreg, a thread's registers: at 128 four programs fit a processor, at 168 three
     return types.SimpleNamespace(
         decays=Launch(ssd_decays, cut={"BH": "H"}, BH=8, num_warps=4),
         scores=Launch(ssd_scores, BN=BN, num_warps=4),
@@ -2503,7 +2504,7 @@ def conv_grad_inputs(
     T,
     D: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):
-    """dx_t = sum over j of weight_{taps - 1 - j} dpre_{t + j}. Programs as conv_outputs."""
+    """dx_t = sum over j of weight_{taps - 1 - j} dpre_{t + j}. A program as before."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     channel = tl.program_id(1) * BD + tl.arange(0, BD)
     batch = tl.program_id(2).to(tl.int64)
@@ -2588,8 +2589,7 @@ conv_forward.register_autograd(conv_chain, setup_context=conv_save)
 
 
 def rows_apart(x):
-    """x (B,T,D), or a copy, such that all tokens follow each other by the same number of
-    elements, x.stride(1), at least D."""
+    """x (B,T,D), or a copy, with all tokens x.stride(1) elements apart."""
     apart = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
     return x if apart else x.contiguous()
 
@@ -2742,7 +2742,7 @@ def ceilings():
 
 
 def peers(op, G, H):
-    """Other libraries' implementations, where they can be imported: name -> function."""
+    """Other libraries' implementations that can be imported: name -> function."""
     with contextlib.suppress(ImportError):
         if op == "ssd":
             from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
@@ -2755,9 +2755,9 @@ def peers(op, G, H):
 
 
 def time_layer(name, layer, B, T, rates, options):
-    """A line for every implementation: times, and how many floors they are. The floor is
-    the larger of FLOPs / measured rate and bytes / measured bandwidth, three times that
-    of the forward pass for both."""
+    """A line for every implementation: times, and how many times the floor they are, the
+    larger of FLOPs / measured rate and bytes / measured bandwidth, of the forward pass;
+    three times this for both passes."""
     op, H, G, K, V = layer
     args = example(op, B, T, H, K, V, G, torch.bfloat16, "cuda")[:-1]
     args = [a.requires_grad_() for a in args]
