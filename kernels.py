@@ -6,9 +6,9 @@ Both model families are one recurrence. Per head, with a state S of K x V elemen
 
     gla   Gated linear attention (Yang et al., arXiv 2312.06635, eq. 3): a_t in (0,1]^K,
           one decay per key channel. Neighbouring heads may share their keys and decays.
-    ssd   Mamba2's state space dual (Dao and Gu, arXiv 2405.21060, eq. 1): a_t is one
-          number per head, k = B and q = C are shared by the heads of a group, v = dt x,
-          and a skip D x is added to the output.
+    ssd   Mamba2's state space dual (Dao and Gu, arXiv 2405.21060, eq. 1): one a_t per
+          head, k = B and q = C are shared by the heads of a group, v = dt x, and a
+          skip D x is added to the output.
 
     o, state = gla(q, k, v, g)           y, state = ssd(x, dt, A, B, C)
     python kernels.py                    checks all implementations, on a GPU times them
@@ -51,7 +51,7 @@ def gla(q, k, v, g, scale=None, state=None, impl="auto"):
     has more.
     scale multiplies q; K**-0.5 when None.
     impl: "recurrent" | "chunked" | "triton" | "auto", which is triton on a GPU that it
-    supports, else chunked. Triton has no float64: there it is chunked too.
+    supports, else chunked. float64 is chunked in place of triton.
 
     Returns o (B,T,H,V) in v's dtype and the final state (B,H,K,V) in float32 (float64
     where any input is). Differentiable in q, k, v, g and state, through both results:
@@ -88,8 +88,7 @@ def ssd(x, dt, A, B, C, D=None, state=None, impl="auto", first=None):
     impl as in gla.
 
     Returns y (B,T,H,P) in x's dtype and the final state (B,H,P,N) in float32 (float64
-    where any input is). Differentiable in every floating tensor, as gla. Raises
-    BadInput.
+    where any input is). Differentiable in every floating tensor, and raises, as gla.
     """
     x, dt, A, B, C, D, state, first = check_ssd(x, dt, A, B, C, D, state, first)
     impl = pick(impl, x, dt, A, B, C, D, state)
@@ -234,8 +233,7 @@ def pick(impl, *tensors):
 @torch.compiler.assume_constant_result
 def triton_supports(device):
     """Whether "auto" may take the Triton kernels there: NVIDIA from capability 8.0 on,
-    the first with bfloat16 matrix products. A constant for torch.compile, which cannot
-    trace it."""
+    the first with bfloat16 matrix products. A constant for torch.compile."""
     return triton_installed and torch.version.hip is None and capability(device) >= (8, 0)
 
 
@@ -341,7 +339,6 @@ def gla_chunked(q, k, v, g, scale, state, L=32):
     between them splits at the seam: from key j to the end of the left block (`after`),
     and from the start of the right block to query i (`upto`). Both are sums of g over
     part of one block, so both are <= 0, and exact however large the decay elsewhere is.
-    That is log2(L) levels, with one exponential per token, channel and level.
     """
     q, k, v, g, S = widen(q, k, v, g, state)
     batch, T, H, K = q.shape
@@ -445,13 +442,13 @@ def ssd_chunked(x, dt, A, B, C, D, state, first, L=64):
 
 
 # --------------------------------------------------------------------------------------
-# Triton, first: each recurrence as one short kernel, forward only. They are right and
-# slow, are tested and never dispatched; read them before the fast path.
+# Triton, first: each recurrence as one short kernel, forward only. They are right, slow
+# and tested, and never dispatched; read them before the fast path.
 
 
-# Sizes of the fast path's kernels are constants of the compilation, so that addresses
-# fold into instructions, but not the number of chunks nor B H, which change with every
-# input. Triton would compile anew where these are 1 or a multiple of 16.
+# Of the fast path. Sizes are constants of the compilation, so that addresses fold into
+# instructions; the numbers of chunks and of all heads are not, not even by being 1 or a
+# multiple of 16, so that one compilation serves all T and B.
 chunk_kernel = triton.jit(do_not_specialize=["n", "heads"])
 # Of globals kernels read only those that are tl.constexpr.
 LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None
@@ -481,8 +478,8 @@ def log2_decay(g):
 
 @triton.jit
 def gla_first(
-    q_ptr, k_ptr, v_ptr, g_ptr,     # (B,T,H,K), (B,T,G,K), (B,T,H,V), (B,T,G,K)
-    state_ptr, o_ptr, last_ptr,     # (B,H,K,V), (B,T,H,V), (B,H,K,V)
+    q_ptr, k_ptr, v_ptr, g_ptr,  # (B,T,H,K), (B,T,G,K), (B,T,H,V), (B,T,G,K)
+    state_ptr, o_ptr, last_ptr,  # (B,H,K,V), (B,T,H,V), (B,H,K,V)
     scale, T,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, BV: tl.constexpr,
@@ -502,7 +499,6 @@ def gla_first(
 
     state = tl.load(state_ptr + of_state)
     for start in range(0, T, L):
-        # beyond the end k = v = 0 and g = 0 leave the state alone
         inside = (start + i < T)[:, None]
         token = (batch * T + start + i)[:, None]
         query = (token * H + head) * K + k_channel
@@ -531,9 +527,9 @@ def gla_first(
 
 @triton.jit
 def ssd_first(
-    x_ptr, dt_ptr, A_ptr,          # (B,T,H,P), (B,T,H), (H,)
-    B_ptr, C_ptr,                  # (B,T,G,N)
-    state_ptr, y_ptr, last_ptr,    # (B,H,P,N), (B,T,H,P), (B,H,P,N)
+    x_ptr, dt_ptr, A_ptr,        # (B,T,H,P), (B,T,H), (H,)
+    B_ptr, C_ptr,                # (B,T,G,N)
+    state_ptr, y_ptr, last_ptr,  # (B,H,P,N), (B,T,H,P), (B,H,P,N)
     T,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
 ):
@@ -584,30 +580,28 @@ def ssd_first(
 #   gradients by hand    from the kept states, with nothing computed twice but factors
 #
 # Measured on an H100, batch 4, 8192 tokens, bfloat16, forward and backward: long chunks
-# take gla-340m with one head from 1.49 to 1.41 ms and from 0.89 to 0.69 GB, and
-# Mamba2-1.3b with d_state 512 from 2.9 to 2.0 GB in the same 4.8 ms; tiles of 64 x 128
-# for 128 x 256 take both scans of gla-1.3b with one head from 2.36 to 0.95 ms, of 3.6
-# in all.
+# take gla-340m with one head from 1.49 to 1.41 ms and from 0.89 to 0.69 GB, Mamba2-1.3b
+# with d_state 512 from 2.9 to 2.0 GB in the same 4.8 ms; tiles of 64 x 128, not 128 x
+# 256, take both scans of gla-1.3b with one head from 2.36 to 0.95 ms (3.6 in all).
 #
-#   launch             gla                                   ssd
-#   decays             (in gla_scores)                       ssd_decays
-#   scores             gla_scores, _steep, _across           ssd_scores
-#   states             scan_states                           scan_states
-#   outputs            gla_outputs                           (read_states,) ssd_outputs
-#   backward: states   scan_states, in reverse               scan_states, in reverse
-#   values             gla_grad_values                       as outputs, ssd_grad_values
-#   scores             gla_grad_scores                       ssd_grad_scores
-#   queries and keys   gla_grad_queries_keys                 ssd_grad_queries_keys
-#   decays             gla_grad_decays, _steep               ssd_grad_decays
+#   launch             gla                           ssd
+#   decays             (in gla_scores)               ssd_decays
+#   scores             gla_scores, _steep, _across   ssd_scores
+#   states             scan_states                   scan_states
+#   outputs            gla_outputs                   (read_states,) ssd_outputs
+#   backward: states   scan_states, in reverse       scan_states, in reverse
+#   values             gla_grad_values               (read_states,) ssd_grad_values
+#   scores             gla_grad_scores               ssd_grad_scores
+#   queries and keys   gla_grad_queries_keys         ssd_grad_queries_keys
+#   decays             gla_grad_decays, _steep       ssd_grad_decays
 #
-# The fast kernels mask neither tokens nor channels: their callers pad T to whole chunks
-# (with g = 0, or dt = 0, and k = v = 0, which leaves the state alone) and channels to
-# whole tiles. In all of them:
+# The fast kernels mask neither tokens nor channels: callers pad T to whole chunks (as
+# in gla_chunked, for ssd with dt = 0) and channels to whole tiles. In all of them:
 #
 #   n, L, R           chunks of a sequence, tokens of a chunk, of a block; a chunk has
-#                     blocks, in gla one or two
+#                     blocks, in gla one or two. heads: B H
 #   BK, BV, BN        channels of a tile
-#   DOT               tl.dot's input_precision for float32; None for bfloat16
+#   DOT               product_precision: None for bfloat16
 #   upto, after       sums of g from the start of a chunk (or block) up to a token, and
 #                     after it to the end; in bits (log2, exp2), but formulas write exp
 #   q_start, k_end    q exp(upto), k exp(after): what meets the states around a chunk
@@ -644,11 +638,11 @@ def sum_rows(which, x, DOT: tl.constexpr):
 
 @chunk_kernel
 def scan_states(
-    x_ptr, y_ptr,          # (B,T,HX,K), (B,T,HY,V)  less than H where heads share
-    weight_ptr,            # (B,H,T) or None
-    decay_ptr,             # (B,HD,n,K) if PER_CHANNEL, else (B,HD,n): of a chunk, log2
-    first_ptr, last_ptr,   # (B,H,K,V)    S to begin with and at the end, or None
-    states_ptr,            # (B,H,n,K,V)  S as each chunk is entered
+    x_ptr, y_ptr,         # (B,T,HX,K), (B,T,HY,V)  less than H where heads share
+    weight_ptr,           # (B,H,T) or None
+    decay_ptr,            # (B,HD,n,K) if PER_CHANNEL, else (B,HD,n): of a chunk, log2
+    first_ptr, last_ptr,  # (B,H,K,V)    S to begin with and at the end, or None
+    states_ptr,           # (B,H,n,K,V)  S as each chunk is entered
     n,
     H: tl.constexpr, HX: tl.constexpr, HY: tl.constexpr, HD: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
@@ -656,13 +650,14 @@ def scan_states(
     PER_CHANNEL: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr,
 ):
     """S = decay_c S + sum of weight_t x_t y_t^T over chunk c, chunk after chunk. dS
-    obeys the same equation from the last chunk to the first: REVERSE.
+    obeys the same equation from the last chunk to the first: REVERSE. Stored are S
+    before, and dS after every chunk.
 
-                   x        y   weight         S (K x V)   stored for chunk c
-      gla          k_end    v   None           K x V       S before it
-      gla reverse  q_start  do  None           K x V       dS after it
-      ssd          x        B   exp(after) dt  P x N       S before it
-      ssd reverse  dy       C   exp(upto)      P x N       dS after it
+                   x        y   weight         S (K x V)
+      gla          k_end    v   None           K x V
+      gla reverse  q_start  do  None           K x V
+      ssd          x        B   exp(after) dt  P x N
+      ssd reverse  dy       C   exp(upto)      P x N
 
     One program owns BK x BV elements of one head's S, in registers from end to end, and
     adds a piece of R tokens at a time."""
@@ -713,11 +708,11 @@ def scan_states(
 
 @triton.jit
 def step_state(
-    q_ptr, k_ptr, v_ptr,    # (B,HQ,K), (B,G,K), (B,H,V)
-    g_ptr, dt_ptr, A_ptr,   # gla: (B,G,K), None, None; ssd: None, (B,H), (H,)
-    D_ptr,                  # (H,) or None
-    state_ptr, new_ptr,     # (B,H,K,V), or (B,H,V,K) where VALUES_FIRST
-    out_ptr,                # (B,H,V)
+    q_ptr, k_ptr, v_ptr,   # (B,HQ,K), (B,G,K), (B,H,V)
+    g_ptr, dt_ptr, A_ptr,  # gla: (B,G,K), None, None; ssd: None, (B,H), (H,)
+    D_ptr,                 # (H,) or None
+    state_ptr, new_ptr,    # (B,H,K,V), or (B,H,V,K) where VALUES_FIRST
+    out_ptr,               # (B,H,V)
     scale,
     H: tl.constexpr, HQ: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, VALUES_FIRST: tl.constexpr,
@@ -771,8 +766,8 @@ class Launch:
     """A kernel with its tile. `cut` says which sizes programs share out: {"BV": "HP"}
     is one program for every BV of H P channels, times `programs` of the call.
 
-    Where the GPU's shared memory (227 KiB on an H100, enough) does not hold the stages
-    of the software pipeline that were asked for, it keeps to fewer."""
+    Where the GPU's shared memory does not hold the stages of the software pipeline that
+    were asked for (an H100's does), it keeps to fewer."""
 
     def __init__(self, kernel, cut=None, **options):
         self.kernel = kernel
@@ -793,7 +788,7 @@ class Launch:
 
 
 def power_of_two(x, low, high=1 << 30):
-    """The power of two from x up, within low and high. (triton.next_power_of_2 is slow.)"""
+    """The power of two from x up, within low and high. (Triton's own is slower.)"""
     return max(low, min(high, 1 << (x - 1).bit_length()))
 
 
@@ -811,7 +806,7 @@ def pad(x, multiples):
 
 
 def tile_multiple(channels, x):
-    """Channels are padded to a multiple of this: less in the interpreter, which is slow."""
+    """Channels are padded to a multiple of this; less in the slow interpreter."""
     return power_of_two(channels, 64 if x.is_cuda else 16, 128)
 
 
@@ -822,7 +817,7 @@ def needs_grad(*tensors):
 def operator(schema, results):
     """Makes launch(*arguments, *results) a PyTorch operator, which torch.compile leaves
     in one piece; results(*arguments) allocates what launch fills. `.plain` is the same
-    function without PyTorch's dispatcher, which is slow for small layers."""
+    function without PyTorch's dispatcher, which takes long."""
     def make(launch):
         def call(*arguments):
             out = results(*arguments)
@@ -852,9 +847,9 @@ class FirstDerivativeOnly(torch.autograd.Function):
 
 
 def differentiable(forward, save, backward, chain):
-    """Two operators as one differentiable function; outside of torch.compile, by their
-    plain functions. save(ctx, inputs, output) keeps what chain(backward, ctx, saved
-    tensors, *gradients) needs. (torch.utils.checkpoint gives saved tensors out once.)"""
+    """Two operators as one differentiable function: as they are for torch.compile, else
+    plain. save(ctx, inputs, output) keeps what chain(backward, ctx, saved tensors,
+    *gradients) needs. (torch.utils.checkpoint gives saved tensors out once.)"""
     def compiled_backward(ctx, *gradients):
         return chain(backward, ctx, ctx.saved_tensors, *gradients)
 
@@ -887,7 +882,7 @@ def differentiable(forward, save, backward, chain):
 
 @triton.jit
 def is_steep(decay_ptr, LIMIT, K: tl.constexpr, BK: tl.constexpr):
-    """Whether a block decays by more than 2 LIMIT bits in a channel: see steep_limit."""
+    """Whether a channel of a block decays by more than 2 LIMIT bits (steep_limit)."""
     lowest = tl.zeros((BK,), tl.float32)
     for k0 in range(0, K, BK):
         lowest = tl.minimum(lowest, tl.load(decay_ptr + k0 + tl.arange(0, BK)))
@@ -896,8 +891,8 @@ def is_steep(decay_ptr, LIMIT, K: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def half_sums(g, bit, DOT: tl.constexpr):
-    """g (R,BK) in pieces of 2^bit rows, halves of the next longer ones: for every row
-    the sum from its piece's start to it, and the sum after it to the piece's end."""
+    """upto and after of every row of g (R,BK) in its piece of 2^bit rows, half of a next
+    longer one."""
     i = tl.arange(0, g.shape[0])[:, None]
     j = tl.arange(0, g.shape[0])[None, :]
     same = (i ^ j) >> bit == 0
@@ -909,9 +904,8 @@ def to_seam(
     q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, group, n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
 ):
-    """Where a block's q_start and k_end go. Of two blocks in a chunk, the first one's
-    keys and the second one's queries go no further than the seam: gla_scores_across
-    takes them on to the chunk's ends."""
+    """Where a block's q_start and k_end go. Of two blocks, the first one's keys and the
+    second one's queries stay at the seam, until gla_scores_across takes them on."""
     if L > R:
         seam = (batch * n + block // 2) * R
         if block % 2 == 0:
@@ -923,11 +917,11 @@ def to_seam(
 
 @chunk_kernel
 def gla_scores(
-    q_ptr, k_ptr, g_ptr,      # (B,T,H,K), (B,T,G,K), (B,T,G,K)
-    q_start_ptr, k_end_ptr,   # (B,T,H,K), (B,T,G,K)
-    q_seam_ptr, k_seam_ptr,   # (B,n,R,H,K), (B,n,R,G,K), or None: one block a chunk
-    decay_ptr,                # (B,G,T/R,K)  of a block, log2: later called block_decay
-    scores_ptr,               # (B,T,H,L)    of each query with the keys of its chunk
+    q_ptr, k_ptr, g_ptr,     # (B,T,H,K), (B,T,G,K), (B,T,G,K)
+    q_start_ptr, k_end_ptr,  # (B,T,H,K), (B,T,G,K)
+    q_seam_ptr, k_seam_ptr,  # (B,n,R,H,K), (B,n,R,G,K), or None: one block a chunk
+    decay_ptr,               # (B,G,T/R,K)  of a block, log2: later called block_decay
+    scores_ptr,              # (B,T,H,L)    of each query with the keys of its chunk
     scale, n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
@@ -987,7 +981,7 @@ def gla_scores(
 
 @chunk_kernel
 def gla_scores_steep(
-    q_ptr, k_ptr, g_ptr,      # as in gla_scores
+    q_ptr, k_ptr, g_ptr,  # as in gla_scores
     q_start_ptr, k_end_ptr,
     q_seam_ptr, k_seam_ptr,
     decay_ptr,
@@ -996,13 +990,12 @@ def gla_scores_steep(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
-    """gla_scores again, written over it, for steep blocks. Where there are none (as
-    nearly always in a GLA model) a program returns at once.
+    """gla_scores again, written over it, for steep blocks; at others, nearly all in a
+    GLA model, programs return at once.
 
-    Tokens i and j < i part at their highest unequal bit, 2^b: in a piece of 2^(b+1)
-    tokens j is in the lower half, i in the upper one, and exp(sum from the upper half's
-    start to i) exp(sum after j to the lower half's end) has no positive exponent. So
-    there is one matrix product for each bit, of which that bit's pairs are stored."""
+    Pieces of 1, 2, 4, ... tokens meet in pairs, as in gla_chunked: tokens i and j < i
+    where 2^bit is the highest bit in which i and j differ. So there is one matrix
+    product for each bit, of which that bit's pairs are stored."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
     group = head // (H // G)
     if not is_steep(decay_ptr + ((batch * G + group) * n * (L // R) + block) * K, LIMIT, K, BK):
@@ -1039,11 +1032,11 @@ def gla_scores_steep(
 
 @chunk_kernel
 def gla_scores_across(
-    q_seam_ptr, k_seam_ptr,   # (B,n,R,H,K), (B,n,R,G,K)
-    block_decay_ptr,          # (B,G,n,2,K)  in: of each block
-    q_start_ptr, k_end_ptr,   # (B,T,H,K), (B,T,G,K)
-    decay_ptr,                # (B,G,n,K)    out: of the chunk
-    scores_ptr,               # (B,T,H,L)
+    q_seam_ptr, k_seam_ptr,  # (B,n,R,H,K), (B,n,R,G,K)
+    block_decay_ptr,         # (B,G,n,2,K)  in: of each block
+    q_start_ptr, k_end_ptr,  # (B,T,H,K), (B,T,G,K)
+    decay_ptr,               # (B,G,n,K)    out: of the chunk
+    scores_ptr,              # (B,T,H,L)
     n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
@@ -1103,8 +1096,7 @@ def gla_outputs(
     q_start_ptr,   # (B,T,H,K)    queries, scaled, decayed from the chunk's start
     states_ptr,    # (B,H,n,K,V)  S before each chunk
     scores_ptr,    # (B,T,H,L)    with scale and decays; 0 for keys after the query
-    v_ptr,         # (B,T,H,V)
-    o_ptr,         # (B,T,H,V)
+    v_ptr, o_ptr,  # (B,T,H,V)
     n,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
@@ -1143,10 +1135,10 @@ def gla_outputs(
 
 @chunk_kernel
 def gla_grad_values(
-    k_end_ptr,         # (B,T,G,K)
-    grad_states_ptr,   # (B,H,n,K,V)  dS after each chunk
-    scores_ptr,        # (B,T,H,L)
-    do_ptr, dv_ptr,    # (B,T,H,V)
+    k_end_ptr,        # (B,T,G,K)
+    grad_states_ptr,  # (B,H,n,K,V)  dS after each chunk
+    scores_ptr,       # (B,T,H,L)
+    do_ptr, dv_ptr,   # (B,T,H,V)
     n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
@@ -1186,9 +1178,9 @@ def gla_grad_values(
 
 @chunk_kernel
 def gla_grad_scores(
-    do_ptr, v_ptr,     # (B,T,H,V)
-    grad_scores_ptr,   # (B,T,H,L)
-    diagonal_ptr,      # (B,H,T)  the same for j = i
+    do_ptr, v_ptr,    # (B,T,H,V)
+    grad_scores_ptr,  # (B,T,H,L)
+    diagonal_ptr,     # (B,H,T)  the same for j = i
     n,
     H: tl.constexpr, V: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BV: tl.constexpr, DOT: tl.constexpr,
@@ -1225,12 +1217,12 @@ def gla_grad_scores(
 
 @chunk_kernel
 def gla_grad_queries_keys(
-    do_ptr, v_ptr,                  # (B,T,H,V)
-    states_ptr, grad_states_ptr,    # (B,H,n,K,V)
-    q_start_ptr, k_end_ptr,         # (B,T,H,K), (B,T,G,K)
-    dq_start_ptr, dk_end_ptr,       # (B,T,H,K), (B,T,G,K)
-    state_pairs_ptr,                # (B,G,n,K)    S dS, summed over a group's values
-    around_ptr,                     # (B,G,T/R,K)  or None: one block a chunk
+    do_ptr, v_ptr,                # (B,T,H,V)
+    states_ptr, grad_states_ptr,  # (B,H,n,K,V)
+    q_start_ptr, k_end_ptr,       # (B,T,H,K), (B,T,G,K)
+    dq_start_ptr, dk_end_ptr,     # (B,T,H,K), (B,T,G,K)
+    state_pairs_ptr,              # (B,G,n,K)    S dS, summed over a group's values
+    around_ptr,                   # (B,G,T/R,K)  or None: one block a chunk
     n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
@@ -1293,9 +1285,9 @@ def gla_grad_queries_keys(
 # of a block (in ssd: of a chunk) these are
 #
 #   both in the block         pairs with i >= t, less those with j >= t
-#   key before the block      those with i >= t                 (dq_before; ssd: reads)
-#   query after the block     those with j < t                  (dk_after; writes)
-#   key before, query after   all                               (around; always)
+#   key before the block      with i >= t   (dq_before; ssd: reads)
+#   query after the block     with j < t    (dk_after; writes)
+#   key before, query after   all           (around; always)
 #
 # Over a query's pairs weight x gradient sums to q dq, over a key's to k dk, with what
 # these pairs give of dq and dk, per channel. A query with its own key spans nothing: it
@@ -1319,8 +1311,8 @@ def sum_pairs(pairs, writes, DOT: tl.constexpr):
 def sum_around(
     state_pairs_ptr, decay_ptr, around_ptr, of_state, of_block, TWO_BLOCKS: tl.constexpr
 ):
-    """Weight x gradient of all pairs around a block: from the state before its chunk to
-    the state after, and with the chunk's other block."""
+    """All pairs around a block: from the state before its chunk to that after it, and
+    with the chunk's other block."""
     around = tl.load(state_pairs_ptr + of_state) * tl.exp2(tl.load(decay_ptr + of_state))
     if TWO_BLOCKS:
         around += tl.load(around_ptr + of_block)
@@ -1351,13 +1343,13 @@ def meet_other_block(
 
 @chunk_kernel
 def gla_grad_decays(
-    q_ptr, k_ptr, g_ptr,              # (B,T,H,K), (B,T,G,K), (B,T,G,K)
-    q_seam_ptr, k_seam_ptr,           # (B,n,R,H,K), (B,n,R,G,K), or None
-    block_decay_ptr, decay_ptr,       # (B,G,T/R,K), (B,G,n,K)  log2
-    grad_scores_ptr, diagonal_ptr,    # (B,T,H,L), (B,H,T)
-    dq_start_ptr, dk_end_ptr,         # (B,T,H,K), (B,T,G,K)
-    state_pairs_ptr, around_ptr,      # (B,G,n,K), (B,G,T/R,K)
-    dq_ptr, dk_ptr, dg_ptr,           # (B,T,H,K), (B,T,G,K), (B,T,G,K)
+    q_ptr, k_ptr, g_ptr,            # (B,T,H,K), (B,T,G,K), (B,T,G,K)
+    q_seam_ptr, k_seam_ptr,         # (B,n,R,H,K), (B,n,R,G,K), or None
+    block_decay_ptr, decay_ptr,     # (B,G,T/R,K), (B,G,n,K)  log2
+    grad_scores_ptr, diagonal_ptr,  # (B,T,H,L), (B,H,T)
+    dq_start_ptr, dk_end_ptr,       # (B,T,H,K), (B,T,G,K)
+    state_pairs_ptr, around_ptr,    # (B,G,n,K), (B,G,T/R,K)
+    dq_ptr, dk_ptr, dg_ptr,         # (B,T,H,K), (B,T,G,K), (B,T,G,K)
     scale, n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
@@ -1446,7 +1438,7 @@ def gla_grad_decays(
 
 @chunk_kernel
 def gla_grad_decays_steep(
-    q_ptr, k_ptr, g_ptr,              # as in gla_grad_decays
+    q_ptr, k_ptr, g_ptr,  # as in gla_grad_decays
     q_seam_ptr, k_seam_ptr,
     block_decay_ptr, decay_ptr,
     grad_scores_ptr, diagonal_ptr,
@@ -1545,7 +1537,7 @@ def gla_chunk(T, K, V, dtype):
 
 @functools.cache
 def gla_launches(K, V, heads, L, R, dtype):
-    """The kernels with their tiles; heads: B H."""
+    """The kernels with their tiles."""
     narrow = dtype == torch.bfloat16
     BK = power_of_two(K, 16, 64)
     BV = power_of_two(V, 16, 64)
@@ -1591,8 +1583,7 @@ def steep_limit(x):
 
 
 def gla_results(q, k, v, g, state, scale, L, R):
-    """What gla_forward fills, in its order: o, the last state, and what the backward
-    pass needs. Nothing is at the seams where a chunk is one block."""
+    """What gla_forward fills, in its order; no seams where a chunk is one block."""
     B, T, H, K = q.shape
     G = k.shape[2]
     V = v.shape[3]
@@ -1745,14 +1736,14 @@ def decay_table(cum_ptr, low_ptr, query, key):
 
 @chunk_kernel
 def ssd_decays(
-    dt_ptr, A_ptr, first_ptr,   # (B,T,H), (H,), (B,T) int8 or None: a document begins
-    cum_ptr, low_ptr,           # (B,H,T)  upto, log2; and what float32 drops of it
-    read_ptr, write_ptr,        # (B,H,T)  weights exp(upto) and exp(after) dt
-    decay_ptr,                  # (B,H,n)  of a chunk, log2
+    dt_ptr, A_ptr, first_ptr,  # (B,T,H), (H,), (B,T) int8 or None: a document begins
+    cum_ptr, low_ptr,          # (B,H,T)  upto, log2; and what float32 drops of it
+    read_ptr, write_ptr,       # (B,H,T)  weights exp(upto) and exp(after) dt
+    decay_ptr,                 # (B,H,n)  of a chunk, log2
     n,
     H: tl.constexpr, L: tl.constexpr, BH: tl.constexpr,
 ):
-    """Sums of g = dt A inside a chunk. One program owns one chunk of BH heads."""
+    """Sums of g = dt A in a chunk. One program owns one chunk of BH heads."""
     head_block, chunk, batch = split3(tl.program_id(0), tl.cdiv(H, BH), n)
     head = head_block * BH + tl.arange(0, BH)
     inside = (head < H)[None, :]
@@ -1780,8 +1771,8 @@ def ssd_decays(
 
 @chunk_kernel
 def ssd_scores(
-    B_ptr, C_ptr,   # (B,T,G,N)
-    scores_ptr,     # (B,T,G,L)
+    B_ptr, C_ptr,  # (B,T,G,N)
+    scores_ptr,    # (B,T,G,L)
     n,
     G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
     DOT: tl.constexpr,
@@ -1813,9 +1804,9 @@ def ssd_scores(
 
 @chunk_kernel
 def read_states(
-    c_ptr,        # (B,T,G,N)    C, or B
-    states_ptr,   # (B,H,n,P,N)  S, or dS
-    read_ptr,     # (B,T,H,P)    the result
+    c_ptr,       # (B,T,G,N)    C, or B
+    states_ptr,  # (B,H,n,P,N)  S, or dS
+    read_ptr,    # (B,T,H,P)    the result
     n,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
     BV: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
@@ -1861,12 +1852,12 @@ def read_rows(
 
 @chunk_kernel
 def ssd_outputs(
-    C_ptr, states_ptr,       # (B,T,G,N), (B,H,n,P,N)
-    state_read_ptr,          # (B,T,H,P)  S C of read_states, or None
-    scores_ptr,              # (B,T,G,L)
-    x_ptr, dt_ptr, D_ptr,    # (B,T,H,P), (B,T,H), (H,) or None
-    cum_ptr, low_ptr,        # (B,H,T)
-    y_ptr,                   # (B,T,H,P)
+    C_ptr, states_ptr,     # (B,T,G,N), (B,H,n,P,N)
+    state_read_ptr,        # (B,T,H,P)  S C of read_states, or None
+    scores_ptr,            # (B,T,G,L)
+    x_ptr, dt_ptr, D_ptr,  # (B,T,H,P), (B,T,H), (H,) or None
+    cum_ptr, low_ptr,      # (B,H,T)
+    y_ptr,                 # (B,T,H,P)
     n,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
@@ -1991,12 +1982,11 @@ def ssd_grad_values(
 
 @chunk_kernel
 def ssd_grad_scores(
-    x_ptr, dy_ptr, dt_ptr,     # (B,T,H,P), (B,T,H,P), (B,T,H)
-    cum_ptr, low_ptr,          # (B,H,T)
-    scores_ptr,                # (B,T,G,L)
-    grad_scores_ptr,           # (B,T,G,L)
-    ends_ptr, begins_ptr,      # (L/R,B,H,T)  by the block of keys, of queries
-    n, heads,                  # heads: B H
+    x_ptr, dy_ptr, dt_ptr,        # (B,T,H,P), (B,T,H,P), (B,T,H)
+    cum_ptr, low_ptr,             # (B,H,T)
+    scores_ptr, grad_scores_ptr,  # (B,T,G,L)
+    ends_ptr, begins_ptr,         # (L/R,B,H,T)  by the block of keys, of queries
+    n, heads,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     DOT: tl.constexpr,
 ):
@@ -2065,15 +2055,15 @@ def through_scores(
 
 @chunk_kernel
 def ssd_grad_queries_keys(
-    B_ptr, C_ptr,                  # (B,T,G,N)
-    x_ptr, dy_ptr,                 # (B,T,H,P)
-    read_ptr, write_ptr,           # (B,H,T)
-    states_ptr, grad_states_ptr,   # (B,H,n,P,N)
-    grad_scores_ptr,               # (B,T,G,L)
-    dB_ptr, dC_ptr,                # (B,T,G,N)
-    reads_ptr,                     # (N/BN,B,H,T)  parts; None if ssd_grad_values has it
-    state_pairs_ptr,               # (N/BN,B,H,n)  parts of the sum of S dS
-    n, heads,                      # heads: B H
+    B_ptr, C_ptr,                 # (B,T,G,N)
+    x_ptr, dy_ptr,                # (B,T,H,P)
+    read_ptr, write_ptr,          # (B,H,T)
+    states_ptr, grad_states_ptr,  # (B,H,n,P,N)
+    grad_scores_ptr,              # (B,T,G,L)
+    dB_ptr, dC_ptr,               # (B,T,G,N)
+    reads_ptr,                    # (N/BN,B,H,T)  parts; None if ssd_grad_values has it
+    state_pairs_ptr,              # (N/BN,B,H,n)  parts of the sum of S dS
+    n, heads,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
@@ -2129,13 +2119,13 @@ def ssd_grad_queries_keys(
 
 @chunk_kernel
 def ssd_grad_decays(
-    reads_ptr, writes_ptr,            # (READS,B,H,T), (B,H,T)
-    ends_ptr, begins_ptr,             # (L/R,B,H,T)
-    state_pairs_ptr, decay_ptr,       # (PARTS,B,H,n), (B,H,n)
-    dt_ptr, A_ptr, first_ptr,         # (B,T,H), (H,), (B,T) or None
-    ddt_of_x_ptr,                     # (B,H,T)
-    ddt_ptr, dA_ptr,                  # (B,T,H), (B,H,n)
-    n, heads,                         # heads: B H
+    reads_ptr, writes_ptr,       # (READS,B,H,T), (B,H,T)
+    ends_ptr, begins_ptr,        # (L/R,B,H,T)
+    state_pairs_ptr, decay_ptr,  # (PARTS,B,H,n), (B,H,n)
+    dt_ptr, A_ptr, first_ptr,    # (B,T,H), (H,), (B,T) or None
+    ddt_of_x_ptr,                # (B,H,T)
+    ddt_ptr, dA_ptr,             # (B,T,H), (B,H,n)
+    n, heads,
     H: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     READS: tl.constexpr, PARTS: tl.constexpr,
 ):
@@ -2184,7 +2174,7 @@ def ssd_chunk(T, N, dtype):
 
 @functools.cache
 def ssd_launches(P, N, heads, shared, L, R, dtype):
-    """The kernels with their tiles; heads: B H, shared: heads of a group."""
+    """The kernels with their tiles; shared: heads of a group."""
     narrow = dtype == torch.bfloat16
     apart = N > READ_APART
     BN = power_of_two(N, 16, 64)
@@ -2219,8 +2209,8 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
 
 
 def ssd_results(x, dt, A, B, C, D, state, first, L, R):
-    """What ssd_forward fills, in its order: y, the last state, and what the backward
-    pass needs. low is empty in bfloat16, state_read without read_states."""
+    """What ssd_forward fills, in its order; low is empty in bfloat16, state_read where
+    N <= READ_APART."""
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
     cum = dt.new_empty(batch, H, T)
@@ -2389,10 +2379,8 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
 # --------------------------------------------------------------------------------------
 # Triton: the short convolution of Mamba2 (and of GLA, where it has one)
 #
-# pre_t = bias + sum over i of weight_i x_{t - taps + 1 + i},  y = silu(pre). Forward, x
-# is read and y written once: the shifted copies of a tile come out of the cache.
-# Backward, one kernel writes the gradient of pre and sums those of weight and bias, a
-# second makes that of x. Offsets within a sequence have 32 bits (see conv_fits).
+# pre_t = bias + sum over i of weight_i x_{t - taps + 1 + i}, y = silu(pre). The shifted
+# copies of a tile come out of the cache. Offsets within a sequence have 32 bits.
 
 
 @triton.jit
@@ -2406,9 +2394,9 @@ def same_document(document_ptr, seen, other, token, T):
 
 @triton.jit
 def conv_outputs(
-    x_ptr, weight_ptr, bias_ptr,   # (B,T,D) in rows of ROW elements, (D,TAPS), (D,)
-    document_ptr,                  # (B,T) int32 or None
-    y_ptr,                         # (B,T,D)
+    x_ptr, weight_ptr, bias_ptr,  # (B,T,D) in rows of ROW elements, (D,TAPS), (D,)
+    document_ptr,                 # (B,T) int32 or None
+    y_ptr,                        # (B,T,D)
     T,
     ROW: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):
@@ -2436,19 +2424,19 @@ def conv_outputs(
 
 @triton.jit
 def conv_gradients(
-    x_ptr, weight_ptr, bias_ptr,   # as in conv_outputs
+    x_ptr, weight_ptr, bias_ptr,  # as in conv_outputs
     document_ptr,
-    dy_ptr,                        # (B,T,D) in rows of DY_ROW elements
-    dpre_ptr,                      # (B,T,D)
-    dweight_ptr, dbias_ptr,        # (B parts,D,TAPS), (B parts,D)  float32
+    dy_ptr,                  # (B,T,D) in rows of DY_ROW elements
+    dpre_ptr,                # (B,T,D)
+    dweight_ptr, dbias_ptr,  # (B parts,D,TAPS), (B parts,D)  float32
     T, STEPS,
     ROW: tl.constexpr, DY_ROW: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr,
 ):
     """dpre = dy silu'(pre), pre computed again, and sums of dpre x_s and of dpre.
 
-    One program owns STEPS tiles of BT tokens, one after the other, of BD channels of
-    one sequence, and their part of the sums."""
+    One program owns STEPS tiles of BT tokens, in turn, of BD channels of one sequence,
+    and their part of the sums."""
     channel = tl.program_id(1) * BD + tl.arange(0, BD)
     batch = tl.program_id(2).to(tl.int64)
     part = batch * tl.num_programs(0) + tl.program_id(0)
@@ -2498,9 +2486,9 @@ def conv_gradients(
 
 @triton.jit
 def conv_grad_inputs(
-    dpre_ptr, weight_ptr,   # (B,T,D), (D,TAPS)
-    document_ptr,           # (B,T) int32 or None
-    dx_ptr,                 # (B,T,D)
+    dpre_ptr, weight_ptr,  # (B,T,D), (D,TAPS)
+    document_ptr,          # (B,T) int32 or None
+    dx_ptr,                # (B,T,D)
     T,
     D: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):
@@ -2755,9 +2743,9 @@ def peers(op, G, H):
 
 
 def time_layer(name, layer, B, T, rates, options):
-    """A line for every implementation: times, and how many times the floor they are, the
-    larger of FLOPs / measured rate and bytes / measured bandwidth, of the forward pass;
-    three times this for both passes."""
+    """A line per implementation: times, and how many times the floor they are: the
+    larger of FLOPs / measured rate and bytes / measured bandwidth, three times that for
+    both passes."""
     op, H, G, K, V = layer
     args = example(op, B, T, H, K, V, G, torch.bfloat16, "cuda")[:-1]
     args = [a.requires_grad_() for a in args]
@@ -2809,8 +2797,7 @@ def time_kernels(step, bandwidth):
 
 
 def time_step(name, layer, bandwidth):
-    """The step of generation: one token of 64 sequences, their states read and
-    written."""
+    """A step of generation: one token of 64 sequences, states read and written."""
     op, H, G, K, V = layer
     args = example(op, 64, 1, H, K, V, G, torch.bfloat16, "cuda")
     with torch.no_grad():
