@@ -16,9 +16,8 @@ Both model families are one recurrence. Per head, with a state S of K x V elemen
 
 "recurrent" is the definition: a loop over time. "chunked" does the same sums with
 matrix products and is the fast path on a CPU. "triton" is the fast path on a GPU.
-Decays travel as logarithms g = log a <= 0. Any decay is safe: none at all (g = 0), a
-state that forgets everything at every step (g = -60), and a reset (g = -inf, or `first`
-of ssd), which keeps packed documents apart.
+Decays travel as logarithms g = log a <= 0. Any decay is safe: none (g = 0), all at
+once (g = -60), a reset (g = -inf, or `first` of ssd), which keeps packed documents apart.
 """
 from __future__ import annotations  # tl.constexpr below works without Triton
 
@@ -84,8 +83,7 @@ def ssd(x, dt, A, B, C, D=None, state=None, impl="auto", first=None):
     x (B,T,H,P); dt (B,T,H) > 0, already through softplus; A (H,) < 0; B, C (B,T,G,N),
     where G divides H; D (H,) or (H,P) or None; state (B,H,P,N) or None for zeros; first
     (B,T) bool or None: a document begins at this token, the state before it is
-    forgotten. Any dimension but T may be 1 where another argument has more.
-    impl as in gla.
+    forgotten. Dimensions of 1 and impl as in gla.
 
     Returns y (B,T,H,P) in x's dtype and the final state (B,H,P,N) in float32 (float64
     where any input is). Differentiable in every floating tensor, and raises, as gla.
@@ -261,8 +259,8 @@ def widen(*tensors):
 
 
 def no_tokens(v, state, sizes, others):
-    """The results where T or B is 0: no output, the state as it came. The sums are zero
-    and keep every argument in the graph."""
+    """The results where T or B is 0: no output, the state as it came, and by sums that
+    are zero every argument in the graph."""
     dtype = wide_dtype((v, state, *others))
     nothing = sum(t.to(dtype).sum() * 0 for t in (v, *others))
     if state is None:
@@ -417,9 +415,8 @@ def ssd_chunked(x, dt, A, B, C, D, state, first, L=64):
     B, C = (F.pad(t, (0, 0, 0, 0, 0, padding)).view(batch, n, L, G, N).permute(0, 3, 1, 2, 4)
             for t in (B, C))  # (B,G,n,L,N)
 
-    # Keys after the query are not seen. The query's own key, on the diagonal, has no
-    # decay: it is kept out of the exponentials, where its large gradient would cancel
-    # only to rounding.
+    # Keys after the query are not seen. Its own key, on the diagonal, has no decay: it
+    # is kept out of the exponentials, where its gradient would cancel only to rounding.
     unseen = torch.ones(L, L, dtype=torch.bool, device=x.device).triu()
     between = (upto[..., :, None] - upto[..., None, :]).to(x.dtype).masked_fill(unseen, -torch.inf)
     scores = (C @ B.mT).unsqueeze(3) * between.exp()
@@ -442,15 +439,15 @@ def ssd_chunked(x, dt, A, B, C, D, state, first, L=64):
 
 
 # --------------------------------------------------------------------------------------
-# Triton, first: each recurrence as one short kernel, forward only. They are right, slow
-# and tested, and never dispatched; read them before the fast path.
+# Triton, first: each recurrence as one short kernel, forward only: right, slow, tested
+# and never dispatched. Read them before the fast path.
 
 
-# Of the fast path. Sizes are constants of the compilation, so that addresses fold into
-# instructions; the numbers of chunks and of all heads are not, not even by being 1 or a
-# multiple of 16, so that one compilation serves all T and B.
+# For the fast path: sizes are constants of the compilation, so that addresses fold into
+# instructions, but not the numbers of chunks and heads, nor whether these are 1 or
+# multiples of 16. So one compilation serves all T and B.
 chunk_kernel = triton.jit(do_not_specialize=["n", "heads"])
-# Of globals kernels read only those that are tl.constexpr.
+# Kernels may read no globals but tl.constexpr.
 LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None
 FORGOTTEN_32 = tl.constexpr(-200.0) if triton_installed else None  # of float32
 
@@ -533,8 +530,8 @@ def ssd_first(
     T,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
 ):
-    """The same with one decay per head: exp(c_i - c_j) is a table of L x L, which is
-    multiplied with C B^T. One program owns one head's state."""
+    """As gla_first, but with one decay per head exp(c_i - c_j) is a table of L x L,
+    times C B^T. One program owns one head's state."""
     head, batch = split(tl.program_id(0), H)
     i = tl.arange(0, L)
     p = tl.arange(0, P)[None, :]
@@ -596,7 +593,8 @@ def ssd_first(
 #   decays             gla_grad_decays, _steep       ssd_grad_decays
 #
 # The fast kernels mask neither tokens nor channels: callers pad T to whole chunks (as
-# in gla_chunked, for ssd with dt = 0) and channels to whole tiles. In all of them:
+# in gla_chunked, for ssd with dt = 0) and channels to whole tiles. In all of them, in
+# whose shapes B is the batch:
 #
 #   n, L, R           chunks of a sequence, tokens of a chunk, of a block; a chunk has
 #                     blocks, in gla one or two. heads: B H
@@ -609,17 +607,16 @@ def ssd_first(
 #   dx, grad_x        the gradient of x; S is a state, dS its gradient
 #   row, mine, at_, of_   offsets in elements
 #
-# Program ids count fastest over what reads the same tiles, and finds them in the cache.
+# Programs next to each other read the same tiles, while these are in the cache.
 
 
 @triton.jit
 def waited_for(x):
-    """x, a loop's running sum of matrix products, waited for.
+    """x, a loop's running sum of matrix products, waited for by adding 0.
 
     Triton's pipeliner counts too few buffers for a tile that both registers and a
     product still under way read: the next fetch may write over it (triton-lang/triton
-    issue 6691; this can go when that is closed). Adding 0 at every turn waits for the
-    products."""
+    issue 6691). Loops with such a tile need this until that is closed."""
     return x + 0.0
 
 
@@ -642,7 +639,7 @@ def scan_states(
     weight_ptr,           # (B,H,T) or None
     decay_ptr,            # (B,HD,n,K) if PER_CHANNEL, else (B,HD,n): of a chunk, log2
     first_ptr, last_ptr,  # (B,H,K,V)    S to begin with and at the end, or None
-    states_ptr,           # (B,H,n,K,V)  S as each chunk is entered
+    states_ptr,           # (B,H,n,K,V)
     n,
     H: tl.constexpr, HX: tl.constexpr, HY: tl.constexpr, HD: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
@@ -694,7 +691,7 @@ def scan_states(
             weight = tl.load(weight_ptr + token + i)
             x = (x.to(tl.float32) * weight[None, :]).to(y.dtype)
 
-        # Forget once, on entering the chunk: what is written is decayed to its end.
+        # Forget once, on entering the chunk: x or weight has the decays inside it.
         if PER_CHANNEL:
             decay = tl.load(decay_ptr + (decay_head + chunk) * K + k)[:, None]
         else:
@@ -767,7 +764,7 @@ class Launch:
     is one program for every BV of H P channels, times `programs` of the call.
 
     Where the GPU's shared memory does not hold the stages of the software pipeline that
-    were asked for (an H100's does), it keeps to fewer."""
+    were asked for, it keeps to fewer."""
 
     def __init__(self, kernel, cut=None, **options):
         self.kernel = kernel
@@ -815,9 +812,9 @@ def needs_grad(*tensors):
 
 
 def operator(schema, results):
-    """Makes launch(*arguments, *results) a PyTorch operator, which torch.compile leaves
-    in one piece; results(*arguments) allocates what launch fills. `.plain` is the same
-    function without PyTorch's dispatcher, which takes long."""
+    """Makes launch(*arguments, *results) a PyTorch operator, whole to torch.compile;
+    results(*arguments) allocates what launch fills. `.plain` is the same function
+    without PyTorch's dispatcher, which takes long."""
     def make(launch):
         def call(*arguments):
             out = results(*arguments)
@@ -891,8 +888,7 @@ def is_steep(decay_ptr, LIMIT, K: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def half_sums(g, bit, DOT: tl.constexpr):
-    """upto and after of every row of g (R,BK) in its piece of 2^bit rows, half of a next
-    longer one."""
+    """upto and after of every row of g (R,BK), inside its piece of 2^bit rows."""
     i = tl.arange(0, g.shape[0])[:, None]
     j = tl.arange(0, g.shape[0])[None, :]
     same = (i ^ j) >> bit == 0
@@ -993,9 +989,9 @@ def gla_scores_steep(
     """gla_scores again, written over it, for steep blocks; at others, nearly all in a
     GLA model, programs return at once.
 
-    Pieces of 1, 2, 4, ... tokens meet in pairs, as in gla_chunked: tokens i and j < i
-    where 2^bit is the highest bit in which i and j differ. So there is one matrix
-    product for each bit, of which that bit's pairs are stored."""
+    Pieces of 2^bit tokens meet in pairs, as in gla_chunked: tokens i and j < i do where
+    that is the highest bit in which i and j differ. So there is one matrix product for
+    each bit, of which that bit's pairs are stored."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
     group = head // (H // G)
     if not is_steep(decay_ptr + ((batch * G + group) * n * (L // R) + block) * K, LIMIT, K, BK):
@@ -1145,7 +1141,7 @@ def gla_grad_values(
 ):
     """dv_j = dS^T k_end_j + sum over i >= j in its chunk of scores_ij do_i.
 
-    One program owns BV channels of the L tokens of one chunk of one head."""
+    One program owns BV channels of one chunk of one head."""
     v_block, rest = split(tl.program_id(0), V // BV)
     head, chunk, batch = split3(rest, H, n)
     group = head // (H // G)
@@ -1284,10 +1280,10 @@ def gla_grad_queries_keys(
 # dg_t sums weight x its gradient over all pairs that span t, j < t <= i. For a token t
 # of a block (in ssd: of a chunk) these are
 #
-#   both in the block         pairs with i >= t, less those with j >= t
-#   key before the block      with i >= t   (dq_before; ssd: reads)
-#   query after the block     with j < t    (dk_after; writes)
-#   key before, query after   all           (around; always)
+#   both in the block         with i >= t, less with j >= t   (ssd: ends, begins)
+#   key before the block      with i >= t                     (dq_before; ssd: reads)
+#   query after the block     with j < t                      (dk_after; ssd: writes)
+#   key before, query after   all                             (around; ssd: always)
 #
 # Over a query's pairs weight x gradient sums to q dq, over a key's to k dk, with what
 # these pairs give of dq and dk, per channel. A query with its own key spans nothing: it
@@ -1328,8 +1324,8 @@ def meet_other_block(
 ):
     """What a chunk's two blocks give each other: dq_before of the second one (of_chunk
     1), through the first one's decay (other) and keys; or dk_after of the first one
-    from the queries of the second. (The states' part of dk_after already sums over the
-    heads: the caller adds it once.)"""
+    from the queries of the second. (The caller adds what it has from the state, once
+    for all heads.)"""
     if of_chunk == 1:
         scores = tl.load(scores_ptr + at_scores)
         keys = tl.load(k_seam_ptr + (seam * G + group) * K + at_k)
@@ -1355,8 +1351,8 @@ def gla_grad_decays(
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
     """dq, dk and dg. Pairs within the block have their decay split at its middle, as in
-    gla_scores (_mid); with what is before or after it, at its start or end (_before,
-    _after). `pairs` is what dg sums from t on, the table's first two rows.
+    gla_scores (_mid), those with what is before or after it at its start or end
+    (_before, _after). `pairs` is what dg sums from t on, the table's first two rows.
 
     One program owns BK channels of one block of one group, its heads in turn."""
     k_block, rest = split(tl.program_id(0), K // BK)
@@ -1380,7 +1376,7 @@ def gla_grad_decays(
 
     g = log2_decay(tl.load(g_ptr + at_k))
     total = tl.sum(g, 0)[None, :]
-    # for bfloat16 16 bits do, of a product, in place of a scan
+    # in bfloat16 a product, of 16 bits, in place of a scan
     from_middle = (tl.cumsum(g, 0) if DOT is not None else sum_rows(i >= j, g, DOT)) - 0.5 * total
     half = tl.exp2(0.5 * total)
     to_q = tl.exp2(from_middle)
@@ -1600,7 +1596,7 @@ def gla_results(q, k, v, g, state, scale, L, R):
           gla_results)
 def gla_forward(q, k, v, g, state, scale, L, R,
                 o, last, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, states):
-    """T is a multiple of L; K and V are of 128, or powers of two from 16."""
+    """T is a multiple of L; K and V multiples of 128, or powers of two from 16."""
     B, T, H, K = q.shape
     G = k.shape[2]
     V = v.shape[3]
@@ -1905,9 +1901,9 @@ def ssd_outputs(
 def written(
     x, dv, cum_ptr, low_ptr, write_ptr, writes_ptr, of_head, key, L: tl.constexpr,
 ):
-    """What keys get of dv through the state after their chunk: dS B, as it comes in,
-    decayed from the chunk's end. Stores weight x gradient of these pairs. (write / dt
-    would be this decay, but dt may be 0.)"""
+    """What keys get of dv through the state after their chunk: dS B, which comes in as
+    dv, decayed from the chunk's end (by write / dt, but dt may be 0). Stores weight x
+    gradient of these pairs."""
     write = tl.load(write_ptr + of_head + key)
     tl.store(writes_ptr + of_head + key, write * tl.sum(x * dv, axis=1))
     end = tl.load(cum_ptr + L - 1) - tl.load(cum_ptr + key)
@@ -2179,7 +2175,7 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
     apart = N > READ_APART
     BN = power_of_two(N, 16, 64)
     scan_n = power_of_two(N, 16, 128)
-    # as many programs as a large GPU has processors, or small ones
+    # a program for each of a large GPU's processors, or small ones
     if N // scan_n * heads < 128:
         scan_n = min(scan_n, 32)
     read = 128 if narrow and shared * P % 128 == 0 else P
@@ -2227,8 +2223,7 @@ def ssd_results(x, dt, A, B, C, D, state, first, L, R):
           ssd_results)
 def ssd_forward(x, dt, A, B, C, D, state, first, L, R, y, last,
                 cum, low, read_weight, write_weight, decay, scores, states, state_read):
-    """T is a multiple of L; P 16, 32 or 64; N a multiple of 128, or a power of two from
-    16."""
+    """T is a multiple of L; P 16, 32 or 64; N as K in gla_forward."""
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
     n = T // L
@@ -2492,7 +2487,7 @@ def conv_grad_inputs(
     T,
     D: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):
-    """dx_t = sum over j of weight_{taps - 1 - j} dpre_{t + j}. A program as before."""
+    """dx_t = sum over j of weight_{taps - 1 - j} dpre_{t + j}; else as conv_outputs."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     channel = tl.program_id(1) * BD + tl.arange(0, BD)
     batch = tl.program_id(2).to(tl.int64)
@@ -2627,8 +2622,8 @@ class Options:
 
 
 def layers():
-    """name -> op, heads, heads of keys, K, V (for ssd P, N): the public models' layers
-    and what expansion makes of them, all heads with shared keys or merged into one."""
+    """name -> op, heads, heads of keys, K, V (for ssd P, N): the public models' layers,
+    and expanded: heads with shared keys, heads merged into one, d_state x4."""
     from model import SIZES
     made = {}
     for name, config in SIZES.items():
@@ -2744,8 +2739,8 @@ def peers(op, G, H):
 
 def time_layer(name, layer, B, T, rates, options):
     """A line per implementation: times, and how many times the floor they are: the
-    larger of FLOPs / measured rate and bytes / measured bandwidth, three times that for
-    both passes."""
+    larger of FLOPs and bytes by their measured rates; three times that for both
+    passes."""
     op, H, G, K, V = layer
     args = example(op, B, T, H, K, V, G, torch.bfloat16, "cuda")[:-1]
     args = [a.requires_grad_() for a in args]
