@@ -17,7 +17,7 @@ Both model families are one recurrence. Per head, with a state S of K x V elemen
 "recurrent" is the definition: a loop over time. "chunked" does the same sums with
 matrix products and is the fast path on a CPU. "triton" is the fast path on a GPU.
 Decays travel as logarithms g = log a <= 0. Any decay is safe: none (g = 0), all at
-once (g = -60), a reset (g = -inf, or `first` of ssd), which keeps packed documents apart.
+once (g = -60), a reset (g = -inf, or `first` of ssd) that keeps packed documents apart.
 """
 from __future__ import annotations  # tl.constexpr below works without Triton
 
