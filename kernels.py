@@ -27,6 +27,7 @@ import contextlib
 import functools
 import math
 import types
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -235,7 +236,19 @@ def triton_supports(device):
     return triton_installed and torch.version.hip is None and capability(device) >= (8, 0)
 
 
-capability = functools.cache(torch.cuda.get_device_capability)
+@functools.cache
+def capability(device):
+    """That of a GPU. Warns once where its compiler is known to make wrong code: ptxas
+    before 13.3 may reuse a register that a matrix product still reads (triton-lang/triton
+    issue 9433), and before pull request 11056 a wait did not span warp groups (11047).
+    Triton 3.9 has both mended. The largest layers were right on an H100 with 3.6."""
+    found = torch.cuda.get_device_capability(device)
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found[0] == 9 and version < (3, 9):
+        warnings.warn(
+            f"Triton {triton.__version__} may miscompile for this GPU (triton-lang/triton issues "
+            "9433, 11047); `python kernels.py` checks, Triton 3.9 has them mended", stacklevel=2)
+    return found
 
 
 def without_autocast(device):
