@@ -214,8 +214,9 @@ def primary_table():
                      f"{sum(x < 0 for x in more)} of {len(more)}"])
     if not rows:
         return "No runs yet."
-    return markdown(["family", "models", "LPT, nats", f"{PRIMARY} - LPT", "p", "p, Holm",
-                     "lower than LPT"], rows)
+    table = markdown(["family", "models", "LPT, nats", f"{PRIMARY} - LPT", "p", "p, Holm",
+                      "lower than LPT"], rows)
+    return f"{table}\n\n![Rare repeats, arm minus LPT, by post-training tokens](differences.png)"
 
 
 MEASURES = {
@@ -326,7 +327,9 @@ def tokens_table():
     rows = [[FAMILIES[family], f"{tokens / 1e6:.1f}", cell(more), len(more)]
             for family in FAMILIES for tokens, more in by_tokens(family)]
     head = ["", "post-training tokens, millions", f"rare repeats, {PRIMARY} - LPT", "models"]
-    return markdown(head, rows) if rows else "No runs yet."
+    if not rows:
+        return "No runs yet."
+    return f"{markdown(head, rows)}\n\n![The same, by state bytes and FLOPs](costs.png)"
 
 
 def verdict(more, against=0.0):
