@@ -587,6 +587,8 @@ def draw_recipe(path):
     lines = read_lines("recipe.jsonl")
     for axis, (family, title) in zip(axes, FAMILIES.items(), strict=True):
         some = [line for line in lines if line["config"]["block"] == family]
+        if not some:
+            continue
         sizes = list(lines[0]["lpt"]["recall"]["mqar"])
         for arm, (label, color) in ARMS_OF_RECIPE.items():
             runs = [[line[arm]["recall"]["mqar"][size] for size in sizes] for line in some]
