@@ -598,9 +598,9 @@ def ssd_first(
 #   decays             (in gla_scores)               ssd_decays
 #   scores             gla_scores, _steep, _across   ssd_scores
 #   states             scan_states                   scan_states
-#   outputs            gla_outputs                   (read_states,) ssd_outputs
+#   outputs            gla_outputs                   (ssd_read_states,) ssd_outputs
 #   backward: states   scan_states, in reverse       scan_states, in reverse
-#   values             gla_grad_values               (read_states,) ssd_grad_values
+#   values             gla_grad_values               (ssd_read_states,) ssd_grad_values
 #   scores             gla_grad_scores               ssd_grad_scores
 #   queries and keys   gla_grad_queries_keys         ssd_grad_queries_keys
 #   decays             gla_grad_decays, _steep       ssd_grad_decays
@@ -646,6 +646,15 @@ def sum_rows(which, x, DOT: tl.constexpr):
     return tl.dot(ones, high, tl.dot(ones, low))
 
 
+# What scan_states adds up:
+#
+#                  x        y   weight         S (K x V)
+#     gla          k_end    v   None           K x V
+#     gla reverse  q_start  do  None           K x V
+#     ssd          x        B   exp(after) dt  P x N
+#     ssd reverse  dy       C   exp(upto)      P x N
+
+
 @chunk_kernel
 def scan_states(
     x_ptr, y_ptr,         # (B,T,HX,K), (B,T,HY,V)  less than H where heads share
@@ -662,13 +671,6 @@ def scan_states(
     """S = decay_c S + sum of weight_t x_t y_t^T over chunk c, chunk after chunk. dS
     obeys the same equation from the last chunk to the first: REVERSE. Stored are S
     before, and dS after every chunk.
-
-                   x        y   weight         S (K x V)
-      gla          k_end    v   None           K x V
-      gla reverse  q_start  do  None           K x V
-      ssd          x        B   exp(after) dt  P x N
-      ssd reverse  dy       C   exp(upto)      P x N
-
     One program owns BK x BV elements of one head's S, in registers from end to end, and
     adds a piece of R tokens at a time."""
     k_block, rest = split(tl.program_id(0), K // BK)
@@ -766,6 +768,11 @@ def step_state(
     if D_ptr is not None:
         out += tl.load(D_ptr + head) * x
     tl.store(out_ptr + bh * V + v, out.to(out_ptr.dtype.element_ty), v_inside)
+
+
+# Both families are launched by their own names, as their other kernels are.
+gla_scan_states = ssd_scan_states = scan_states
+gla_step_state = ssd_step_state = step_state
 
 
 # --------------------------------------------------------------------------------------
@@ -941,7 +948,6 @@ def gla_scores(
     With m half of c's last row, exp(c_i - m) goes to the query (q_mid) and exp(m - c_j)
     to the key (k_mid), so that all pairs are one matrix product. One of the exponents
     can be positive, by at most -m; where that is too much, gla_scores_steep follows.
-
     One program owns one block of R tokens of one head."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
     group = head // (H // G)
@@ -1239,7 +1245,6 @@ def gla_grad_queries_keys(
     """dq_start_i = S do_i and dk_end_j = dS v_j, the gradients through the states. For
     dg (see below) also state_pairs, and `around` each block: q dq or k dk of the
     chunk's other block with the state on this block's far side.
-
     One program owns BK channels of one block of one group, its heads in turn."""
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n, L // R)
@@ -1278,7 +1283,6 @@ def gla_grad_queries_keys(
         if L > R:
             if block % 2 == 1:
                 around += tl.sum(tl.load(q_start_ptr + row * K + at_q).to(tl.float32) * dq, axis=0)
-
     tl.store(dk_end_ptr + at_k, dk.to(dtype))
     if block % (L // R) == 0:
         tl.store(state_pairs_ptr + ((batch * G + group) * n + chunk) * K + k, state_pairs)
@@ -1568,9 +1572,9 @@ def gla_launches(K, V, heads, L, R, dtype):
         scores=Launch(gla_scores, BK=BK, num_warps=8, num_stages=1),
         scores_steep=Launch(gla_scores_steep, BK=finish["BK"], num_warps=8, num_stages=1),
         scores_across=Launch(gla_scores_across, BK=BK, num_warps=8, num_stages=3),
-        scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, **scan),
+        scan=Launch(gla_scan_states, cut={"BK": "K", "BV": "V"}, **scan),
         outputs=Launch(gla_outputs, cut={"BV": "V"}, **rows),
-        grad_scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, **scan),
+        grad_scan=Launch(gla_scan_states, cut={"BK": "K", "BV": "V"}, **scan),
         grad_values=Launch(gla_grad_values, cut={"BV": "V"}, **rows),
         grad_scores=Launch(gla_grad_scores, BV=BV, num_warps=8, num_stages=3),
         grad_queries_keys=Launch(
@@ -1709,7 +1713,7 @@ def gla_triton(q, k, v, g, scale, state):
         new = torch.empty_like(state)
         BV = power_of_two(V, 16, 64)
         with on_device(q):
-            step_state[(B * H * -(-V // BV),)](
+            gla_step_state[(B * H * -(-V // BV),)](
                 q, k, v, g_ptr=g, dt_ptr=None, A_ptr=None, D_ptr=None, state_ptr=state, new_ptr=new,
                 out_ptr=o, scale=scale, H=H, HQ=H, G=G, K=K, V=V, BK=power_of_two(K, 16, 64), BV=BV,
                 VALUES_FIRST=False, num_warps=4)
@@ -1812,7 +1816,7 @@ def ssd_scores(
 
 
 @chunk_kernel
-def read_states(
+def ssd_read_states(
     c_ptr,       # (B,T,G,N)    C, or B
     states_ptr,  # (B,H,n,P,N)  S, or dS
     read_ptr,    # (B,T,H,P)    the result
@@ -1847,7 +1851,7 @@ def read_rows(
     read_ptr, row, mine, c_ptr, states_ptr, token, p,
     G: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """S c for tokens of one head: loaded where read_states made it, else made here."""
+    """S c for tokens of one head: loaded where ssd_read_states made it, else made here."""
     if read_ptr is not None:
         return tl.load(read_ptr + row + mine).to(tl.float32)
     read = tl.zeros((token.shape[0], p.shape[0]), tl.float32)
@@ -1862,7 +1866,7 @@ def read_rows(
 @chunk_kernel
 def ssd_outputs(
     C_ptr, states_ptr,     # (B,T,G,N), (B,H,n,P,N)
-    state_read_ptr,        # (B,T,H,P)  S C of read_states, or None
+    state_read_ptr,        # (B,T,H,P)  S C of ssd_read_states, or None
     scores_ptr,            # (B,T,G,L)
     x_ptr, dt_ptr, D_ptr,  # (B,T,H,P), (B,T,H), (H,) or None
     cum_ptr, low_ptr,      # (B,H,T)
@@ -1928,7 +1932,7 @@ def written(
 @chunk_kernel
 def ssd_grad_values(
     B_ptr, grad_states_ptr,         # (B,T,G,N), (B,H,n,P,N)
-    grad_read_ptr, state_read_ptr,  # (B,T,H,P)  dS B, S C of read_states, or None
+    grad_read_ptr, state_read_ptr,  # (B,T,H,P)  dS B, S C of ssd_read_states, or None
     scores_ptr,                     # (B,T,G,L)
     x_ptr, dy_ptr, dt_ptr, D_ptr,   # (B,T,H,P), (B,T,H,P), (B,T,H), (H,) or None
     cum_ptr, low_ptr, write_ptr,    # (B,H,T)
@@ -1941,7 +1945,6 @@ def ssd_grad_values(
 ):
     """Of v = dt x: dv_j = exp(after_j) dS B_j + sum over i >= j of scores_ij exp(cum_i
     - cum_j) dy_i, and dx = dt dv + D dy, in grad_read's buffer where there is one.
-
     One program owns R keys of one chunk of one head."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
     chunk, block = block // (L // R), block % (L // R)
@@ -2078,7 +2081,6 @@ def ssd_grad_queries_keys(
 ):
     """dC_i = sum over heads of exp(cum_i) dy_i S + sum over j of grad_scores_ij B_j,
     and dB_j alike. reads: C_i . dC_i of the first sum, per head.
-
     One program owns BN columns of BR tokens of one group, its heads in turn."""
     n_block, rest = split(tl.program_id(0), N // BN)
     group, block, batch = split3(rest, G, n, L // BR)
@@ -2170,7 +2172,7 @@ def ssd_grad_decays(
     tl.store(dA_ptr + (batch * H + head) * n + chunk, tl.sum(dg * dt, axis=0))
 
 
-READ_APART = 128  # states of more columns are read by read_states
+READ_APART = 128  # states of more columns are read by ssd_read_states
 
 
 def ssd_chunk(T, N, dtype):
@@ -2201,12 +2203,13 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
     return types.SimpleNamespace(
         decays=Launch(ssd_decays, cut={"BH": "H"}, BH=8, num_warps=4),
         scores=Launch(ssd_scores, BN=BN, num_warps=4),
-        scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, num_stages=4 if narrow else 3, **scan),
-        read=Launch(read_states, cut={"BV": "HP"}, BV=read, BN=BN, num_warps=8,
+        scan=Launch(ssd_scan_states, cut={"BK": "K", "BV": "V"},
+                    num_stages=4 if narrow else 3, **scan),
+        read=Launch(ssd_read_states, cut={"BV": "HP"}, BV=read, BN=BN, num_warps=8,
                     num_stages=3 if L <= 128 else 4),
         outputs=Launch(
             ssd_outputs, BN=BN, num_warps=4, num_stages=3, maxnreg=128 if narrow else None),
-        grad_scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, num_stages=3, **scan),
+        grad_scan=Launch(ssd_scan_states, cut={"BK": "K", "BV": "V"}, num_stages=3, **scan),
         grad_values=Launch(
             ssd_grad_values, BN=BN, num_warps=4, num_stages=3 if narrow else 2,
             maxnreg=168 if narrow else None),
@@ -2352,7 +2355,7 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
         new = torch.empty_like(state)
         BV = power_of_two(P, 16, 32)
         with on_device(x):
-            step_state[(batch * H * -(-P // BV),)](
+            ssd_step_state[(batch * H * -(-P // BV),)](
                 C, B, x, g_ptr=None, dt_ptr=dt, A_ptr=A, D_ptr=D, state_ptr=state, new_ptr=new,
                 out_ptr=y, scale=1.0, H=H, HQ=G, G=G, K=N, V=P, BK=power_of_two(N, 16, 128), BV=BV,
                 VALUES_FIRST=True, num_warps=4)
