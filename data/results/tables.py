@@ -422,9 +422,9 @@ def recipe_table():
         found.setdefault(key, []).append(line)
     parts = []
     for (family, threads, machine), lines in sorted(found.items()):
-        seeds = ", ".join(str(line["seed"]) for line in lines)
         what = f"{FAMILIES[family]}, {threads} thread{'s' * (threads > 1)}, {machine}"
-        head = [f"{what}, seeds {seeds}", "pre-trained", "LPT", "StateX", "StateX - LPT", "range"]
+        head = [f"{what}, n = {len(lines)}", "pre-trained", "LPT", "StateX", "StateX - LPT",
+                "range"]
         parts.append(markdown(head, recipe_rows(lines)))
     return "\n\n".join(parts) or "No runs yet."
 
