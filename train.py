@@ -17,7 +17,7 @@ terminal save and stop; kill -9 loses the steps since the last save.
 from data.options import (
     BadInput,
     command_line,
-    numbers,
+    number_list,
     one_line,
     option,
     out_of_memory,
@@ -185,12 +185,12 @@ def check(options, processes):
 
 
 def pair_sizes(options):
-    return numbers("pairs", options.pairs)
+    return number_list("pairs", options.pairs)
 
 
 def rates(options):
     """The recipe's learning rates. Raises BadInput."""
-    listed = numbers("lr_grid", options.lr_grid, float)
+    listed = number_list("lr_grid", options.lr_grid, float)
     if not listed or len({f"{lr:g}" for lr in listed}) < len(listed):     # names of files
         raise BadInput(f"--lr_grid={options.lr_grid} names no rates, or two that look alike")
     return listed
@@ -705,8 +705,8 @@ def train(lm, options, corpus, resume=None, until=None, processes=Processes(), s
             group["lr"] = learning_rate(options, run.step)
         sums = forward_backward(run)
         norm = clip_and_step(run)
-        numbers = torch.cat((sums, norm.double()[None])).tolist()      # waits for the GPU
-        text_loss, recall_loss, count, stopping, norm = numbers
+        summed = torch.cat((sums, norm.double()[None])).tolist()       # waits for the GPU
+        text_loss, recall_loss, count, stopping, norm = summed
         if not math.isfinite(text_loss + recall_loss + norm):
             log.close()
             raise BadInput(not_finite(run, text_loss + recall_loss, norm))

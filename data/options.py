@@ -122,7 +122,7 @@ def pick_device(name):
     return name
 
 
-def numbers(name, text, kind=int):
+def number_list(name, text, kind=int):
     """The value of an option that is a list: "4,8" -> [4, 8], "" -> []. Numbers above 0, no
     two alike. Raises BadInput."""
     try:

@@ -35,7 +35,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.options import (
     BadInput,
     command_line,
-    numbers,
+    number_list,
     option,
     pick_device,
     run_script,
@@ -587,7 +587,7 @@ def main():
     sizes = chosen_sizes(options, trained, text)
     check_text(text, tokenizer, **sizes)
     needle = Needle(tokenizer)
-    contexts = numbers("needle", options.needle)
+    contexts = number_list("needle", options.needle)
     if not contexts and sizes["T"] >= needle.least:
         contexts = [sizes["T"]]
     for length in contexts:
@@ -628,8 +628,8 @@ def chosen_sizes(options, trained, text):
     the text."""
     T = options.T or trained.get("block_size", 4096)
     sizes = {"T": min(T, len(text) - 1), "n": options.n, "seed": options.seed,
-             "lengths": numbers("lengths", options.lengths),
-             "pairs": numbers("pairs", options.pairs or trained.get("pairs", "4,8,16,32"))}
+             "lengths": number_list("lengths", options.lengths),
+             "pairs": number_list("pairs", options.pairs or trained.get("pairs", "4,8,16,32"))}
     if trained.get("recall_tokens") == 0 and not options.pairs:
         sizes |= {"pairs": (), "shots": ()}
     return sizes
