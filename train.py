@@ -77,9 +77,9 @@ PRESETS = {
     "mamba2-1.3b": SCRATCH | dict(block="mamba2", size="mamba2-1.3b", lr=5e-4, accumulate=64),
     "paper-gla": POST | dict(block="gla"),
     "paper-mamba2": POST | dict(block="mamba2"),
-    "recipe-gla": dict(block="gla", curriculum=0.4, eval_interval=100),
+    "recipe-gla": dict(block="gla", curriculum=0.6, eval_interval=100),
     "recipe-mamba2": dict(block="mamba2", tie_embeddings=True, lr=2e-2, pretrain_steps=1800,
-                          steps=900, curriculum=0.4, lr_grid="1e-2,3e-2", eval_interval=100),
+                          curriculum=0.6, eval_interval=100),
 }
 
 
@@ -112,13 +112,13 @@ class Options:
     # the data: text, and beside it sequences of multi-query recall (data/recall.py)
     batch_size: int = option(8, "text sequences per step, in all")
     block_size: int = option(128, "tokens per text sequence")
-    recall_tokens: int = option(2048, "tokens of recall sequences per step; 0: text alone")
+    recall_tokens: int = option(1024, "tokens of recall sequences per step; 0: text alone")
     pairs: str = option("2,4,8,16,32", "key-value pairs of a recall sequence, one of these a step")
     curriculum: float = option(0.0, "share of the steps over which these sizes join in")
     carry_state: bool = option(False, "read text in order, from the state of the slice before")
     documents: bool = option(False, "forget the state where a document ends")
     # the optimizer: AdamW, linear warm-up, cosine to 0
-    steps: int = option(800, "optimizer steps")
+    steps: int = option(600, "optimizer steps")
     lr: float = option(1e-2, "highest learning rate")
     warmup: int = option(50, "steps of linear warm-up")
     weight_decay: float = option(0.1, "of matrices")
@@ -140,8 +140,7 @@ class Options:
     factor: int = option(0, "of the state; 0: GLA all heads of a layer, Mamba2 4")
     init: str = option("preserve", "the transplant, see expand.py", choices=INITS,
                        alias="expand_init")
-    lr_grid: str = option("1e-2,2e-2", "both arms try each for a quarter of the steps; the one "
-                          "with the lower held-out loss goes on")
+    post_lr: float = option(1e-2, "highest learning rate of post-training, of both arms")
 
 
 # The shape of a model from scratch without --size.
@@ -162,7 +161,6 @@ def check(options, processes):
         raise BadInput(f"--name={options.name} is not a file's name; the folder is --out_dir")
     if options.size and options.size not in SIZES:
         raise BadInput(f"no size {options.size!r}; there are {', '.join(SIZES)}")
-    rates(options)
     parts = passes(options, processes) * processes.size
     if options.batch_size % parts:
         raise BadInput(f"batch_size {options.batch_size} cannot be shared out: accumulate "
@@ -186,14 +184,6 @@ def check(options, processes):
 
 def pair_sizes(options):
     return number_list("pairs", options.pairs)
-
-
-def rates(options):
-    """The recipe's learning rates. Raises BadInput."""
-    listed = number_list("lr_grid", options.lr_grid, float)
-    if not listed or len({f"{lr:g}" for lr in listed}) < len(listed):     # names of files
-        raise BadInput(f"--lr_grid={options.lr_grid} names no rates, or two that look alike")
-    return listed
 
 
 # ---------------------------------------------------------------------------------------
@@ -617,18 +607,15 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 class Log:
     """log.jsonl, and on request TensorBoard; a progress bar in a terminal, lines elsewhere."""
 
-    def __init__(self, run, until):
+    def __init__(self, run):
         options = run.options
         first = run.processes.first
         self.run = run
         path = f"{options.out_dir}/log.jsonl" if first else os.devnull
         self.file = open(path, "a", buffering=1)
         self.board = tensorboard(options.out_dir) if options.tensorboard and first else None
-        self.every = max(1, until // 8)
-        self.what = options.name
-        if until < options.steps:
-            self.what += f", the first {until} of {options.steps} steps"
-        self.bar = tqdm(total=until, initial=run.step, desc=self.what, unit="step",
+        self.every = max(1, options.steps // 8)
+        self.bar = tqdm(total=options.steps, initial=run.step, desc=options.name, unit="step",
                         mininterval=1, dynamic_ncols=True,
                         disable=not first or not sys.stderr.isatty())
         peaks = [f for card, f in PEAK.items()
@@ -668,7 +655,7 @@ class Log:
         self.bar.update()
         self.bar.set_postfix_str(text, refresh=False)
         if self.bar.disable and run.processes.first and run.step % self.every == 0:
-            say(f"{self.what}: step {run.step}  {text}")
+            say(f"{run.options.name}: step {run.step}  {text}")
 
     def close(self):
         self.bar.close()
@@ -687,19 +674,18 @@ def tensorboard(folder):
 # the loop
 
 
-def train(lm, options, corpus, resume=None, until=None, processes=Processes(), stop=None):
-    """Train lm in place, to the end or to step `until`. resume: the "train" entry of the
-    checkpoint to go on from. Saves out_dir/NAME.pt. Returns {"tokens", "tokens_per_s",
+def train(lm, options, corpus, resume=None, processes=Processes(), stop=None):
+    """Train lm in place. resume: the "train" entry of the checkpoint to go on from. Saves
+    out_dir/NAME.pt. Returns {"tokens", "tokens_per_s",
     "val_loss", "recall_loss", "peak_mem_mib", "evaluations"}. Raises BadInput."""
     corpus = prepare.Corpus(*corpus)
     run = start_run(lm, options, corpus, processes, stop or Stop())
     if resume:
         restore(run, resume)
-    until = until or options.steps
-    log = Log(run, until)
+    log = Log(run)
     if run.cuda:
         torch.cuda.reset_peak_memory_stats()
-    while run.step < until:
+    while run.step < options.steps:
         begin = time.time()
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(options, run.step)
@@ -716,11 +702,11 @@ def train(lm, options, corpus, resume=None, until=None, processes=Processes(), s
         run.seconds += run.recent[-1][1]
         run.stop.agreed = bool(stopping)
         log.show(text_loss, recall_loss)
-        if run.step % 10 == 0 or run.step == until:
+        if run.step % 10 == 0 or run.step == options.steps:
             rate, mfu = log.speed()
             log.write(loss=text_loss, recall_loss=recall_loss, grad_norm=norm,
                       lr=learning_rate(options, run.step - 1), tokens_per_s=round(rate), **mfu)
-        if run.step % options.eval_interval == 0 or run.step == until:
+        if run.step % options.eval_interval == 0 or run.step == options.steps:
             evaluate(run)
             log.write(val_loss=run.evaluations[-1][1], val_recall_loss=run.evaluations[-1][2],
                       peak_mem_mib=peak_memory(run.cuda))
@@ -971,36 +957,24 @@ def recipe(options, processes, stop):
     tokenizer = prepare.load_tokenizer(corpus.meta["tokenizer"])
     recall.check_text(corpus.val, tokenizer, pairs=pair_sizes(options), T=options.block_size)
     folder = open_folder(options, processes)
-    quarter = max(1, options.steps // 4)
-    tries = quarter * (len(rates(options)) - 1)           # of learning rates that are not taken
-    print_banner(small, options, corpus, options.pretrain_steps + 2 * (options.steps + tries))
+    print_banner(small, options, corpus, options.pretrain_steps + 2 * options.steps)
 
-    def phase(lm, name, until=None, start=None, **changes):
+    def phase(lm, name, **changes):
         """Train lm, or go on where an earlier start of this recipe stopped."""
         of_phase = replace(options, name=name, **changes)
         held_lm, held = held_run(of_phase, corpus.meta)
-        if held:
-            lm = held_lm
-            start = held
-        return lm, train(lm, of_phase, corpus, start, until, processes, stop)
+        lm = held_lm if held else lm
+        trained = train(lm, of_phase, corpus, held, processes, stop)
+        return lm, report(lm, trained, of_phase, corpus, tokenizer)
 
-    small, trained = phase(small, "pretrained", steps=options.pretrain_steps)
-    results = {"pretrained": report(small, trained, options, corpus, tokenizer)}
+    results = {}
+    small, results["pretrained"] = phase(small, "pretrained", steps=options.pretrain_steps)
     larger, changes = expand(small, layers, **transplant)
     print(describe(changes))
-    post = dict(seed=options.seed + 1, curriculum=0.0)      # another seed: the data is new
-    for arm, model in (("lpt", small), ("statex", larger)):
-        tried = {}
-        for lr in rates(options):
-            lm = LM(model.config).to(options.device)
-            lm.load_state_dict(model.state_dict())
-            _, trained = phase(lm, f"{arm}-lr{lr:g}", quarter, lr=lr, **post)
-            tried[lr] = trained["val_loss"] + trained["recall_loss"]
-        lr = min(tried, key=tried.get)
-        lm, held = load_checkpoint(f"{options.out_dir}/{arm}-lr{lr:g}.pt")
-        lm, trained = phase(lm, arm, None, held, lr=lr, **post)
-        results[arm] = report(lm, trained, options, corpus, tokenizer) | {
-            "lr": lr, "held_out_loss_after_a_quarter": {f"{k:g}": v for k, v in tried.items()}}
+    post = dict(seed=options.seed + 1, curriculum=0.0,      # another seed: the data is new
+                lr=options.post_lr)
+    for arm, lm in (("lpt", small), ("statex", larger)):
+        _, results[arm] = phase(lm, arm, **post)
         results[arm]["tokens"] += results["pretrained"]["tokens"]
     results["config"] = asdict(options) | {"corpus": corpus.meta}
     results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__,
@@ -1023,9 +997,6 @@ def already_done(options, meta):
 def finish_recipe(results, options):
     encoded = json.dumps(results, indent=1).encode()
     write_file(f"{options.out_dir}/results.json", lambda file: file.write(encoded))
-    for arm in ("lpt", "statex"):
-        for lr in rates(options):           # the tries for a learning rate
-            os.remove(f"{options.out_dir}/{arm}-lr{lr:g}.pt")
     print_report(options.out_dir)
 
 
@@ -1035,7 +1006,7 @@ def report(lm, trained, options, corpus, tokenizer):
         scores = recall.score(lm, corpus.val, tokenizer, pairs=pair_sizes(options),
                               T=options.block_size)
     costs = {"params": sum(p.numel() for p in lm.parameters()),
-             "state_elements": lm.config.total_state(), "lr": None}
+             "state_elements": lm.config.total_state(), "lr": options.lr}
     return costs | trained | scores                     # val_loss is that of scores
 
 

@@ -502,14 +502,15 @@ def rare_repeats(lm, text, counts, eot, T=4096, n=1024, at_most=RARE):
 
 
 def cluster_error(values, clusters):
-    """The standard error of the mean of values (n,) where those of one cluster (n,) go
-    together: of a ratio of sums over clusters, linearised. NaN for one cluster."""
-    _, cluster = np.unique(clusters, return_inverse=True)
-    sizes = np.bincount(cluster)
-    if len(sizes) == 1:
+    """The standard error of the mean of values (n,) where those of one cluster go
+    together: of a ratio of sums over clusters, linearised. clusters: their numbers, from
+    0, (n,) integers. NaN for one cluster."""
+    sizes = np.bincount(clusters)
+    n = np.count_nonzero(sizes)
+    if n == 1:
         return math.nan
-    off = np.bincount(cluster, values) - values.mean(dtype=np.float64) * sizes
-    return math.sqrt(len(sizes) / (len(sizes) - 1) * (off ** 2).sum()) / len(values)
+    off = np.bincount(clusters, values) - values.mean(dtype=np.float64) * sizes
+    return math.sqrt(n / (n - 1) * (off ** 2).sum()) / len(values)
 
 
 # ----------------------------------------------------------------------------------------

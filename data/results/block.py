@@ -83,6 +83,7 @@ class Arm:
     start: str = "pre"          # the model that it goes on from
     length: float = 1.0         # post-training steps over the usual number
     like: str = ""              # it takes this arm's learning rate; empty: its own
+    rate: float = 1.0           # times that
     core: bool = False          # a block without it is not whole
     family: str = ""            # the only one; empty: both
 
@@ -92,10 +93,11 @@ ARMS = {
     "lpt": Arm(core=True),
     "preserve-x16": Arm("preserve", factor=16, core=True),
     "preserve-x4": Arm("preserve", core=True),
-    "preserve-x4-half": Arm("preserve", "every second", like="preserve-x4", core=True),
     "inherit": Arm("inherit", "last quarter", 0, core=True),
     "reinit": Arm("reinit", "last quarter", 0, core=True),
     # if time is left
+    "lpt-half-rate": Arm(like="lpt", rate=0.5),
+    "preserve-x4-half": Arm("preserve", "every second", like="preserve-x4"),
     "preserve-x4-later": Arm("preserve", "later half", like="preserve-x4"),
     "reinit-paper": Arm("reinit", "four", 0, {"paper": True}, like="reinit"),
     "ceiling-x4": Arm(start="pre-x4", like="lpt"),
@@ -154,6 +156,7 @@ class Options:
     speed: float = option(1.2e6, "tokens per second of all runs together, for the prediction")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: the GPU if there is one")
     share: float = option(1.0, "of all steps, to try it in less time")
+    core: bool = option(False, "no more than a block has to have")
     tiny: bool = option(False, "the same with everything small, to try it on a CPU")
     dry_run: bool = option(False, "print the plan only")
 
@@ -198,7 +201,7 @@ def plan(options):
     arms = LONG_ARMS if options.phase == "long" else ARMS
     arms = {name: arm for name, arm in arms.items() if arm.family in ("", options.family)}
     chosen = chosen_rates(options)
-    rates = {name: chosen[arm.like or name] for name, arm in arms.items()}
+    rates = {name: arm.rate * chosen[arm.like or name] for name, arm in arms.items()}
     for name, arm in arms.items():
         jobs.append(arm_job(name, arm, rates[name], options))
     if options.phase == "block":            # the control at the rate of every arm
@@ -206,6 +209,8 @@ def plan(options):
         at = next(i for i, job in enumerate(jobs) if not job.core and job.start)
         jobs[at:at] = [replace(arm_job("lpt", ARMS["lpt"], lr, options), own_rate=False)
                        for lr in sorted(others)]
+    if options.core:
+        jobs = [job for job in jobs if job.core or not job.start]
     needed = {job.start for job in jobs}
     return [job for job in jobs if job.start or job.name in needed]
 
@@ -248,18 +253,19 @@ def equal_flops(options):
 
 
 def chosen_rates(options):
-    """{tuned arm: learning rate}: of the rates that every pilot model of the family tried, the
-    one with the lowest mean loss on held-out text."""
+    """{tuned arm: learning rate}: the one with the lowest loss on held-out text, compared with
+    the first of RATES on the pilot models of the family that tried both."""
     losses = {}
-    models = set()
     for line in read_lines(options.pilot):
         if line["family"] == options.family and line["phase"] == "pilot" and line["start"]:
-            models.add(line["seed"])
-            losses.setdefault((line["arm"], line["lr"]), []).append(line["loss"])
+            losses[line["arm"], line["lr"], line["seed"]] = line["loss"]
     rates = {}
     for name in TUNED:
-        means = {lr: sum(tried) / len(tried) for (arm, lr), tried in losses.items()
-                 if arm == name and len(tried) == len(models)}
+        against = {}                    # rate: losses against that of the first rate
+        for (arm, lr, seed), loss in losses.items():
+            if arm == name and (name, RATES[0], seed) in losses:
+                against.setdefault(lr, []).append(loss - losses[name, RATES[0], seed])
+        means = {lr: sum(of_models) / len(of_models) for lr, of_models in against.items()}
         rates[name] = min(means, key=means.get, default=DEFAULT_RATE)
     return rates
 
@@ -381,8 +387,8 @@ def score(lm, job, training, corpus, options):
     counts = recall.bigram_counts(options.data, tokens, meta)
     lengths = NEEDLES
     T = POST["block_size"]
-    windows = 1024
-    sequences = 32
+    windows = 512
+    sequences = 16
     if options.tiny:
         T, lengths, windows, sequences = 256, (128, 256), 8, 2
     if job.tried:
@@ -396,7 +402,7 @@ def score(lm, job, training, corpus, options):
             short = training.block_size
             result["rare_repeats_short"] = recall.rare_repeats(
                 lm, text, counts, tokenizer.eot_token, short, windows)
-        result["icl_score"] = recall.text_loss(lm, text, T, 4 * sequences)[2]
+        result["icl_score"] = recall.text_loss(lm, text, T, 8 * sequences)[2]
         result["needle_gain"] = {
             str(length): recall.needle_gain(lm, text, tokenizer, length, sequences)
             for length in lengths}
