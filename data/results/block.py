@@ -95,21 +95,20 @@ ARMS = {
     "preserve-x4": Arm("preserve", core=True),
     "inherit": Arm("inherit", "last quarter", 0, core=True),
     "reinit": Arm("reinit", "last quarter", 0, core=True),
-    # if time is left
+    # if time is left; first a quarter of the post-training
+    "lpt-quarter": Arm(length=0.25, like="lpt"),
+    "preserve-x16-quarter": Arm("preserve", factor=16, length=0.25, like="preserve-x16"),
     "lpt-half-rate": Arm(like="lpt", rate=0.5),
-    "preserve-x4-half": Arm("preserve", "every second", like="preserve-x4"),
     "preserve-x4-later": Arm("preserve", "later half", like="preserve-x4"),
     "reinit-paper": Arm("reinit", "four", 0, {"paper": True}, like="reinit"),
     "ceiling-x4": Arm(start="pre-x4", like="lpt"),
     "reinit-same-state": Arm("reinit", "last quarter", 0, {"same_state": True}, like="reinit"),
+    "preserve-x4-half": Arm("preserve", "every second", like="preserve-x4"),
     "groups-x4": Arm("groups", like="preserve-x4", family="mamba2"),
     "inherit-noise": Arm("inherit", "last quarter", 0, {"noise": 0.1}, like="inherit",
                          family="mamba2"),
     "lpt-equal-flops": Arm(length=0, like="lpt"),       # as many FLOPs as preserve-x16
     "reinit-keys": Arm("reinit-keys", "last quarter", 0, like="reinit"),
-    # a quarter of the post-training
-    "lpt-quarter": Arm(length=0.25, like="lpt"),
-    "preserve-x16-quarter": Arm("preserve", factor=16, length=0.25, like="preserve-x16"),
 }
 # --phase=long: the control and the two arms that the pilot expects most of, for 100M tokens.
 LONG_ARMS = {
@@ -152,11 +151,11 @@ class Options:
                           "pilot and phase zero pilot.jsonl")
     pilot: str = option(f"{HERE}/pilot.jsonl", "the pilot's lines, for the learning rates")
     minutes: float = option(9.5, "after which nothing is waited for")
+    extra: float = option(9.5, "minutes within which runs have to end that a block need not have")
     jobs: int = option(3, "runs side by side; one takes up to 25 GB")
     speed: float = option(1.2e6, "tokens per second of all runs together, for the prediction")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: the GPU if there is one")
     share: float = option(1.0, "of all steps, to try it in less time")
-    core: bool = option(False, "no more than a block has to have")
     tiny: bool = option(False, "the same with everything small, to try it on a CPU")
     dry_run: bool = option(False, "print the plan only")
 
@@ -190,29 +189,29 @@ class Job:
 
 def plan(options):
     """The Jobs of a block, in the order in which they are started. Raises BadInput."""
-    jobs = [pre_job(name, options) for name in STARTS]
+    starts = [pre_job(name, options) for name in STARTS]
     if options.phase == "zero":
-        return jobs
+        return starts
     if options.phase == "pilot":
         if options.seed % 2 == 0:           # phase zero is in every second pilot
-            jobs = jobs[:1]
-        return jobs + [arm_job(name, ARMS[name], lr, options, PILOT_LENGTH)
+            starts = starts[:1]
+        return starts + [arm_job(name, ARMS[name], lr, options, PILOT_LENGTH)
                        for lr in RATES for name in TUNED]
     arms = LONG_ARMS if options.phase == "long" else ARMS
     arms = {name: arm for name, arm in arms.items() if arm.family in ("", options.family)}
     chosen = chosen_rates(options)
     rates = {name: arm.rate * chosen[arm.like or name] for name, arm in arms.items()}
+    jobs = []
     for name, arm in arms.items():
+        if arm.start not in {job.name for job in jobs}:
+            jobs.append(pre_job(arm.start, options))
         jobs.append(arm_job(name, arm, rates[name], options))
     if options.phase == "block":            # the control at the rate of every arm
         others = {rates[name] for name, arm in arms.items() if arm.core} - {rates["lpt"]}
         at = next(i for i, job in enumerate(jobs) if not job.core and job.start)
         jobs[at:at] = [replace(arm_job("lpt", ARMS["lpt"], lr, options), own_rate=False)
                        for lr in sorted(others)]
-    if options.core:
-        jobs = [job for job in jobs if job.core or not job.start]
-    needed = {job.start for job in jobs}
-    return [job for job in jobs if job.start or job.name in needed]
+    return jobs
 
 
 def pre_job(name, options):
@@ -476,8 +475,8 @@ class Block:
     def seconds(self):
         return time.time() - self.begin
 
-    def seconds_left(self):
-        return 60 * self.options.minutes - self.seconds()
+    def seconds_left(self, minutes=None):
+        return 60 * (minutes or self.options.minutes) - self.seconds()
 
     def run(self):
         """Run all there is time for. -> whether every core run has ended."""
@@ -526,7 +525,8 @@ class Block:
         speed = self.trained / self.seconds() if self.trained else self.options.speed
         under_way = [other for other in self.running.values() if other is not None]
         alone = job.tokens * (1 + len(under_way)) / speed
-        return alone + 4 * SECONDS_PER_RUN < self.seconds_left()
+        left = min(self.seconds_left(), self.seconds_left(self.options.extra))
+        return alone + 4 * SECONDS_PER_RUN < left
 
     def start_warming(self, pool):
         """While models are pre-trained, the free processes compile what comes next: jobs that
