@@ -545,7 +545,7 @@ class LM(nn.Module):
     def loss(self, x, targets):
         """Mean cross-entropy, in nats, of features x (B,T,d_model) where targets (B,T) are
         not -100."""
-        slice_elements = 1 << (28 if x.is_cuda else 20)     # logits at a time: on a CPU a cache full
+        slice_elements = 1 << (28 if x.is_cuda else 20)     # logits at once; a CPU has a cache
         return SlicedCrossEntropy.apply(
             x.flatten(0, -2), self.lm_head.weight, targets.flatten().long(),
             self.config.vocab_size, slice_elements, self.slice_loss)

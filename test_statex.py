@@ -277,7 +277,10 @@ def between(args, start, end, state):
 def check_against(reference, op, args, impl):
     """Output, last state and the gradients of all inputs, of the incoming state too."""
     found = errors(op, args, impl, reference)
-    assert max(found.values()) <= LIMITS[args[0].dtype], found
+    limits = dict.fromkeys(found, LIMITS[args[0].dtype])
+    if op == "ssd":
+        limits["dA"] *= 3           # a few numbers, sums over tokens with weights dt up to 60
+    assert all(found[name] <= limits[name] for name in found), found
 
 
 def test_recurrent_is_the_definition_by_hand():
@@ -449,7 +452,7 @@ def call(op, impl, **changes):
     args = FULL[op] | changes
     for name, shape in args.items():
         if isinstance(shape, tuple):
-            args[name] = torch.rand(shape) * (-1 if name in ("g", "A") else 1)
+            args[name] = torch.rand(shape, device=DEVICE) * (-1 if name in ("g", "A") else 1)
     return args, functools.partial(gla if op == "gla" else ssd, **args, impl=impl)
 
 
@@ -470,7 +473,7 @@ def test_what_the_definition_broadcasts_is_broadcast(op, shapes, impl):
         o, state = call(op, "recurrent", **full, D=None)[1]()
         o = o + skip.view(4, -1) * full["x"]
     for x, ref in zip(results(), (o, state), strict=True):
-        assert x.shape == ref.shape and gap(x, ref) < 1e-5
+        assert x.shape == ref.shape and gap(x, ref) < LIMITS[torch.float32]
 
 
 @pytest.mark.parametrize("impl", IMPLS)

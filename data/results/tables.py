@@ -538,12 +538,13 @@ def draw_differences(path):
     axis = axes[-1]
     for family in found:
         points = by_tokens(family)
+        points = [(0, [0.0]), *points]          # it starts as the same function
         means = [interval(more) for _, more in points]
         axis.errorbar([tokens / 1e6 for tokens, _ in points], [mean for mean, _ in means],
                       [0 if math.isnan(half) else half for _, half in means], marker="o", ms=4,
                       capsize=3, color=COLORS[family], label=FAMILIES[family])
     axis.axhline(0, color="0.4", lw=0.8)
-    axis.set(title=f"{PRIMARY} - LPT", xlabel="post-training tokens, millions", xlim=(0, None))
+    axis.set(title=f"{PRIMARY} - LPT", xlabel="post-training tokens, millions", xlim=(-1, None))
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
