@@ -57,9 +57,10 @@ def gla(q, k, v, g, scale=None, state=None, impl="auto", gates=None):
     impl: "recurrent" | "chunked" | "triton" | "auto", which is triton on a GPU that it
     supports, else chunked. float64 is chunked in place of triton.
 
-    Returns o (B,T,H,V) in v's dtype and the final state, in float32 (float64 where any
-    input is). Differentiable in every tensor given, through both results: recurrent and chunked any number of times, triton once (a second derivative raises
-    RuntimeError). Raises BadInput where shapes, dtypes or devices do not fit.
+    Returns o (B,T,H,V) in v's dtype and the final state in float32 (float64 where any
+    input is). Differentiable in every tensor, through both results: recurrent and
+    chunked any number of times, triton once (a second derivative raises RuntimeError).
+    Raises BadInput where shapes, dtypes or devices do not fit.
     """
     q, k, v, g, state, gates = check_gla(q, k, v, g, state, gates)
     impl = pick(impl, q, k, v, g, state, gates)
@@ -623,6 +624,10 @@ def ssd_first(
 # with d_state 512 from 2.9 to 2.0 GB in the same 4.8 ms; tiles of 64 x 128, not 128 x
 # 256, take both scans of gla-1.3b with one head from 2.36 to 0.95 ms (3.6 in all).
 #
+# Where heads ask with gates, each of them also has scores with its own keys alone,
+# which are computed once, and mixed for all heads of its group. Only states, and what
+# meets them, have the group's f K channels.
+#
 #   launch             gla                           ssd
 #   decays             (in gla_scores)               ssd_decays
 #   scores             gla_scores, _steep, _across   ssd_scores
@@ -1140,28 +1145,26 @@ def gla_scores_across(
 
 
 @triton.jit
-def group_tile(
-    group, row, position, heads, element,
+def tile_of_group(
+    first, element, heads,
     H: tl.constexpr, F: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
 ):
-    """Where elements of (BT,L), tokens from `row` on with the keys of their chunk, are in
-    the scores (B,T,H,L) of a group's F heads, and which of them exist. position: of the
-    first token in the chunk"""
-    token = element // L
+    """Where elements of (BT,L), a few tokens of a chunk from its `first` on with the keys
+    of the chunk, are in a group's scores, and which of them exist (see load_scores)."""
+    query = element // L
     key = element % L
-    at = (row + token[None, :]) * (H * L) + (group * F + heads[:, None]) * L + key[None, :]
-    stored = (position + token) // R >= key // R
-    return at, (heads < F)[:, None] & stored[None, :], token, position + token == key
+    at = query[None, :] * (H * L) + heads[:, None] * L + key[None, :]
+    return at, (heads < F)[:, None] & ((first + query) // R >= key // R)[None, :]
 
 
 @chunk_kernel
 def gla_mix_scores(
     scores_ptr,  # (B,T,H,L)  of each head's queries with its own keys
     gates_ptr,   # (G,F,F)
-    mixed_ptr,   # (B,T,H,L)  with all keys of the group
+    mixed_ptr,   # (B,T,H,L)  of its queries to all keys of its group
     n,
     H: tl.constexpr, F: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    BT: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr,
+    BT: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr, DOT: tl.constexpr,
 ):
     """mixed_i = sum of gates_ji scores_j over the heads j of i's group.
 
@@ -1169,14 +1172,15 @@ def gla_mix_scores(
     group, block, batch = split3(tl.program_id(0), H // F, n, L // BT)
     heads = tl.arange(0, BF)
     row = batch * n * L + block * BT
-    of_gates = (group * F + heads[:, None]) * F + heads[None, :]
+    scores_ptr += (row * H + group * F) * L
+    mixed_ptr += (row * H + group * F) * L
+    of_gates = heads[:, None] * F + heads[None, :]
     inside = (heads < F)[:, None] & (heads < F)[None, :]
-    gates = tl.load(gates_ptr + of_gates, inside, 0.0)
+    gates = tl.load(gates_ptr + group * F * F + of_gates, inside, 0.0)
     for e0 in range(0, BT * L, BE):
-        element = e0 + tl.arange(0, BE)
-        at, stored, _, _ = group_tile(group, row, block * BT % L, heads, element, H, F, L, R)
+        at, stored = tile_of_group(block * BT % L, e0 + tl.arange(0, BE), heads, H, F, L, R)
         scores = tl.load(scores_ptr + at, stored, 0.0).to(tl.float32)
-        mixed = tl.sum(gates[:, :, None] * scores[:, None, :], 0)
+        mixed = tl.dot(tl.trans(gates), scores, input_precision=DOT)
         tl.store(mixed_ptr + at, mixed.to(mixed_ptr.dtype.element_ty), stored)
 
 
@@ -1195,7 +1199,7 @@ def load_scores(
 @chunk_kernel
 def gla_outputs(
     q_start_ptr,   # (B,T,HQ,K)   queries, scaled, decayed from the chunk's start
-    gates_ptr,     # (HQ,F,F) or None: HQ = H  F = H / HQ
+    gates_ptr,     # (HQ,F,F) or None  F = H / HQ, without gates 1
     states_ptr,    # (B,H,n,K,V)  S before each chunk
     scores_ptr,    # (B,T,H,L)    with scale and decays; 0 for keys after the query
     v_ptr, o_ptr,  # (B,T,H,V)
@@ -1331,38 +1335,54 @@ def gla_grad_scores(
 @chunk_kernel
 def gla_grad_mix_scores(
     scores_ptr, gates_ptr,          # (B,T,H,L), (G,F,F)
-    grad_scores_ptr, diagonal_ptr,  # (B,T,H,L), (B,H,T)  of mixed; then, in its place, of scores
-    dgates_ptr,                     # (B,T/BT,G,F,F)      each program's part
+    grad_scores_ptr, diagonal_ptr,  # (B,T,H,L), (B,H,T)  in: of mixed; out, in place: of scores
+    dgates_ptr,                     # (B,T/BT,G,F,F)      a part of each program
     n,
     H: tl.constexpr, F: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    BT: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr,
+    BT: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr, DOT: tl.constexpr,
 ):
-    """grad_scores_j = sum of gates_ji grad_mixed_i over i, and dgates_ji = sum of
-    scores_j grad_mixed_i over all pairs of tokens. The rest as in gla_mix_scores."""
+    """grad_scores_j = sum of gates_ji grad_mixed_i over the heads i, and dgates_ji = sum
+    of scores_j grad_mixed_i over all pairs of tokens. Programs as in gla_mix_scores."""
     group, block, batch = split3(tl.program_id(0), H // F, n, L // BT)
     heads = tl.arange(0, BF)
     row = batch * n * L + block * BT
+    scores_ptr += (row * H + group * F) * L
+    grad_scores_ptr += (row * H + group * F) * L
     diagonal_ptr += (batch * H + group * F) * n * L + block * BT
     of_gates = heads[:, None] * F + heads[None, :]
     inside = (heads < F)[:, None] & (heads < F)[None, :]
     gates = tl.load(gates_ptr + group * F * F + of_gates, inside, 0.0)
     dgates = tl.zeros((BF, BF), tl.float32)
     for e0 in range(0, BT * L, BE):
-        element = e0 + tl.arange(0, BE)
-        at, stored, token, equal = group_tile(
-            group, row, block * BT % L, heads, element, H, F, L, R)
-        at_diagonal = diagonal_ptr + heads[:, None] * n * L + token[None, :]
-        on_diagonal = stored & equal[None, :]
+        at, stored = tile_of_group(block * BT % L, e0 + tl.arange(0, BE), heads, H, F, L, R)
         scores = tl.load(scores_ptr + at, stored, 0.0).to(tl.float32)
         grad = tl.load(grad_scores_ptr + at, stored, 0.0).to(tl.float32)
-        grad += tl.load(at_diagonal, on_diagonal, 0.0)
-        dgates += tl.sum(scores[:, None, :] * grad[None, :, :], 2)
-        grad = tl.sum(gates[:, :, None] * grad[None, :, :], 1)
-        tl.store(at_diagonal, grad, on_diagonal)
-        grad = tl.where(equal[None, :], 0.0, grad)
+        dgates = tl.dot(scores, tl.trans(grad), dgates, input_precision=DOT)
+        grad = tl.dot(gates, grad, input_precision=DOT)
         tl.store(grad_scores_ptr + at, grad.to(grad_scores_ptr.dtype.element_ty), stored)
-    at = tl.program_id(0).to(tl.int64) * F * F
-    tl.store(dgates_ptr + at + of_gates, dgates, inside)
+
+    # and the diagonal, which is 0 in grad_scores
+    i = tl.arange(0, BT)[None, :]
+    stored = (heads < F)[:, None]
+    at = i * (H * L) + heads[:, None] * L + block * BT % L + i
+    scores = tl.load(scores_ptr + at, stored, 0.0).to(tl.float32)
+    at = heads[:, None] * n * L + i
+    grad = tl.load(diagonal_ptr + at, stored, 0.0)
+    dgates = tl.dot(scores, tl.trans(grad), dgates, input_precision=DOT)
+    grad = tl.dot(gates, grad, input_precision=DOT)
+    tl.store(diagonal_ptr + at, grad, stored)
+    dgates_ptr += tl.program_id(0).to(tl.int64) * F * F
+    tl.store(dgates_ptr + of_gates, dgates, inside)
+
+
+@triton.jit
+def store_queries(dq_start_ptr, dq, q_start_ptr, around, block, L: tl.constexpr, R: tl.constexpr):
+    """Stores dq_start. -> around, with q dq where this is the second block of its chunk."""
+    tl.store(dq_start_ptr, dq.to(dq_start_ptr.dtype.element_ty))
+    if L > R:
+        if block % 2 == 1:
+            around += tl.sum(tl.load(q_start_ptr).to(tl.float32) * dq, axis=0)
+    return around
 
 
 @chunk_kernel
@@ -1370,17 +1390,18 @@ def gla_grad_queries_keys(
     do_ptr, v_ptr,                # (B,T,H,V)
     states_ptr, grad_states_ptr,  # (B,H,n,K,V)
     q_start_ptr, k_end_ptr,       # (B,T,HQ,K), (B,T,G,K)
-    dq_start_ptr, dk_end_ptr,     # (B,T,HQ,K), (B,T,G,K)  HQ is G with gates, else H
+    dq_start_ptr, dk_end_ptr,     # (B,T,HQ,K), (B,T,G,K)  HQ = G with gates, else H
     state_pairs_ptr,              # (B,G,n,K)    S dS, summed over a group's values
     around_ptr,                   # (B,G,T/R,K)  or None: one block a chunk
-    gates_ptr, dgates_ptr,        # (G,F,F), (B,T/R,G,K/BK,F)  or None; F = H / G
+    gates_ptr, dgates_ptr,        # (G,F,F), (B,T/R,G,K/BK,F)  or None: F = H / G
     n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
     """dq_start_i = S do_i and dk_end_j = dS v_j, the gradients through the states. For
     dg (see below) also state_pairs, and `around` each block: q dq or k dk of the
-    chunk's other block with the state on this block's far side.
+    chunk's other block with the state on this block's far side. With gates, dq_start
+    sums the heads that read these channels, each with its gate, whose gradient is q dq.
     One program owns BK channels of one block of one group, its heads in turn."""
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n, L // R)
@@ -1394,7 +1415,7 @@ def gla_grad_queries_keys(
     at_v = i[:, None] * (H * V)
     at_q = i[:, None] * (H * K) + k[None, :]
     at_k = i[:, None] * (G * K) + k[None, :]
-    dtype = dq_start_ptr.dtype.element_ty
+    dtype = dk_end_ptr.dtype.element_ty
     dk = tl.zeros((R, BK), tl.float32)
     dq_sum = tl.zeros((R, BK), tl.float32)
     state_pairs = tl.zeros((BK,), tl.float32)
@@ -1423,17 +1444,11 @@ def gla_grad_queries_keys(
             tl.store(dgates_ptr + tl.program_id(0) * (H // G) + head_of_group, dgate)
             dq_sum += gate * dq
         else:
-            tl.store(dq_start_ptr + row * K + at_q, dq.to(dtype))
-            if L > R:
-                if block % 2 == 1:
-                    q = tl.load(q_start_ptr + row * K + at_q).to(tl.float32)
-                    around += tl.sum(q * dq, axis=0)
+            at = row * K + at_q
+            around = store_queries(dq_start_ptr + at, dq, q_start_ptr + at, around, block, L, R)
     if gates_ptr is not None:
-        tl.store(dq_start_ptr + of_group + at_k, dq_sum.to(dtype))
-        if L > R:
-            if block % 2 == 1:
-                q = tl.load(q_start_ptr + of_group + at_k).to(tl.float32)
-                around += tl.sum(q * dq_sum, axis=0)
+        at = of_group + at_k
+        around = store_queries(dq_start_ptr + at, dq_sum, q_start_ptr + at, around, block, L, R)
     tl.store(dk_end_ptr + at_k, dk.to(dtype))
     if block % (L // R) == 0:
         tl.store(state_pairs_ptr + ((batch * G + group) * n + chunk) * K + k, state_pairs)
@@ -1724,12 +1739,12 @@ def gla_launches(K, V, heads, L, R, dtype):
         scores_steep=Launch(gla_scores_steep, BK=finish["BK"], num_warps=8, num_stages=1),
         scores_across=Launch(gla_scores_across, BK=BK, num_warps=8, num_stages=3),
         scan=Launch(gla_scan_states, cut={"BK": "K", "BV": "V"}, **scan),
-        mix_scores=Launch(gla_mix_scores, num_warps=4),
+        mix_scores=Launch(gla_mix_scores, num_warps=1, num_stages=1),
         outputs=Launch(gla_outputs, cut={"BV": "V"}, **rows),
         grad_scan=Launch(gla_scan_states, cut={"BK": "K", "BV": "V"}, **scan),
         grad_values=Launch(gla_grad_values, cut={"BV": "V"}, **rows),
         grad_scores=Launch(gla_grad_scores, BV=BV, num_warps=8, num_stages=3),
-        grad_mix_scores=Launch(gla_grad_mix_scores, num_warps=4),
+        grad_mix_scores=Launch(gla_grad_mix_scores, num_warps=1, num_stages=1),
         grad_queries_keys=Launch(
             gla_grad_queries_keys, cut={"BK": "K"}, BK=wide_k, BV=BV, num_warps=8, num_stages=3),
         grad_decays=Launch(gla_grad_decays, cut={"BK": "K"}, num_stages=1, **finish),
@@ -1748,10 +1763,12 @@ def steep_limit(x):
     return 30.0 if x.dtype == torch.float32 else 90.0
 
 
-def mixing(f, L):
-    """Tiles of the kernels that mix scores: BF x BF x BE products at once."""
-    BF = power_of_two(f, 2)
-    return dict(F=f, BT=16, BF=BF, BE=power_of_two(8192 // BF**2, 16, 16 * L))
+def mixing(f, DOT):
+    """Tiles of the kernels that mix scores, with BE elements of BF heads at once. (tf32
+    holds a bfloat16, and of a gate 11 bits.)"""
+    BF = power_of_two(f, 16)  # the least that a matrix product takes
+    BE = power_of_two((1024 if DOT else 2048) // BF, 16)
+    return dict(F=f, BT=16, BE=BE, BF=BF, DOT=DOT or "tf32")
 
 
 def heads_beside(x, f):
@@ -1813,7 +1830,7 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R,
         mixed = scores
     else:
         launches.mix_scores(
-            B * H // f * T // 16, scores, gates, mixed, R=R, **mixing(f, L), **sizes)
+            B * H // f * T // 16, scores, gates, mixed, R=R, **mixing(f, DOT), **sizes)
     of_states = dict(K=f * K, V=V, DOT=DOT, **sizes)
     launches.scan(
         B * H, k_end, v, None, None, heads_beside(decay, f), state, last, states,
@@ -1858,8 +1875,8 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
         mixed = scores
     of_states = dict(K=f * K, V=V, DOT=DOT, **sizes)
     launches.grad_scan(
-        B * H, q_start, do, None, gates, heads_beside(decay, f), dlast, dstate if has_state else None,
-        grad_states, HX=H // f, HY=H, HD=G // f, PER_CHANNEL=True, REVERSE=True, **of_states)
+        B * H, q_start, do, None, gates, heads_beside(decay, f), dlast,
+        dstate if has_state else None, grad_states, HX=H // f, HY=H, HD=G // f, PER_CHANNEL=True, REVERSE=True, **of_states)
     launches.grad_values(
         B * H * n, k_end, grad_states, mixed, do, dv, G=G // f, R=R, **of_states)
     launches.grad_scores(
@@ -1871,7 +1888,7 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
         of_reading = g.new_empty(B * T // R, G // f, f, K // tile, f)
         launches.grad_mix_scores(
             B * H // f * T // 16, scores, gates, grad_scores, diagonal, of_mixing, R=R,
-            **mixing(f, L), **sizes)
+            **mixing(f, DOT), **sizes)
     launches.grad_queries_keys(
         B * G // f * T // R, do, v, states, grad_states, q_start, k_end, dq_start, dk_end,
         state_pairs, around, gates, of_reading, G=G // f, R=R, **of_states)
@@ -2875,8 +2892,8 @@ def layers():
 
 def example(op, B, T, H, K, V, G=1, dtype=torch.float32, device="cpu", decay=None, seed=0):
     """Random arguments of gla (B T H K V; op "gates": with gates before the state) or
-    ssd (B T H P N), in order, with a state; keys of G heads. decay: the log decay of every step, "mixed" for 0, -1e-4, -1 and
-    -60 at random, None for what a model has."""
+    ssd (B T H P N), in order, with a state; keys of G heads. decay: the log decay of
+    every step, "mixed" for 0, -1e-4, -1 and -60 at random, None for what a model has."""
     rng = torch.Generator(device=device).manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)
 
