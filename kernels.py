@@ -211,7 +211,7 @@ def broadcast(op, **tensors):
         W, wide = sizes["W"]
         if W != f * sizes["K"][0]:
             raise BadInput(misfit(op, wide, tensors[wide], layouts[wide])
-                           + f", W = f K = {f * sizes['K'][0]}")
+                           + f", W = f K = {f * sizes['K'][0]} as gates of {f} heads")
     final = {letter: size for letter, (size, _) in sizes.items()} | {"H": H}
     for name, layout in layouts.items():
         tensors[name] = tensors[name].expand([final[letter] for letter in layout])
@@ -1376,12 +1376,14 @@ def gla_grad_mix_scores(
 
 
 @triton.jit
-def store_queries(dq_start_ptr, dq, q_start_ptr, around, block, L: tl.constexpr, R: tl.constexpr):
+def store_queries(
+    dq, dq_start_ptr, q_start_ptr, row, mine, around, block, L: tl.constexpr, R: tl.constexpr,
+):
     """Stores dq_start. -> around, with q dq where this is the second block of its chunk."""
-    tl.store(dq_start_ptr, dq.to(dq_start_ptr.dtype.element_ty))
+    tl.store(dq_start_ptr + row + mine, dq.to(dq_start_ptr.dtype.element_ty))
     if L > R:
         if block % 2 == 1:
-            around += tl.sum(tl.load(q_start_ptr).to(tl.float32) * dq, axis=0)
+            around += tl.sum(tl.load(q_start_ptr + row + mine).to(tl.float32) * dq, axis=0)
     return around
 
 
@@ -1444,11 +1446,11 @@ def gla_grad_queries_keys(
             tl.store(dgates_ptr + tl.program_id(0) * (H // G) + head_of_group, dgate)
             dq_sum += gate * dq
         else:
-            at = row * K + at_q
-            around = store_queries(dq_start_ptr + at, dq, q_start_ptr + at, around, block, L, R)
+            around = store_queries(
+                dq, dq_start_ptr, q_start_ptr, row * K, at_q, around, block, L, R)
     if gates_ptr is not None:
-        at = of_group + at_k
-        around = store_queries(dq_start_ptr + at, dq_sum, q_start_ptr + at, around, block, L, R)
+        around = store_queries(
+            dq_sum, dq_start_ptr, q_start_ptr, of_group, at_k, around, block, L, R)
     tl.store(dk_end_ptr + at_k, dk.to(dtype))
     if block % (L // R) == 0:
         tl.store(state_pairs_ptr + ((batch * G + group) * n + chunk) * K + k, state_pairs)
@@ -1876,7 +1878,8 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
     of_states = dict(K=f * K, V=V, DOT=DOT, **sizes)
     launches.grad_scan(
         B * H, q_start, do, None, gates, heads_beside(decay, f), dlast,
-        dstate if has_state else None, grad_states, HX=H // f, HY=H, HD=G // f, PER_CHANNEL=True, REVERSE=True, **of_states)
+        dstate if has_state else None, grad_states,
+        HX=H // f, HY=H, HD=G // f, PER_CHANNEL=True, REVERSE=True, **of_states)
     launches.grad_values(
         B * H * n, k_end, grad_states, mixed, do, dv, G=G // f, R=R, **of_states)
     launches.grad_scores(
