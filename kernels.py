@@ -42,24 +42,28 @@ except ImportError:  # recurrent and chunked still work
     triton_installed = False
 
 
-def gla(q, k, v, g, scale=None, state=None, impl="auto"):
+def gla(q, k, v, g, scale=None, state=None, impl="auto", gates=None):
     """Gated linear attention (arXiv 2312.06635, eq. 3).
 
     q (B,T,H,K); v (B,T,H,V); k, g (B,T,G,K), where g are log decays <= 0, -inf for a
     reset; state (B,H,K,V) or None for zeros. G divides H: head h reads the keys and
     decays of group h // (H / G). Any dimension but T may be 1 where another argument
     has more.
+    gates (G,f,f) or None, f = H / G: every head of a group asks with the queries of all
+    its f heads. k and g are then (B,T,G,f K), the state (B,H,f K,V): K channels for
+    each head of the group, side by side. Head i reads those of head j with gates[:,j,i]
+    times the query of head j.
     scale multiplies q; K**-0.5 when None.
     impl: "recurrent" | "chunked" | "triton" | "auto", which is triton on a GPU that it
     supports, else chunked. float64 is chunked in place of triton.
 
-    Returns o (B,T,H,V) in v's dtype and the final state (B,H,K,V) in float32 (float64
-    where any input is). Differentiable in q, k, v, g and state, through both results:
-    recurrent and chunked any number of times, triton once (a second derivative raises
-    RuntimeError). Raises BadInput where shapes, dtypes or devices do not fit.
+    Returns o (B,T,H,V) in v's dtype and the final state in float32 (float64 where any
+    input is). Differentiable in every tensor, through both results: recurrent and
+    chunked any number of times, triton once (a second derivative raises RuntimeError).
+    Raises BadInput where shapes, dtypes or devices do not fit.
     """
-    q, k, v, g, state = check_gla(q, k, v, g, state)
-    impl = pick(impl, q, k, v, g, state)
+    q, k, v, g, state, gates = check_gla(q, k, v, g, state, gates)
+    impl = pick(impl, q, k, v, g, state, gates)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     elif not isinstance(scale, (int, float)):
@@ -67,11 +71,14 @@ def gla(q, k, v, g, scale=None, state=None, impl="auto"):
                        "(q can be multiplied by a tensor)")
     scale = float(scale)
     if v.numel() == 0:
-        return no_tokens(v, state, (v.shape[0], v.shape[2], q.shape[3], v.shape[3]), (q, k, g))
+        sizes = (v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+        return no_tokens(v, state, sizes, [t for t in (q, k, g, gates) if t is not None])
     if impl == "triton":
-        o, state = gla_triton(q, k, v, g, scale, state)
+        o, state = gla_triton(q, k, v, g, scale, state, gates)
     else:
         path = gla_recurrent if impl == "recurrent" else gla_chunked
+        if gates is not None:
+            q = ask_the_group(q, gates)
         with without_autocast(q.device.type):
             o, state = path(q, k, v, g, scale, state)
     return o.to(v.dtype), state
@@ -109,12 +116,13 @@ def ssd(x, dt, A, B, C, D=None, state=None, impl="auto", first=None):
 
 SHAPES = {
     "gla": {"q": "BTHK", "k": "BTGK", "v": "BTHV", "g": "BTGK", "state": "BHKV"},
+    "gates": {"q": "BTHK", "k": "BTGW", "v": "BTHV", "g": "BTGW", "state": "BHWV", "gates": "Gff"},
     "ssd": {"x": "BTHP", "dt": "BTH", "A": "H", "B": "BTGN", "C": "BTGN", "D": "H",
             "state": "BHPN", "first": "BT"},
 }
 
 
-def check_gla(q, k, v, g, state):
+def check_gla(q, k, v, g, state, gates):
     """The arguments, broadcast; in a few microseconds where that changes nothing, for
     in small layers the GPU waits for the host."""
     try:
@@ -122,17 +130,22 @@ def check_gla(q, k, v, g, state):
         keys = k.shape
         G = keys[2]
         V = v.shape[3]
+        W = K if gates is None else H // G * K
         device = q.get_device()
         plain = (
-            g.shape == keys == (batch, T, G, K) and v.shape == (batch, T, H, V) and H % G == 0
+            g.shape == keys == (batch, T, G, W) and v.shape == (batch, T, H, V) and H % G == 0
             and q.is_floating_point() and k.is_floating_point()
             and v.is_floating_point() and g.is_floating_point()
             and device == k.get_device() == v.get_device() == g.get_device()
-            and (state is None or state.shape == (batch, H, K, V)
-                 and state.is_floating_point() and state.get_device() == device))
+            and (state is None or state.shape == (batch, H, W, V)
+                 and state.is_floating_point() and state.get_device() == device)
+            and (gates is None or gates.shape == (G, H // G, H // G)
+                 and gates.is_floating_point() and gates.get_device() == device))
     except (AttributeError, IndexError, ValueError, ZeroDivisionError):
         plain = False
-    return (q, k, v, g, state) if plain else broadcast("gla", q=q, k=k, v=v, g=g, state=state)
+    if plain:
+        return q, k, v, g, state, gates
+    return broadcast("gla", q=q, k=k, v=v, g=g, state=state, gates=gates)
 
 
 def check_ssd(x, dt, A, B, C, D, state, first):
@@ -162,11 +175,12 @@ def broadcast(op, **tensors):
     """The tensors of `op`, expanded to the sizes that they share. Raises BadInput."""
     sizes = {}  # letter: its size, and the argument that says so
     layouts = {}
+    shapes = SHAPES["gates" if tensors.get("gates") is not None else op]
     for name, tensor in tensors.items():
-        if tensor is None and name in ("D", "state", "first"):
+        if tensor is None and name in ("D", "state", "first", "gates"):
             continue
         check_kind(op, name, tensor, *next(iter(tensors.items())))
-        layout = SHAPES[op][name]
+        layout = shapes[name]
         if name == "D" and tensor.dim() == 2:
             layout = "HP"
         if name in "AD" and tensor.dim() == 0:
@@ -190,6 +204,14 @@ def broadcast(op, **tensors):
     if H % G:
         raise BadInput(misfit(op, keys, tensors[keys], layouts[keys])
                        + f", G a divisor of the {H} heads of {queries}")
+    if "gates" in layouts:
+        f = H // G
+        if sizes["f"][0] != f:
+            raise BadInput(misfit(op, "gates", tensors["gates"], "Gff") + f", f = H / G = {f}")
+        W, wide = sizes["W"]
+        if W != f * sizes["K"][0]:
+            raise BadInput(misfit(op, wide, tensors[wide], layouts[wide])
+                           + f", W = f K = {f * sizes['K'][0]} as gates of {f} heads")
     final = {letter: size for letter, (size, _) in sizes.items()} | {"H": H}
     for name, layout in layouts.items():
         tensors[name] = tensors[name].expand([final[letter] for letter in layout])
@@ -283,6 +305,14 @@ def no_tokens(v, state, sizes, others):
 
 # --------------------------------------------------------------------------------------
 # recurrent: the definition
+
+
+def ask_the_group(q, gates):
+    """q (B,T,H,K), gates (G,f,f) -> (B,T,H,f K), the query of every head to its group's
+    keys: head i gets gates[:,0,i] q_0, ..., gates[:,f-1,i] q_{f-1} side by side."""
+    G, f, _ = gates.shape
+    q = q.unflatten(2, (G, 1, f))  # (B,T,G,1,j,K)
+    return (q * gates.mT[..., None]).flatten(-2).flatten(2, 3)
 
 
 def gla_recurrent(q, k, v, g, scale, state):
@@ -594,14 +624,20 @@ def ssd_first(
 # with d_state 512 from 2.9 to 2.0 GB in the same 4.8 ms; tiles of 64 x 128, not 128 x
 # 256, take both scans of gla-1.3b with one head from 2.36 to 0.95 ms (3.6 in all).
 #
+# Where heads ask with gates, each of them also has scores with its own keys alone,
+# which are computed once, and mixed for all heads of its group. Only states, and what
+# meets them, have the group's f K channels.
+#
 #   launch             gla                           ssd
 #   decays             (in gla_scores)               ssd_decays
 #   scores             gla_scores, _steep, _across   ssd_scores
+#     of all heads     (gla_mix_scores)
 #   states             scan_states                   scan_states
 #   outputs            gla_outputs                   (ssd_read_states,) ssd_outputs
 #   backward: states   scan_states, in reverse       scan_states, in reverse
 #   values             gla_grad_values               (ssd_read_states,) ssd_grad_values
 #   scores             gla_grad_scores               ssd_grad_scores
+#     of all heads     (gla_grad_mix_scores)
 #   queries and keys   gla_grad_queries_keys         ssd_grad_queries_keys
 #   decays             gla_grad_decays, _steep       ssd_grad_decays
 #
@@ -646,11 +682,19 @@ def sum_rows(which, x, DOT: tl.constexpr):
     return tl.dot(ones, high, tl.dot(ones, low))
 
 
+@triton.jit
+def load_gate(gates_ptr, channel, head, K: tl.constexpr, F: tl.constexpr):
+    """The gate with which `head` reads this channel of the K that its group of F heads
+    has side by side. gates_ptr (G,F,F)"""
+    asked = channel // (K // F)
+    return tl.load(gates_ptr + (head // F * F + asked) * F + head % F)
+
+
 # What scan_states adds up:
 #
 #                  x        y   weight         S (K x V)
 #     gla          k_end    v   None           K x V
-#     gla reverse  q_start  do  None           K x V
+#     gla reverse  q_start  do  gates or None  K x V
 #     ssd          x        B   exp(after) dt  P x N
 #     ssd reverse  dy       C   exp(upto)      P x N
 
@@ -659,6 +703,7 @@ def sum_rows(which, x, DOT: tl.constexpr):
 def scan_states(
     x_ptr, y_ptr,         # (B,T,HX,K), (B,T,HY,V)  less than H where heads share
     weight_ptr,           # (B,H,T) or None
+    gates_ptr,            # (HX,F,F) or None  F = H / HX
     decay_ptr,            # (B,HD,n,K) if PER_CHANNEL, else (B,HD,n): of a chunk, log2
     first_ptr, last_ptr,  # (B,H,K,V)    S to begin with and at the end, or None
     states_ptr,           # (B,H,n,K,V)
@@ -686,6 +731,8 @@ def scan_states(
     if weight_ptr is not None:
         weight_ptr += (batch * H + head) * n * L
     decay_head = (batch * HD + head // (H // HD)) * n
+    if gates_ptr is not None:
+        gate = load_gate(gates_ptr, k_block * BK, head, K, H // HX)
 
     state = tl.zeros((BK, BV), tl.float32)
     if first_ptr is not None:
@@ -712,7 +759,10 @@ def scan_states(
         else:
             decay = tl.load(decay_ptr + decay_head + chunk)
         state *= tl.exp2(tl.where(entering, decay, 0.0))
-        state = tl.dot(x, y, state, input_precision=DOT)
+        if gates_ptr is not None:
+            state += gate * tl.dot(x, y, input_precision=DOT)
+        else:
+            state = tl.dot(x, y, state, input_precision=DOT)
 
     if last_ptr is not None:
         tl.store(last_ptr + (batch * H + head) * K * V + mine, state)
@@ -1095,6 +1145,46 @@ def gla_scores_across(
 
 
 @triton.jit
+def tile_of_group(
+    first, element, heads,
+    H: tl.constexpr, F: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+):
+    """Where elements of (BT,L), a few tokens of a chunk from its `first` on with the keys
+    of the chunk, are in a group's scores, and which of them exist (see load_scores)."""
+    query = element // L
+    key = element % L
+    at = query[None, :] * (H * L) + heads[:, None] * L + key[None, :]
+    return at, (heads < F)[:, None] & ((first + query) // R >= key // R)[None, :]
+
+
+@chunk_kernel
+def gla_mix_scores(
+    scores_ptr,  # (B,T,H,L)  of each head's queries with its own keys
+    gates_ptr,   # (G,F,F)
+    mixed_ptr,   # (B,T,H,L)  of its queries to all keys of its group
+    n,
+    H: tl.constexpr, F: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    BT: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr, DOT: tl.constexpr,
+):
+    """mixed_i = sum of gates_ji scores_j over the heads j of i's group.
+
+    One program owns BT tokens of one group, BE elements at a time."""
+    group, block, batch = split3(tl.program_id(0), H // F, n, L // BT)
+    heads = tl.arange(0, BF)
+    row = batch * n * L + block * BT
+    scores_ptr += (row * H + group * F) * L
+    mixed_ptr += (row * H + group * F) * L
+    of_gates = heads[:, None] * F + heads[None, :]
+    inside = (heads < F)[:, None] & (heads < F)[None, :]
+    gates = tl.load(gates_ptr + group * F * F + of_gates, inside, 0.0)
+    for e0 in range(0, BT * L, BE):
+        at, stored = tile_of_group(block * BT % L, e0 + tl.arange(0, BE), heads, H, F, L, R)
+        scores = tl.load(scores_ptr + at, stored, 0.0).to(tl.float32)
+        mixed = tl.dot(tl.trans(gates), scores, input_precision=DOT)
+        tl.store(mixed_ptr + at, mixed.to(mixed_ptr.dtype.element_ty), stored)
+
+
+@triton.jit
 def load_scores(
     scores_ptr, query, key, H: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
 ):
@@ -1108,22 +1198,25 @@ def load_scores(
 
 @chunk_kernel
 def gla_outputs(
-    q_start_ptr,   # (B,T,H,K)    queries, scaled, decayed from the chunk's start
+    q_start_ptr,   # (B,T,HQ,K)   queries, scaled, decayed from the chunk's start
+    gates_ptr,     # (HQ,F,F) or None  F = H / HQ, without gates 1
     states_ptr,    # (B,H,n,K,V)  S before each chunk
     scores_ptr,    # (B,T,H,L)    with scale and decays; 0 for keys after the query
     v_ptr, o_ptr,  # (B,T,H,V)
     n,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    H: tl.constexpr, HQ: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
     """o_i = S^T q_start_i + sum over j <= i in its chunk of scores_ij v_j.
 
-    One program owns BV channels of the L tokens of one chunk of one head."""
+    With gates, o is divided by the gate of the channels at hand, and so goes on from
+    head to head by the quotient of their gates: a second sum would not fit the
+    registers. One program owns BV channels of the L tokens of one chunk of one head."""
     v_block, rest = split(tl.program_id(0), V // BV)
     head, chunk, batch = split3(rest, H, n)
     i = tl.arange(0, L)
     token = batch * n * L + chunk * L
-    q_start_ptr += (token * H + head) * K
+    q_start_ptr += (token * HQ + head // (H // HQ)) * K
     scores_ptr += (token * H + head) * L
     v_ptr += (token * H + head) * V + v_block * BV
     o_ptr += (token * H + head) * V + v_block * BV
@@ -1132,11 +1225,20 @@ def gla_outputs(
 
     # what queries read from the state
     o = tl.zeros((L, BV), tl.float32)
+    gate = 1.0
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
-        q = tl.load(q_start_ptr + i[:, None] * (H * K) + k[None, :])
+        q = tl.load(q_start_ptr + i[:, None] * (HQ * K) + k[None, :])
         s = tl.load(states_ptr + k[:, None] * V + channel[None, :])
+        if gates_ptr is not None:
+            if k0 % (K // (H // HQ)) == 0:
+                before = gate
+                gate = load_gate(gates_ptr, k0, head, K, H // HQ)
+                gate = tl.where(tl.abs(gate) < 1e-20, 1e-20, gate)  # a divisor
+                o *= before / gate
         o = tl.dot(q, s, o, input_precision=DOT)
+    if gates_ptr is not None:
+        o *= gate
 
     # and from the keys of their chunk, BJ at a time
     BJ: tl.constexpr = min(L, 64)
@@ -1231,20 +1333,77 @@ def gla_grad_scores(
 
 
 @chunk_kernel
+def gla_grad_mix_scores(
+    scores_ptr, gates_ptr,          # (B,T,H,L), (G,F,F)
+    grad_scores_ptr, diagonal_ptr,  # (B,T,H,L), (B,H,T)  in: of mixed; out, in place: of scores
+    dgates_ptr,                     # (B,T/BT,G,F,F)      a part of each program
+    n,
+    H: tl.constexpr, F: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    BT: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr, DOT: tl.constexpr,
+):
+    """grad_scores_j = sum of gates_ji grad_mixed_i over the heads i, and dgates_ji = sum
+    of scores_j grad_mixed_i over all pairs of tokens. Programs as in gla_mix_scores."""
+    group, block, batch = split3(tl.program_id(0), H // F, n, L // BT)
+    heads = tl.arange(0, BF)
+    row = batch * n * L + block * BT
+    scores_ptr += (row * H + group * F) * L
+    grad_scores_ptr += (row * H + group * F) * L
+    diagonal_ptr += (batch * H + group * F) * n * L + block * BT
+    of_gates = heads[:, None] * F + heads[None, :]
+    inside = (heads < F)[:, None] & (heads < F)[None, :]
+    gates = tl.load(gates_ptr + group * F * F + of_gates, inside, 0.0)
+    dgates = tl.zeros((BF, BF), tl.float32)
+    for e0 in range(0, BT * L, BE):
+        at, stored = tile_of_group(block * BT % L, e0 + tl.arange(0, BE), heads, H, F, L, R)
+        scores = tl.load(scores_ptr + at, stored, 0.0).to(tl.float32)
+        grad = tl.load(grad_scores_ptr + at, stored, 0.0).to(tl.float32)
+        dgates = tl.dot(scores, tl.trans(grad), dgates, input_precision=DOT)
+        grad = tl.dot(gates, grad, input_precision=DOT)
+        tl.store(grad_scores_ptr + at, grad.to(grad_scores_ptr.dtype.element_ty), stored)
+
+    # and the diagonal, which is 0 in grad_scores
+    i = tl.arange(0, BT)[None, :]
+    stored = (heads < F)[:, None]
+    at = i * (H * L) + heads[:, None] * L + block * BT % L + i
+    scores = tl.load(scores_ptr + at, stored, 0.0).to(tl.float32)
+    at = heads[:, None] * n * L + i
+    grad = tl.load(diagonal_ptr + at, stored, 0.0)
+    dgates = tl.dot(scores, tl.trans(grad), dgates, input_precision=DOT)
+    grad = tl.dot(gates, grad, input_precision=DOT)
+    tl.store(diagonal_ptr + at, grad, stored)
+    dgates_ptr += tl.program_id(0).to(tl.int64) * F * F
+    tl.store(dgates_ptr + of_gates, dgates, inside)
+
+
+@triton.jit
+def store_queries(
+    dq, dq_start_ptr, q_start_ptr, row, mine, around, block, L: tl.constexpr, R: tl.constexpr,
+):
+    """Stores dq_start. -> around, with q dq where this is the second block of its chunk."""
+    tl.store(dq_start_ptr + row + mine, dq.to(dq_start_ptr.dtype.element_ty))
+    if L > R:
+        if block % 2 == 1:
+            around += tl.sum(tl.load(q_start_ptr + row + mine).to(tl.float32) * dq, axis=0)
+    return around
+
+
+@chunk_kernel
 def gla_grad_queries_keys(
     do_ptr, v_ptr,                # (B,T,H,V)
     states_ptr, grad_states_ptr,  # (B,H,n,K,V)
-    q_start_ptr, k_end_ptr,       # (B,T,H,K), (B,T,G,K)
-    dq_start_ptr, dk_end_ptr,     # (B,T,H,K), (B,T,G,K)
+    q_start_ptr, k_end_ptr,       # (B,T,HQ,K), (B,T,G,K)
+    dq_start_ptr, dk_end_ptr,     # (B,T,HQ,K), (B,T,G,K)  HQ = G with gates, else H
     state_pairs_ptr,              # (B,G,n,K)    S dS, summed over a group's values
     around_ptr,                   # (B,G,T/R,K)  or None: one block a chunk
+    gates_ptr, dgates_ptr,        # (G,F,F), (B,T/R,G,K/BK,F)  or None: F = H / G
     n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
     """dq_start_i = S do_i and dk_end_j = dS v_j, the gradients through the states. For
     dg (see below) also state_pairs, and `around` each block: q dq or k dk of the
-    chunk's other block with the state on this block's far side.
+    chunk's other block with the state on this block's far side. With gates, dq_start
+    sums the heads that read these channels, each with its gate, whose gradient is q dq.
     One program owns BK channels of one block of one group, its heads in turn."""
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n, L // R)
@@ -1252,13 +1411,15 @@ def gla_grad_queries_keys(
     i = tl.arange(0, R)
     k = k_block * BK + tl.arange(0, BK)
     token = batch * n * L + block * R
-    k_end_ptr += (token * G + group) * K
-    dk_end_ptr += (token * G + group) * K
+    of_group = (token * G + group) * K
+    k_end_ptr += of_group
+    dk_end_ptr += of_group
     at_v = i[:, None] * (H * V)
     at_q = i[:, None] * (H * K) + k[None, :]
     at_k = i[:, None] * (G * K) + k[None, :]
-    dtype = dq_start_ptr.dtype.element_ty
+    dtype = dk_end_ptr.dtype.element_ty
     dk = tl.zeros((R, BK), tl.float32)
+    dq_sum = tl.zeros((R, BK), tl.float32)
     state_pairs = tl.zeros((BK,), tl.float32)
     around = tl.zeros((BK,), tl.float32)
     for head_of_group in range(H // G):
@@ -1279,10 +1440,17 @@ def gla_grad_queries_keys(
             state_pairs += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
             dq = waited_for(dq)
             dk = waited_for(dk)
-        tl.store(dq_start_ptr + row * K + at_q, dq.to(dtype))
-        if L > R:
-            if block % 2 == 1:
-                around += tl.sum(tl.load(q_start_ptr + row * K + at_q).to(tl.float32) * dq, axis=0)
+        if gates_ptr is not None:
+            gate = load_gate(gates_ptr, k_block * BK, head, K, H // G)
+            dgate = tl.sum(tl.load(q_start_ptr + of_group + at_k).to(tl.float32) * dq)
+            tl.store(dgates_ptr + tl.program_id(0) * (H // G) + head_of_group, dgate)
+            dq_sum += gate * dq
+        else:
+            around = store_queries(
+                dq, dq_start_ptr, q_start_ptr, row * K, at_q, around, block, L, R)
+    if gates_ptr is not None:
+        around = store_queries(
+            dq_sum, dq_start_ptr, q_start_ptr, of_group, at_k, around, block, L, R)
     tl.store(dk_end_ptr + at_k, dk.to(dtype))
     if block % (L // R) == 0:
         tl.store(state_pairs_ptr + ((batch * G + group) * n + chunk) * K + k, state_pairs)
@@ -1573,10 +1741,12 @@ def gla_launches(K, V, heads, L, R, dtype):
         scores_steep=Launch(gla_scores_steep, BK=finish["BK"], num_warps=8, num_stages=1),
         scores_across=Launch(gla_scores_across, BK=BK, num_warps=8, num_stages=3),
         scan=Launch(gla_scan_states, cut={"BK": "K", "BV": "V"}, **scan),
+        mix_scores=Launch(gla_mix_scores, num_warps=1, num_stages=1),
         outputs=Launch(gla_outputs, cut={"BV": "V"}, **rows),
         grad_scan=Launch(gla_scan_states, cut={"BK": "K", "BV": "V"}, **scan),
         grad_values=Launch(gla_grad_values, cut={"BV": "V"}, **rows),
         grad_scores=Launch(gla_grad_scores, BV=BV, num_warps=8, num_stages=3),
+        grad_mix_scores=Launch(gla_grad_mix_scores, num_warps=1, num_stages=1),
         grad_queries_keys=Launch(
             gla_grad_queries_keys, cut={"BK": "K"}, BK=wide_k, BV=BV, num_warps=8, num_stages=3),
         grad_decays=Launch(gla_grad_decays, cut={"BK": "K"}, num_stages=1, **finish),
@@ -1595,120 +1765,179 @@ def steep_limit(x):
     return 30.0 if x.dtype == torch.float32 else 90.0
 
 
-def gla_results(q, k, v, g, state, scale, L, R):
+def mixing(f, DOT):
+    """Tiles of the kernels that mix scores, with BE elements of BF heads at once. (tf32
+    holds a bfloat16, and of a gate 11 bits.)"""
+    BF = power_of_two(f, 16)  # the least that a matrix product takes
+    BE = power_of_two((1024 if DOT else 2048) // BF, 16)
+    return dict(F=f, BT=16, BE=BE, BF=BF, DOT=DOT or "tf32")
+
+
+def heads_beside(x, f):
+    """x (B,G f,n,K) -> (B,G,n,f K), the channels of a group's f heads side by side."""
+    if f == 1:
+        return x
+    return x.unflatten(1, (-1, f)).transpose(2, 3).flatten(3).contiguous()
+
+
+def heads_apart(x, f):
+    """x (B,G,n,f K) -> (B,G f,n,K), the other way."""
+    if f == 1:
+        return x
+    return x.unflatten(3, (f, -1)).transpose(2, 3).flatten(1, 2).contiguous()
+
+
+def gla_results(q, k, v, g, gates, state, scale, L, R):
     """What gla_forward fills, in its order; no seams where a chunk is one block."""
     B, T, H, K = q.shape
     G = k.shape[2]
     V = v.shape[3]
+    f = 1 if gates is None else gates.shape[1]
     n = T // L
     seams = n if L > R else 0
-    return (torch.empty_like(v), g.new_empty(B, H, K, V), torch.empty_like(q), torch.empty_like(k),
-            q.new_empty(B, seams, R, H, K), k.new_empty(B, seams, R, G, K),
-            g.new_empty(B, G, seams, 2, K), g.new_empty(B, G, n, K),
-            q.new_empty(B, T, H, L), v.new_empty(B, H, n, K, V))
+    return (torch.empty_like(v), g.new_empty(B, H, f * K, V), torch.empty_like(q),
+            torch.empty_like(k), q.new_empty(B, seams, R, H, K), k.new_empty(B, seams, R, G, K),
+            g.new_empty(B, G, seams, 2, K), g.new_empty(B, G, n, K), q.new_empty(B, T, H, L),
+            q.new_empty(B, 0 if gates is None else T, H, L), v.new_empty(B, H, n, f * K, V))
 
 
-@operator("(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? state, float scale, int L, int R) -> "
-          "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-          gla_results)
-def gla_forward(q, k, v, g, state, scale, L, R,
-                o, last, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, states):
-    """T is a multiple of L; K and V multiples of 128, or powers of two from 16."""
+@operator("(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? gates, Tensor? state, float scale, "
+          "int L, int R) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+          "Tensor, Tensor, Tensor)", gla_results)
+def gla_forward(q, k, v, g, gates, state, scale, L, R,
+                o, last, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, mixed, states):
+    """T is a multiple of L; K and V multiples of 128, or powers of two from 16.
+
+    With gates every head has keys of its own here, k and g (B,T,H,K), which is the same
+    memory: only states and what meets them know of groups, with f K channels."""
     B, T, H, K = q.shape
     G = k.shape[2]
     V = v.shape[3]
+    f = 1 if gates is None else gates.shape[1]
     n = T // L
     if L == R:
         q_seam = k_seam = None
         block_decay = decay
-    launches = gla_launches(K, V, B * H, L, R, q.dtype)
-    sizes = dict(n=n, H=H, K=K, L=L, DOT=product_precision(q))
+    launches = gla_launches(K, V, B * H * f, L, R, q.dtype)
+    sizes = dict(n=n, H=H, L=L)
+    DOT = product_precision(q)
     pointers = (q, k, g, q_start, k_end, q_seam, k_seam, block_decay, scores)
-    launches.scores(B * H * T // R, *pointers, scale=scale, G=G, R=R, **sizes)
-    launches.scores_steep(
-        B * H * T // R, *pointers, scale=scale, LIMIT=steep_limit(q), G=G, R=R, **sizes)
+    of_keys = dict(G=G, K=K, R=R, DOT=DOT, **sizes)
+    launches.scores(B * H * T // R, *pointers, scale=scale, **of_keys)
+    launches.scores_steep(B * H * T // R, *pointers, scale=scale, LIMIT=steep_limit(q), **of_keys)
     if L > R:
         launches.scores_across(
-            B * H * n, q_seam, k_seam, block_decay, q_start, k_end, decay, scores,
-            G=G, R=R, **sizes)
+            B * H * n, q_seam, k_seam, block_decay, q_start, k_end, decay, scores, **of_keys)
+    if gates is None:
+        mixed = scores
+    else:
+        launches.mix_scores(
+            B * H // f * T // 16, scores, gates, mixed, R=R, **mixing(f, DOT), **sizes)
+    of_states = dict(K=f * K, V=V, DOT=DOT, **sizes)
     launches.scan(
-        B * H, k_end, v, None, decay, state, last, states,
-        HX=G, HY=H, HD=G, V=V, PER_CHANNEL=True, REVERSE=False, **sizes)
-    launches.outputs(B * H * n, q_start, states, scores, v, o, V=V, R=R, **sizes)
+        B * H, k_end, v, None, None, heads_beside(decay, f), state, last, states,
+        HX=G // f, HY=H, HD=G // f, PER_CHANNEL=True, REVERSE=False, **of_states)
+    launches.outputs(
+        B * H * n, q_start, gates, states, mixed, v, o, HQ=H // f, R=R, **of_states)
 
 
-def gla_gradients(q, k, v, g, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, states,
-                  do, dlast, scale, L, R, has_state):
-    """What gla_backward fills, in its order; dstate is empty without a state."""
-    B, _, H, K = q.shape
-    dstate = g.new_empty(B, H, K, v.shape[3]) if has_state else g.new_empty(0)
-    return (*(torch.empty_like(x) for x in (q, k, v, g)), dstate)
+def gla_gradients(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay, decay, scores,
+                  mixed, states, do, dlast, scale, L, R, has_state):
+    """What gla_backward fills, in its order; dgates and dstate are empty without them."""
+    dgates = g.new_empty(0 if gates is None else gates.shape)
+    dstate = g.new_empty(states[:, :, 0].shape if has_state else 0)
+    return (*(torch.empty_like(x) for x in (q, k, v, g)), dgates, dstate)
 
 
-@operator("(Tensor q, Tensor k, Tensor v, Tensor g, Tensor q_start, Tensor k_end, Tensor q_seam, "
-          "Tensor k_seam, Tensor block_decay, Tensor decay, Tensor scores, Tensor states, "
-          "Tensor do, Tensor? dlast, float scale, int L, int R, bool has_state) -> "
-          "(Tensor, Tensor, Tensor, Tensor, Tensor)", gla_gradients)
-def gla_backward(q, k, v, g, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, states,
-                 do, dlast, scale, L, R, has_state, dq, dk, dv, dg, dstate):
+@operator("(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? gates, Tensor q_start, Tensor k_end, "
+          "Tensor q_seam, Tensor k_seam, Tensor block_decay, Tensor decay, Tensor scores, "
+          "Tensor mixed, Tensor states, Tensor do, Tensor? dlast, float scale, int L, int R, "
+          "bool has_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", gla_gradients)
+def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay, decay, scores,
+                 mixed, states, do, dlast, scale, L, R, has_state, dq, dk, dv, dg, dgates, dstate):
     B, T, H, K = q.shape
     G = k.shape[2]
     V = v.shape[3]
+    f = 1 if gates is None else gates.shape[1]
     n = T // L
-    launches = gla_launches(K, V, B * H, L, R, q.dtype)
-    sizes = dict(n=n, H=H, L=L, DOT=product_precision(q))
+    launches = gla_launches(K, V, B * H * f, L, R, q.dtype)
+    sizes = dict(n=n, H=H, L=L)
+    DOT = product_precision(q)
     grad_states = torch.empty_like(states)
     grad_scores = torch.empty_like(scores)
     diagonal = g.new_empty(B, H, T)
     dq_start = torch.empty_like(q)
     dk_end = torch.empty_like(k)
-    state_pairs = torch.empty_like(decay)
-    around = torch.empty_like(block_decay)
+    state_pairs = g.new_empty(B, G // f, n, f * K)
+    around = None if L == R else g.new_empty(B, G // f, T // R, f * K)
     if L == R:
-        q_seam = k_seam = around = None
+        q_seam = k_seam = None
         block_decay = decay
+    if gates is None:
+        mixed = scores
+    of_states = dict(K=f * K, V=V, DOT=DOT, **sizes)
     launches.grad_scan(
-        B * H, q_start, do, None, decay, dlast, dstate if has_state else None, grad_states,
-        HX=H, HY=H, HD=G, K=K, V=V, PER_CHANNEL=True, REVERSE=True, **sizes)
+        B * H, q_start, do, None, gates, heads_beside(decay, f), dlast,
+        dstate if has_state else None, grad_states,
+        HX=H // f, HY=H, HD=G // f, PER_CHANNEL=True, REVERSE=True, **of_states)
     launches.grad_values(
-        B * H * n, k_end, grad_states, scores, do, dv, G=G, K=K, V=V, R=R, **sizes)
+        B * H * n, k_end, grad_states, mixed, do, dv, G=G // f, R=R, **of_states)
     launches.grad_scores(
-        B * H * n * (L // R) ** 2, do, v, grad_scores, diagonal, V=V, R=R, **sizes)
+        B * H * n * (L // R) ** 2, do, v, grad_scores, diagonal, V=V, R=R, DOT=DOT, **sizes)
+    of_mixing = of_reading = None
+    if gates is not None:
+        tile = launches.grad_queries_keys.options["BK"]
+        of_mixing = g.new_empty(B * T // 16, *gates.shape)
+        of_reading = g.new_empty(B * T // R, G // f, f, K // tile, f)
+        launches.grad_mix_scores(
+            B * H // f * T // 16, scores, gates, grad_scores, diagonal, of_mixing, R=R,
+            **mixing(f, DOT), **sizes)
     launches.grad_queries_keys(
-        B * G * T // R, do, v, states, grad_states, q_start, k_end, dq_start, dk_end,
-        state_pairs, around, G=G, K=K, V=V, R=R, **sizes)
+        B * G // f * T // R, do, v, states, grad_states, q_start, k_end, dq_start, dk_end,
+        state_pairs, around, gates, of_reading, G=G // f, R=R, **of_states)
+    if gates is not None:
+        dgates.copy_(of_mixing.sum(0) + of_reading.sum((0, 3)))
+        state_pairs = heads_apart(state_pairs, f)
+        around = around if around is None else heads_apart(around, f)
     pointers = (q, k, g, q_seam, k_seam, block_decay, decay, grad_scores, diagonal,
                 dq_start, dk_end, state_pairs, around, dq, dk, dg)
-    launches.grad_decays(B * G * T // R, *pointers, scale=scale, G=G, K=K, R=R, **sizes)
+    of_keys = dict(G=G, K=K, R=R, DOT=DOT, **sizes)
+    launches.grad_decays(B * G * T // R, *pointers, scale=scale, **of_keys)
     launches.grad_decays_steep(
-        B * G * T // R, *pointers, scale=scale, LIMIT=steep_limit(q), G=G, K=K, R=R, **sizes)
+        B * G * T // R, *pointers, scale=scale, LIMIT=steep_limit(q), **of_keys)
 
 
 def gla_save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:4], *output[2:])
-    ctx.has_state = inputs[4] is not None
-    ctx.scale, ctx.L, ctx.R = inputs[5:]
+    ctx.save_for_backward(*inputs[:5], *output[2:])
+    ctx.has_gates = inputs[4] is not None
+    ctx.has_state = inputs[5] is not None
+    ctx.scale, ctx.L, ctx.R = inputs[6:]
 
 
 def gla_chain(backward, ctx, saved, do, dlast, *_):
     v = saved[2]
     do = torch.zeros_like(v) if do is None else do.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
-    *gradients, dstate = backward(
+    *gradients, dgates, dstate = backward(
         *saved, do, dlast, ctx.scale, ctx.L, ctx.R, ctx.has_state)
-    return *gradients, dstate if ctx.has_state else None, None, None, None
+    dgates = dgates if ctx.has_gates else None
+    dstate = dstate if ctx.has_state else None
+    return *gradients, dgates, dstate, None, None, None
 
 
 gla_kernels = differentiable(gla_forward, gla_save, gla_backward, gla_chain)
 
 
-def gla_triton(q, k, v, g, scale, state):
+def gla_triton(q, k, v, g, scale, state, gates):
     B, T, H, K = q.shape
     G = k.shape[2]
     V = v.shape[3]
-    if T == 1 and state is not None and not needs_grad(q, k, v, g, state):
+    if T == 1 and state is not None and not needs_grad(q, k, v, g, state, gates):
+        if gates is not None:
+            q = ask_the_group(q, gates)
         q, k, v, g, state = (t.contiguous() for t in (q, k, v, g.float(), state.float()))
+        K = q.shape[3]
         o = torch.empty_like(v)
         new = torch.empty_like(state)
         BV = power_of_two(V, 16, 64)
@@ -1720,15 +1949,22 @@ def gla_triton(q, k, v, g, scale, state):
         return o, new
     narrow = q.dtype == k.dtype == v.dtype == torch.bfloat16
     dtype = torch.bfloat16 if narrow else torch.float32
-    L, R = gla_chunk(T, K, V, dtype)
+    L, R = gla_chunk(T, k.shape[3], V, dtype)
     BK = tile_multiple(K, q)
     BV = tile_multiple(V, q)
+    if gates is not None:
+        k = k.unflatten(3, (-1, K)).flatten(2, 3)
+        g = g.unflatten(3, (-1, K)).flatten(2, 3)
+        gates = gates.float().contiguous()
+        BK = power_of_two(K, 16, 128)  # f times wider in the states: as little padding as can be
     q, k, g = (pad(x, {1: L, 3: BK}).contiguous() for x in (q.to(dtype), k.to(dtype), g.float()))
     v = pad(v.to(dtype), {1: L, 3: BV}).contiguous()
     if state is not None:
-        state = pad(state.float(), {2: BK, 3: BV}).contiguous()
-    o, last, *_ = gla_kernels(q, k, v, g, state, scale, L, R)
-    return o[:, :T, :, :V], last[:, :, :K, :V]
+        state = pad(state.float().unflatten(2, (-1, K)), {3: BK, 4: BV})
+        state = state.flatten(2, 3).contiguous()
+    o, last, *_ = gla_kernels(q, k, v, g, gates, state, scale, L, R)
+    last = last.unflatten(2, (-1, q.shape[3]))[..., :K, :V].flatten(2, 3)
+    return o[:, :T, :, :V], last
 
 
 # --------------------------------------------------------------------------------------
@@ -2250,7 +2486,7 @@ def ssd_forward(x, dt, A, B, C, D, state, first, L, R, y, last,
         batch * n, dt, A, first, cum, low, read_weight, write_weight, decay, n=n, H=H, L=L)
     launches.scores(batch * n * G * (L // R) ** 2, B, C, scores, G=G, N=N, R=R, **sizes)
     launches.scan(
-        batch * H, x, B, write_weight, decay, state, last, states,
+        batch * H, x, B, write_weight, None, decay, state, last, states,
         H=H, HX=H, HY=G, HD=H, K=P, V=N, PER_CHANNEL=False, REVERSE=False, **sizes)
     if N > READ_APART:
         launches.read(batch * n, C, states, state_read, H=H, G=G, P=P, N=N, **sizes)
@@ -2297,7 +2533,7 @@ def ssd_backward(x, dt, A, B, C, D, first, cum, low, read_weight, write_weight, 
     dA_parts = cum.new_empty(batch, H, n)
     dD_parts = cum.new_empty(batch, H, T // R)
     launches.grad_scan(
-        heads, dy, C, read_weight, decay, dlast, dstate if has_state else None, grad_states,
+        heads, dy, C, read_weight, None, decay, dlast, dstate if has_state else None, grad_states,
         HX=H, HY=G, HD=H, K=P, V=N, PER_CHANNEL=False, REVERSE=True, **sizes)
     if apart:
         launches.read(batch * n, B, grad_states, dx, G=G, P=P, N=N, **sizes)
@@ -2639,14 +2875,15 @@ class Options:
 
 def layers():
     """name -> op, heads, heads of keys, K, V (for ssd P, N): the public models' layers,
-    and expanded: heads with shared keys, heads merged into one, d_state x4."""
+    and expanded: heads with shared keys, heads merged into one, d_state x4. op: gla,
+    ssd, or gates, which is gla with gates."""
     from model import SIZES
     made = {}
     for name, config in SIZES.items():
         if config.block == "gla":
             H = config.n_head[0]
             made[name] = ("gla", H, H, config.d_k // H, config.d_v // H)
-            made[f"{name} shared"] = ("gla", H, 1, config.d_k, config.d_v // H)
+            made[f"{name} shared"] = ("gates", H, 1, config.d_k // H, config.d_v // H)
             made[f"{name} merged"] = ("gla", 1, 1, config.d_k, config.d_v)
         else:
             H = config.d_inner // config.headdim
@@ -2657,9 +2894,9 @@ def layers():
 
 
 def example(op, B, T, H, K, V, G=1, dtype=torch.float32, device="cpu", decay=None, seed=0):
-    """Random arguments of gla (B T H K V) or ssd (B T H P N), in order, with a state;
-    keys of G heads. decay: the log decay of every step, "mixed" for 0, -1e-4, -1 and
-    -60 at random, None for what a model has."""
+    """Random arguments of gla (B T H K V; op "gates": with gates before the state) or
+    ssd (B T H P N), in order, with a state; keys of G heads. decay: the log decay of
+    every step, "mixed" for 0, -1e-4, -1 and -60 at random, None for what a model has."""
     rng = torch.Generator(device=device).manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -2673,9 +2910,12 @@ def example(op, B, T, H, K, V, G=1, dtype=torch.float32, device="cpu", decay=Non
         which = torch.randint(len(kinds), shape, generator=rng, device=device)
         return torch.tensor(kinds, dtype=wide, device=device)[which]
 
-    state = normal(B, H, K, V).to(wide)
-    if op == "gla":
-        return [normal(B, T, H, K), normal(B, T, G, K), normal(B, T, H, V), logs(B, T, G, K), state]
+    f = H // G
+    W = f * K if op == "gates" else K
+    state = normal(B, H, W, V).to(wide)
+    if op != "ssd":
+        made = [normal(B, T, H, K), normal(B, T, G, W), normal(B, T, H, V), logs(B, T, G, W)]
+        return [*made, *([normal(G, f, f).to(wide)] if op == "gates" else []), state]
     if decay is None:
         dt = F.softplus(normal(B, T, H).to(wide))
         A = -1 - 15 * torch.rand(H, generator=rng, device=device).to(wide)
@@ -2688,8 +2928,8 @@ def example(op, B, T, H, K, V, G=1, dtype=torch.float32, device="cpu", decay=Non
 
 def run(op, args, impl):
     """The results of gla or ssd on the arguments that `example` makes."""
-    if op == "gla":
-        return gla(*args[:4], state=args[4], impl=impl)
+    if op != "ssd":
+        return gla(*args[:4], gates=args[4] if op == "gates" else None, state=args[-1], impl=impl)
     return ssd(*args, impl=impl)
 
 
@@ -2704,7 +2944,8 @@ def errors(op, args, impl, reference="recurrent"):
         dS = torch.randn(S.shape, generator=rng).to(torch.float32).to(S)
         return [o, S, *torch.autograd.grad([o, S], inputs, [do, dS])]
 
-    names = "o state dq dk dv dg dstate" if op == "gla" else "y state dx ddt dA dB dC dD dstate"
+    names = {"gla": "o state dq dk dv dg dstate", "gates": "o state dq dk dv dg dgates dstate",
+             "ssd": "y state dx ddt dA dB dC dD dstate"}[op]
     pairs = zip(everything(impl, None), everything(reference, torch.float64), strict=True)
     return {name: ((x.double() - ref.double()).norm() / ref.double().norm()).item()
             for name, (x, ref) in zip(names.split(), pairs, strict=True)}
@@ -2716,7 +2957,7 @@ def check(device):
     if device != "cpu":
         impls += [("triton", torch.float32), ("triton", torch.bfloat16)]
     print("largest ||x - ref|| / ||ref|| over the output, the state and all gradients")
-    for op in ("gla", "ssd"):
+    for op in ("gla", "gates", "ssd"):
         for decay in (0, -1e-4, -1, -60, "mixed", None):
             worst = []
             for impl, dtype in impls:
@@ -2760,11 +3001,12 @@ def time_layer(name, layer, B, T, rates, options):
     op, H, G, K, V = layer
     args = example(op, B, T, H, K, V, G, torch.bfloat16, "cuda")[:-1]
     args = [a.requires_grad_() for a in args]
-    grad = torch.randn_like(args[2] if op == "gla" else args[0])
+    grad = torch.randn_like(args[0] if op == "ssd" else args[2])
     # the least work: scores of 64 (gla) or 256 (ssd) tokens, all moved once
-    if op == "gla":
-        work = B * T * H * (4 * K * V + 64 * (K + V))
-        moved = B * T * (2 * H * (K + 2 * V) + 6 * G * K)
+    if op != "ssd":
+        W = args[1].shape[3]
+        work = B * T * H * (4 * W * V + 64 * (K + V))
+        moved = B * T * (2 * H * (K + 2 * V) + 6 * G * W)
     else:
         work = B * T * (H * 4 * V * K + H * 256 * K + 256 * V)
         moved = B * T * (4 * H * K + 2 * H + 4 * G * V)

@@ -286,23 +286,14 @@ class GLA(nn.Module):
         k = k.unflatten(-1, (self.n_key_head, -1))
         v = v.unflatten(-1, (self.n_head, -1))                          # (B,T,H,V)
         g = g.unflatten(-1, (self.n_key_head, -1))
-        if self.gates is not None:
-            q = self.ask_the_group(q)
         if first is not None:
             g = g.masked_fill(first[..., None, None], -math.inf)        # the state is forgotten
-        o, S = gla(q, k, v, g, scale=self.scale, state=S)
+        o, S = gla(q, k, v, g, scale=self.scale, state=S, gates=self.gates)
         gain = self.g_norm_swish_gate.weight.to(o.dtype)
         o = F.rms_norm(o, o.shape[-1:], gain, self.g_norm_swish_gate.eps)
         # multiplied by heads: torch.compile then makes one kernel of the norm and the gate
         o = o * F.silu(self.g_proj(x)).unflatten(-1, (self.n_head, -1))
         return self.o_proj(o.flatten(-2)), (S, before)
-
-    def ask_the_group(self, q):
-        """q (B,T,H,K) -> (B,T,H,f K): head j of a group gets (m_1j q_1, ..., m_fj q_f)."""
-        groups, f, _ = self.gates.shape
-        q = q.unflatten(2, (groups, 1, f))                              # (B,T,groups,1,i,K)
-        gates = self.gates.to(q.dtype).mT[..., None]                    # (groups,j,i,1)
-        return (q * gates).flatten(-2).flatten(2, 3)
 
 
 class Mamba2(nn.Module):

@@ -264,7 +264,8 @@ def interpreter(monkeypatch):
 
 
 def inputs(op, batch, T, H, G, K, V, **more):
-    """Arguments of gla, or of ssd with K = P and V = N; keys are shared by H / G heads."""
+    """Arguments of gla ("gates": with gates), or of ssd with K = P and V = N; keys are shared
+    by H / G heads."""
     return example(op, batch, T, H, K, V, G=G, **more)
 
 
@@ -297,9 +298,24 @@ def test_recurrent_is_the_definition_by_hand():
         [2 * 0.5 * 5 * 11 + 2 * 11, 3 * last + 2 * 13, last])
 
 
+def test_gates_by_hand():
+    """Head i reads the channels of head j with gates[0,j,i] times the query of head j."""
+    args = q, k, v, g, gates, state = inputs("gates", 2, 5, 2, 1, 3, 4, dtype=torch.float64)
+    one, other = k.split(3, dim=-1)
+    o, last = run("gates", args, "recurrent")
+    expected = 0
+    for j, (key, decay, before) in enumerate(zip(
+            (one, other), g.split(3, dim=-1), state.split(3, dim=2), strict=True)):
+        asked = torch.stack([gates[0, j, i] * q[:, :, j] for i in range(2)], dim=2)
+        part, after = gla(asked, key, v, decay, state=before, impl="recurrent")
+        expected = expected + part
+        assert gap(last[:, :, 3 * j:3 * j + 3], after) < 1e-12
+    assert gap(o, expected) < 1e-12
+
+
 @pytest.mark.parametrize("T", (1, 2, 63, 64, 65, 200))
 @pytest.mark.parametrize("op,H,G,K,V", (
-    ("gla", 3, 3, 7, 5), ("gla", 4, 2, 33, 18), ("gla", 3, 1, 5, 9),
+    ("gla", 3, 3, 7, 5), ("gla", 4, 2, 33, 18), ("gla", 3, 1, 5, 9), ("gates", 4, 2, 7, 5),
     ("ssd", 4, 2, 5, 9), ("ssd", 3, 1, 9, 7)))
 def test_chunked_equals_recurrent(op, H, G, K, V, T):
     for seed, decay in enumerate(DECAYS):
@@ -311,12 +327,12 @@ def test_chunked_equals_recurrent(op, H, G, K, V, T):
 @needs_triton
 @pytest.mark.parametrize("T", (1, 17, 64, 200) + ((1000, 8192, 65536) if CUDA else ()))
 @pytest.mark.parametrize("op,H,G,K,V", (
-    ("gla", 2, 2, 20, 36), ("gla", 2, 1, 20, 36), ("ssd", 4, 2, 20, 36)))
+    ("gla", 2, 2, 20, 36), ("gla", 2, 1, 20, 36), ("gates", 4, 2, 20, 36), ("ssd", 4, 2, 20, 36)))
 def test_triton_equals_recurrent(op, H, G, K, V, T, interpreter):
     """And the same bits twice. New memory is filled with NaN, so that an element left unwritten
     or read too early shows."""
     reference = "recurrent" if T <= 1000 else "chunked"             # a loop would take minutes
-    slow = not CUDA and (T != 64 or H == G)                         # the interpreter is
+    slow = not CUDA and (T != 64 or H == G or op == "gates")        # the interpreter is
     torch.use_deterministic_algorithms(True, warn_only=True)        # fills new memory
     try:
         for seed, decay in enumerate(("mixed", None) if slow else DECAYS):
@@ -338,6 +354,10 @@ def test_triton_equals_recurrent(op, H, G, K, V, T, interpreter):
 @pytest.mark.parametrize("op,sizes,step", (
     # several tiles of channels: T, H, G, K, V
     ("gla", (20, 2, 1, 5, 150), None), ("gla", (20, 1, 1, 140, 20), None),
+    ("gates", (20, 2, 1, 140, 20), None),
+    # groups of one head, of a number that is no power of two, of many
+    ("gates", (20, 2, 2, 5, 7), None), ("gates", (20, 3, 1, 5, 7), None),
+    ("gates", (17, 17, 1, 5, 7), None),
     ("ssd", (20, 2, 1, 70, 20), None), ("ssd", (20, 2, 1, 150, 5), None),
     # states that are read apart, by one head and by a group of them
     ("ssd", (130, 1, 1, 20, 130), None), ("ssd", (20, 2, 1, 20, 130), None),
@@ -353,7 +373,7 @@ def test_sizes_that_go_another_way(op, sizes, step, dtype, interpreter):
 
 def test_the_script_checks_chunked_where_there_is_no_gpu():
     out = ran(kernels, "--device=cpu")
-    assert out.count("chunked float32") == 2 * len(DECAYS) and "times need a GPU" in out
+    assert out.count("chunked float32") == 3 * len(DECAYS) and "times need a GPU" in out
     refused(kernels, "--only=gla-7b", says="names no layer; they are gla-340m, ")
 
 
@@ -383,29 +403,53 @@ def test_the_first_kernels_are_the_definition(decay):
 @pytest.mark.parametrize("T", (1, 2, 17))
 def test_gradients_of_steep_decays(T, dtype, interpreter):
     """Which are small themselves: at -60 each is e^-60 of the gradients of keys and queries."""
-    for decay in (-5, -10, -20, -60):
-        args = inputs("gla", 1, T, 2, 1, 20, 36, dtype=dtype, device=DEVICE, decay=decay)
-        check_against("recurrent", "gla", args, "triton")
+    for op, decay in itertools.product(("gla", "gates"), (-5, -10, -20, -60)):
+        args = inputs(op, 1, T, 2, 1, 20, 36, dtype=dtype, device=DEVICE, decay=decay)
+        check_against("recurrent", op, args, "triton")
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("decay", ("mixed", None))
-def test_chunks_of_two_blocks(decay, monkeypatch):
-    """As large layers of GLA have them on a GPU, where the scan takes a chunk in pieces."""
-    monkeypatch.setattr(kernels, "gla_chunk", lambda *sizes: (256, 128))
-    args = inputs("gla", 1, 300, 2, 1, 16, 16, device=DEVICE, decay=decay)
-    check_against("recurrent", "gla", args, "triton")
+@pytest.mark.parametrize("op,H,G", (("gla", 2, 1), ("gates", 4, 1), ("gates", 4, 2)))
+def test_chunks_of_two_blocks(op, H, G, decay, dtype, monkeypatch, interpreter):
+    """As large layers of GLA have them on a GPU, where the scan takes a chunk in pieces. (Gates
+    with shorter ones, which take the interpreter less time.)"""
+    L = 256 if op == "gla" or CUDA else 64
+    monkeypatch.setattr(kernels, "gla_chunk", lambda *sizes: (L, L // 2))
+    args = inputs(op, 1, L + 44, H, G, 16, 16, dtype=dtype, device=DEVICE, decay=decay)
+    check_against("recurrent", op, args, "triton")
+
+
+@needs_triton
+def test_gates_of_zero():
+    """The identity, where expanded models begin, is the function without gates exactly; gates
+    that are zero have gradients."""
+    q, k, v, g, gates, state = inputs("gates", 1, 40, 4, 1, 16, 16, device=DEVICE)
+    alone = [x.unflatten(3, (4, 16)).flatten(2, 3) for x in (k, g)]
+    states = torch.zeros_like(state)
+    for head in range(4):
+        states[:, head, 16 * head:16 * head + 16] = state[:, head, 16 * head:16 * head + 16]
+    blocks = torch.stack([state[:, i, 16 * i:16 * i + 16] for i in range(4)], dim=1)
+    expected, _ = gla(q, alone[0], v, alone[1], state=blocks, impl="triton")
+    o, _ = gla(q, k, v, g, state=state, gates=torch.eye(4, device=DEVICE)[None], impl="triton")
+    assert gap(o, expected) < 1e-6
+    for gates in (torch.eye(4)[None], torch.zeros(1, 4, 4)):
+        args = [q, k, v, g, gates.to(DEVICE), state]
+        assert max(value for name, value in errors("gates", args, "triton").items()
+                   if gates.any() or name == "dgates") < LIMITS[torch.float32]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("op", ("gla", "ssd"))
+@pytest.mark.parametrize("op", ("gla", "gates", "ssd"))
 def test_a_reset_keeps_documents_apart(op, impl):
     """g = -inf, or `first`: values and gradients are those of two sequences."""
-    args = [a.requires_grad_() for a in inputs(op, 2, 70, 2, 2, 5, 7, device=DEVICE)]
+    groups = 1 if op == "gates" else 2
+    args = [a.requires_grad_() for a in inputs(op, 2, 70, 2, groups, 5, 7, device=DEVICE)]
     reset = torch.arange(70, device=DEVICE).expand(2, 70) == 41
-    if op == "gla":
-        q, k, v, g, state = args
-        results = gla(q, k, v, g.masked_fill(reset[..., None, None], -math.inf), None, state, impl)
+    if op != "ssd":
+        cut = args[3].masked_fill(reset[..., None, None], -math.inf)
+        results = run(op, [*args[:3], cut, *args[4:]], impl)
     else:
         results = ssd(*args, impl=impl, first=reset)
     one, _ = run(op, between(args, 0, 41, args[-1]), "recurrent")
@@ -481,7 +525,8 @@ def test_what_the_definition_broadcasts_is_broadcast(op, shapes, impl):
     ("gla", "v", (2, 3, 4, 7)), ("gla", "g", (2, 1, 2, 5)), ("gla", "k", (2, 4, 3, 5)),
     ("gla", "state", (2, 4, 7, 5)), ("gla", "state", (3, 4, 5, 7)), ("gla", "q", (4, 4, 5)),
     ("gla", "v", (2, 4, 4, 0)), ("gla", "v", torch.ones(2, 4, 4, 7).long()), ("gla", "k", 1),
-    ("gla", "scale", torch.ones(())),
+    ("gla", "scale", torch.ones(())), ("gla", "gates", (2, 2, 2)), ("gla", "gates", (2, 3, 3)),
+    ("gla", "gates", (4, 2)), ("gla", "gates", torch.ones(2, 2, 2).long()),
     ("ssd", "A", (4, 6)), ("ssd", "C", (2, 4, 2, 5)), ("ssd", "state", (2, 4, 6, 5)),
     ("ssd", "B", (2, 4, 3, 6)), ("ssd", "D", (3,)), ("ssd", "first", torch.ones(2, 4)),
     ("ssd", "first", torch.ones(2, 5) > 0)))
@@ -493,7 +538,7 @@ def test_what_the_definition_refuses_is_refused(op, name, value, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("op", ("gla", "ssd"))
+@pytest.mark.parametrize("op", ("gla", "gates", "ssd"))
 def test_promised_dtypes(op, impl, interpreter):
     """The output is in the input's dtype, the state in float32, or float64 where an input is:
     under autocast and any default dtype too."""
@@ -515,7 +560,7 @@ def test_promised_dtypes(op, impl, interpreter):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("op", ("gla", "ssd"))
+@pytest.mark.parametrize("op", ("gla", "gates", "ssd"))
 def test_no_tokens(op, impl):
     for batch, T in ((2, 0), (0, 5)):
         args = [a.requires_grad_() for a in inputs(op, batch, T, 2, 1, 5, 6, device=DEVICE)]
@@ -526,7 +571,7 @@ def test_no_tokens(op, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("op", ("gla", "ssd"))
+@pytest.mark.parametrize("op", ("gla", "gates", "ssd"))
 def test_second_derivatives_are_right_or_an_error(op, impl):
     """Also of a gradient penalty, where the incoming gradient is a constant."""
     args = inputs(op, 1, 5, 2, 1, 2, 3, device=DEVICE)
@@ -543,7 +588,7 @@ def test_second_derivatives_are_right_or_an_error(op, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("op", ("gla", "ssd"))
+@pytest.mark.parametrize("op", ("gla", "gates", "ssd"))
 def test_activations_computed_twice(op, impl):
     """torch.utils.checkpoint gives out each saved tensor once."""
     args = [a.requires_grad_() for a in inputs(op, 1, 5, 2, 1, 2, 3, device=DEVICE)]
@@ -555,7 +600,7 @@ def test_activations_computed_twice(op, impl):
 
 
 @needs_triton
-@pytest.mark.parametrize("op,G", (("gla", 6), ("gla", 2), ("ssd", 2)))
+@pytest.mark.parametrize("op,G", (("gla", 6), ("gla", 2), ("gates", 2), ("ssd", 2)))
 def test_one_token_steps(op, G):
     """The kernel for one token, its state in and out, again and again."""
     args = inputs(op, 2, 5, 6, G, 20, 36, device=DEVICE)
