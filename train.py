@@ -77,9 +77,9 @@ PRESETS = {
     "mamba2-1.3b": SCRATCH | dict(block="mamba2", size="mamba2-1.3b", lr=5e-4, accumulate=64),
     "paper-gla": POST | dict(block="gla"),
     "paper-mamba2": POST | dict(block="mamba2"),
-    "recipe-gla": dict(block="gla", curriculum=0.6, eval_interval=100),
+    "recipe-gla": dict(block="gla", curriculum=0.4, eval_interval=100),
     "recipe-mamba2": dict(block="mamba2", tie_embeddings=True, lr=2e-2, pretrain_steps=1800,
-                          curriculum=0.6, eval_interval=100),
+                          steps=600, recall_tokens=1024, curriculum=0.6, eval_interval=100),
 }
 
 
@@ -112,13 +112,13 @@ class Options:
     # the data: text, and beside it sequences of multi-query recall (data/recall.py)
     batch_size: int = option(8, "text sequences per step, in all")
     block_size: int = option(128, "tokens per text sequence")
-    recall_tokens: int = option(1024, "tokens of recall sequences per step; 0: text alone")
+    recall_tokens: int = option(2048, "tokens of recall sequences per step; 0: text alone")
     pairs: str = option("2,4,8,16,32", "key-value pairs of a recall sequence, one of these a step")
     curriculum: float = option(0.0, "share of the steps over which these sizes join in")
     carry_state: bool = option(False, "read text in order, from the state of the slice before")
     documents: bool = option(False, "forget the state where a document ends")
     # the optimizer: AdamW, linear warm-up, cosine to 0
-    steps: int = option(600, "optimizer steps")
+    steps: int = option(800, "optimizer steps")
     lr: float = option(1e-2, "highest learning rate")
     warmup: int = option(50, "steps of linear warm-up")
     weight_decay: float = option(0.1, "of matrices")
