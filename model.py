@@ -269,8 +269,8 @@ class GLA(nn.Module):
                 self.gates.copy_(torch.eye(self.gates.shape[-1]).expand_as(self.gates))
 
     def forward(self, x, state=None, first=None):
-        """x (B,T,d_model); state: (S (B,H,K,V), the convolution's inputs) or None; first
-        (B,T) bool: a document begins here. Returns (B,T,d_model) and the new state."""
+        """x (B,T,d_model); state: (S (B,H,f K,V), the convolution's inputs) or None;
+        first (B,T) bool: a document begins here. Returns (B,T,d_model) and the new state."""
         S, before = state or (None, None)
         q = self.q_proj(x)
         k = self.k_proj(x)

@@ -81,7 +81,7 @@ class Arm:
     factor: int = 4             # 0: the family's own, as in the paper (see expand.py)
     more: dict = field(default_factory=dict)    # other arguments of expand
     start: str = "pre"          # the model that it goes on from
-    length: float = 1.0         # post-training steps over the usual number
+    length: float = 1.0         # post-training steps over the usual; 0: as many FLOPs as x16
     like: str = ""              # it takes this arm's learning rate; empty: its own
     rate: float = 1.0           # times that
     core: bool = False          # a block without it is not whole
@@ -110,7 +110,7 @@ ARMS = {
     "lpt-equal-flops": Arm(length=0, like="lpt"),       # as many FLOPs as preserve-x16
     "reinit-keys": Arm("reinit-keys", "last quarter", 0, like="reinit"),
 }
-# --phase=long: the control and the two arms that the pilot expects most of, for 100M tokens.
+# --phase=long: the control and `preserve`, for 100M tokens.
 LONG_ARMS = {
     "lpt-long": Arm(length=3, like="lpt", core=True),
     "preserve-x16-long": Arm("preserve", factor=16, length=3, like="preserve-x16", core=True),
@@ -151,7 +151,7 @@ class Options:
                           "pilot and phase zero pilot.jsonl")
     pilot: str = option(f"{HERE}/pilot.jsonl", "the pilot's lines, for the learning rates")
     minutes: float = option(9.5, "after which nothing is waited for")
-    extra: float = option(9.5, "minutes within which runs have to end that a block need not have")
+    optional_minutes: float = option(9.5, "in which runs begin and end that it need not have")
     jobs: int = option(3, "runs side by side; one takes up to 25 GB")
     speed: float = option(1.2e6, "tokens per second of all runs together, for the prediction")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: the GPU if there is one")
@@ -174,7 +174,7 @@ class Job:
     start: str = ""             # the job that it goes on from; empty: scratch
     expansion: dict | None = None       # arguments of expand
     core: bool = True
-    own_rate: bool = True       # the arm's learning rate, or the control at that of another arm
+    own_rate: bool = True       # the arm's learning rate; False: LPT at that of another arm
 
     @property
     def tokens(self):
@@ -476,7 +476,8 @@ class Block:
         return time.time() - self.begin
 
     def seconds_left(self, minutes=None):
-        return 60 * (minutes or self.options.minutes) - self.seconds()
+        minutes = self.options.minutes if minutes is None else minutes
+        return 60 * minutes - self.seconds()
 
     def run(self):
         """Run all there is time for. -> whether every core run has ended."""
@@ -525,7 +526,7 @@ class Block:
         speed = self.trained / self.seconds() if self.trained else self.options.speed
         under_way = [other for other in self.running.values() if other is not None]
         alone = job.tokens * (1 + len(under_way)) / speed
-        left = min(self.seconds_left(), self.seconds_left(self.options.extra))
+        left = min(self.seconds_left(), self.seconds_left(self.options.optional_minutes))
         return alone + 4 * SECONDS_PER_RUN < left
 
     def start_warming(self, pool):

@@ -198,7 +198,7 @@ def markdown(head, rows):
 def each_family(make, name="runs.jsonl", phases=("block",)):
     """make(family, its models) for each family that has models."""
     parts = [make(family, some) for family, some in models(name, phases).items() if some]
-    return "\n\n".join(parts) or "No runs yet."
+    return "\n\n".join(part for part in parts if part) or "No runs yet."
 
 
 def primary_table():
@@ -293,7 +293,7 @@ def gap_table():
                 rows.append([arm, cell(differences(some, "ceiling-x4", repeats_loss)),
                              cell(shares, "{:.2f}"), len(shares)])
         head = [FAMILIES[family], "ceiling - LPT, nats", "share of the way", "models"]
-        return markdown(head, rows)
+        return rows and markdown(head, rows)
     return each_family(of_family)
 
 
@@ -343,7 +343,7 @@ def verdict(more, against=0.0):
 
 
 def claims_table():
-    """The paper's claims, by its own transplant (reinit-paper) and by ours."""
+    """The paper's claims, by its own transplant and by ours."""
     def of_family(family, some):
         lpt_other = statistics.mean(values(some, "lpt", other_loss))
         in_context = MEASURES["in-context score"][0]
@@ -353,7 +353,7 @@ def claims_table():
             more = differences(some, arm, measure, control)
             if more:
                 rows.append([claim, f"{arm} - {control}", cell(more), verdict(more, against)])
-        for arm in ("reinit-paper", PRIMARY):
+        for arm in ("reinit-paper", "reinit", PRIMARY):
             row("recall up: rare repeats, loss", arm, repeats_loss)
             row("in-context learning up: in-context score", arm, in_context)
             row("text not worse (by 1 %): everything else, loss", arm, other_loss,
