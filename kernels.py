@@ -47,12 +47,12 @@ def gla(q, k, v, g, scale=None, state=None, impl="auto", gates=None):
 
     q (B,T,H,K); v (B,T,H,V); k, g (B,T,G,K), where g are log decays <= 0, -inf for a
     reset; state (B,H,K,V) or None for zeros. G divides H: head h reads the keys and
-    decays of group h // (H / G). Any dimension but T may be 1 where another argument
-    has more.
-    gates (G,f,f) or None, f = H / G: every head of a group asks with the queries of all
-    its f heads. k and g are then (B,T,G,f K), the state (B,H,f K,V): K channels for
-    each head of the group, side by side. Head i reads those of head j with gates[:,j,i]
-    times the query of head j.
+    decays of group h // (H / G). Any dimension but T and f may be 1 where another
+    argument has more.
+    gates (G,f,f) or None, f = H / G: each head may read the keys of all f heads of its
+    group. k and g are then (B,T,G,f K), the state (B,H,f K,V), K channels for each of
+    the f heads, side by side. On the channels of head j head i asks with the query of
+    head j times gates[:,j,i].
     scale multiplies q; K**-0.5 when None.
     impl: "recurrent" | "chunked" | "triton" | "auto", which is triton on a GPU that it
     supports, else chunked. float64 is chunked in place of triton.
@@ -624,9 +624,9 @@ def ssd_first(
 # with d_state 512 from 2.9 to 2.0 GB in the same 4.8 ms; tiles of 64 x 128, not 128 x
 # 256, take both scans of gla-1.3b with one head from 2.36 to 0.95 ms (3.6 in all).
 #
-# Where heads ask with gates, each of them also has scores with its own keys alone,
-# which are computed once, and mixed for all heads of its group. Only states, and what
-# meets them, have the group's f K channels.
+# With gates the scores of each head with its own keys are computed once, and a second
+# kernel mixes them into the scores of every head of the group. Only kernels that touch
+# states see the group's f K channels: there K is f K, and HX and HQ heads have queries.
 #
 #   launch             gla                           ssd
 #   decays             (in gla_scores)               ssd_decays
@@ -684,8 +684,8 @@ def sum_rows(which, x, DOT: tl.constexpr):
 
 @triton.jit
 def load_gate(gates_ptr, channel, head, K: tl.constexpr, F: tl.constexpr):
-    """The gate with which `head` reads this channel of the K that its group of F heads
-    has side by side. gates_ptr (G,F,F)"""
+    """The gate by which `head` reads this channel, one of the K that the F heads of its
+    group have side by side. gates_ptr (G,F,F)"""
     asked = channel // (K // F)
     return tl.load(gates_ptr + (head // F * F + asked) * F + head % F)
 
@@ -1209,9 +1209,9 @@ def gla_outputs(
 ):
     """o_i = S^T q_start_i + sum over j <= i in its chunk of scores_ij v_j.
 
-    With gates, o is divided by the gate of the channels at hand, and so goes on from
-    head to head by the quotient of their gates: a second sum would not fit the
-    registers. One program owns BV channels of the L tokens of one chunk of one head."""
+    With gates, o is kept divided by the gate of the head whose channels are read, and
+    rescaled where the next one's begin: a second sum would not fit the registers. A gate
+    below 1e-20 in size counts as 1e-20. One program owns BV channels of the L tokens of one chunk of one head."""
     v_block, rest = split(tl.program_id(0), V // BV)
     head, chunk, batch = split3(rest, H, n)
     i = tl.arange(0, L)
@@ -1234,7 +1234,7 @@ def gla_outputs(
             if k0 % (K // (H // HQ)) == 0:
                 before = gate
                 gate = load_gate(gates_ptr, k0, head, K, H // HQ)
-                gate = tl.where(tl.abs(gate) < 1e-20, 1e-20, gate)  # a divisor
+                gate = tl.where(tl.abs(gate) < 1e-20, 1e-20, gate)
                 o *= before / gate
         o = tl.dot(q, s, o, input_precision=DOT)
     if gates_ptr is not None:
@@ -1765,12 +1765,15 @@ def steep_limit(x):
     return 30.0 if x.dtype == torch.float32 else 90.0
 
 
+MIX_TOKENS = 16
+
+
 def mixing(f, DOT):
     """Tiles of the kernels that mix scores, with BE elements of BF heads at once. (tf32
     holds a bfloat16, and of a gate 11 bits.)"""
     BF = power_of_two(f, 16)  # the least that a matrix product takes
     BE = power_of_two((1024 if DOT else 2048) // BF, 16)
-    return dict(F=f, BT=16, BE=BE, BF=BF, DOT=DOT or "tf32")
+    return dict(F=f, BT=MIX_TOKENS, BE=BE, BF=BF, DOT=DOT or "tf32")
 
 
 def heads_beside(x, f):
@@ -1808,8 +1811,9 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R,
                 o, last, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, mixed, states):
     """T is a multiple of L; K and V multiples of 128, or powers of two from 16.
 
-    With gates every head has keys of its own here, k and g (B,T,H,K), which is the same
-    memory: only states and what meets them know of groups, with f K channels."""
+    With gates every head has keys of its own here: k and g (B,T,G,f K) are also, in the
+    same memory, (B,T,H,K). Kernels that touch states read q_start and k_end the other
+    way round, as (B,T,H/f,f K)."""
     B, T, H, K = q.shape
     G = k.shape[2]
     V = v.shape[3]
@@ -1832,7 +1836,7 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R,
         mixed = scores
     else:
         launches.mix_scores(
-            B * H // f * T // 16, scores, gates, mixed, R=R, **mixing(f, DOT), **sizes)
+            B * H // f * T // MIX_TOKENS, scores, gates, mixed, R=R, **mixing(f, DOT), **sizes)
     of_states = dict(K=f * K, V=V, DOT=DOT, **sizes)
     launches.scan(
         B * H, k_end, v, None, None, heads_beside(decay, f), state, last, states,
@@ -1887,10 +1891,10 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
     of_mixing = of_reading = None
     if gates is not None:
         tile = launches.grad_queries_keys.options["BK"]
-        of_mixing = g.new_empty(B * T // 16, *gates.shape)
+        of_mixing = g.new_empty(B * T // MIX_TOKENS, *gates.shape)
         of_reading = g.new_empty(B * T // R, G // f, f, K // tile, f)
         launches.grad_mix_scores(
-            B * H // f * T // 16, scores, gates, grad_scores, diagonal, of_mixing, R=R,
+            B * H // f * T // MIX_TOKENS, scores, gates, grad_scores, diagonal, of_mixing, R=R,
             **mixing(f, DOT), **sizes)
     launches.grad_queries_keys(
         B * G // f * T // R, do, v, states, grad_states, q_start, k_end, dq_start, dk_end,

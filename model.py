@@ -232,8 +232,8 @@ class GLA(nn.Module):
     Where n_key_head < n_head, groups of f = n_head / n_key_head neighbouring heads share
     their keys: a group has one key and one decay of f K channels, those of its f heads side
     by side. Head j of the group asks all of them, each with its own head's query and a gate:
-    its query is (m_1j q_1, ..., m_fj q_f). With m the identity, the layer is the one without
-    sharing (expand.py's `preserve` starts there)."""
+    its query is (m_1j q_1, ..., m_fj q_f), m = gates. With the identity the layer is the one
+    without sharing (expand.py's `preserve` starts there)."""
 
     def __init__(self, c, layer):
         super().__init__()

@@ -423,8 +423,8 @@ def test_chunks_of_two_blocks(op, H, G, decay, dtype, monkeypatch, interpreter):
 
 @needs_triton
 def test_gates_of_zero():
-    """The identity, where expanded models begin, is the function without gates exactly; gates
-    that are zero have gradients."""
+    """The identity, where expanded models begin, is the function without gates; gates that are
+    zero have gradients."""
     q, k, v, g, gates, state = inputs("gates", 1, 40, 4, 1, 16, 16, device=DEVICE)
     alone = [x.unflatten(3, (4, 16)).flatten(2, 3) for x in (k, g)]
     states = torch.zeros_like(state)
