@@ -1211,7 +1211,8 @@ def gla_outputs(
 
     With gates, o is kept divided by the gate of the head whose channels are read, and
     rescaled where the next one's begin: a second sum would not fit the registers. A gate
-    below 1e-20 in size counts as 1e-20. One program owns BV channels of the L tokens of one chunk of one head."""
+    below 1e-20 in size counts as 1e-20.
+    One program owns BV channels of the L tokens of one chunk of one head."""
     v_block, rest = split(tl.program_id(0), V // BV)
     head, chunk, batch = split3(rest, H, n)
     i = tl.arange(0, L)
