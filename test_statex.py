@@ -332,7 +332,9 @@ def test_triton_equals_recurrent(op, H, G, K, V, T, interpreter):
     """And the same bits twice. New memory is filled with NaN, so that an element left unwritten
     or read too early shows."""
     reference = "recurrent" if T <= 1000 else "chunked"             # a loop would take minutes
-    slow = not CUDA and (T != 64 or H == G or op == "gates")        # the interpreter is
+    if op == "gates" and T > 17 and not CUDA:
+        pytest.skip("minutes in the interpreter; test_chunks_of_two_blocks has several chunks")
+    slow = not CUDA and (T != 17 or H == G or op == "gates")        # the interpreter is
     torch.use_deterministic_algorithms(True, warn_only=True)        # fills new memory
     try:
         for seed, decay in enumerate(("mixed", None) if slow else DECAYS):
@@ -365,6 +367,8 @@ def test_triton_equals_recurrent(op, H, G, K, V, T, interpreter):
     ("gla", (300, 1, 1, 16, 16), -0.33), ("gla", (300, 1, 1, 16, 16), -0.8),
     ("gla", (300, 1, 1, 16, 16), -3.0)))
 def test_sizes_that_go_another_way(op, sizes, step, dtype, interpreter):
+    if sizes[1] == 17 and dtype == torch.bfloat16 and not CUDA:
+        pytest.skip("half a minute in the interpreter")
     args = inputs(op, 1, *sizes, dtype=dtype, device=DEVICE, decay=None if step else "mixed")
     if step:
         args[3][:, 128:256] = step
@@ -415,6 +419,8 @@ def test_gradients_of_steep_decays(T, dtype, interpreter):
 def test_chunks_of_two_blocks(op, H, G, decay, dtype, monkeypatch, interpreter):
     """As large layers of GLA have them on a GPU, where the scan takes a chunk in pieces. (Gates
     with shorter ones, which take the interpreter less time.)"""
+    if op == "gates" and not CUDA and (G == 1 or dtype == torch.bfloat16):
+        pytest.skip("half a minute in the interpreter")
     L = 256 if op == "gla" or CUDA else 64
     monkeypatch.setattr(kernels, "gla_chunk", lambda *sizes: (L, L // 2))
     args = inputs(op, 1, L + 44, H, G, 16, 16, dtype=dtype, device=DEVICE, decay=decay)
