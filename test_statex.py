@@ -325,9 +325,9 @@ def test_chunked_equals_recurrent(op, H, G, K, V, T):
 
 
 @needs_triton
-@pytest.mark.parametrize("T", (1, 17, 64, 200) + ((1000, 8192, 65536) if CUDA else ()))
+@pytest.mark.parametrize("T", (1, 17, 200) + ((64, 1000, 8192, 65536) if CUDA else ()))
 @pytest.mark.parametrize("op,H,G,K,V", (
-    ("gla", 2, 2, 20, 36), ("gla", 2, 1, 20, 36), ("gates", 4, 2, 20, 36), ("ssd", 4, 2, 20, 36)))
+    ("gla", 2, 2, 20, 36), ("gla", 2, 1, 20, 36), ("gates", 2, 1, 20, 36), ("ssd", 4, 2, 20, 36)))
 def test_triton_equals_recurrent(op, H, G, K, V, T, interpreter):
     """And the same bits twice. New memory is filled with NaN, so that an element left unwritten
     or read too early shows."""
@@ -431,16 +431,16 @@ def test_chunks_of_two_blocks(op, H, G, decay, dtype, monkeypatch, interpreter):
 def test_gates_of_zero():
     """The identity, where expanded models begin, is the function without gates; gates that are
     zero have gradients."""
-    q, k, v, g, gates, state = inputs("gates", 1, 40, 4, 1, 16, 16, device=DEVICE)
-    alone = [x.unflatten(3, (4, 16)).flatten(2, 3) for x in (k, g)]
+    q, k, v, g, gates, state = inputs("gates", 1, 20, 2, 1, 16, 16, device=DEVICE)
+    alone = [x.unflatten(3, (2, 16)).flatten(2, 3) for x in (k, g)]
     states = torch.zeros_like(state)
-    for head in range(4):
+    for head in range(2):
         states[:, head, 16 * head:16 * head + 16] = state[:, head, 16 * head:16 * head + 16]
-    blocks = torch.stack([state[:, i, 16 * i:16 * i + 16] for i in range(4)], dim=1)
+    blocks = torch.stack([state[:, i, 16 * i:16 * i + 16] for i in range(2)], dim=1)
     expected, _ = gla(q, alone[0], v, alone[1], state=blocks, impl="triton")
-    o, _ = gla(q, k, v, g, state=state, gates=torch.eye(4, device=DEVICE)[None], impl="triton")
+    o, _ = gla(q, k, v, g, state=state, gates=torch.eye(2, device=DEVICE)[None], impl="triton")
     assert gap(o, expected) < 1e-6
-    for gates in (torch.eye(4)[None], torch.zeros(1, 4, 4)):
+    for gates in (torch.eye(2)[None], torch.zeros(1, 2, 2)):
         args = [q, k, v, g, gates.to(DEVICE), state]
         assert max(value for name, value in errors("gates", args, "triton").items()
                    if gates.any() or name == "dgates") < LIMITS[torch.float32]
@@ -2868,7 +2868,8 @@ def test_the_plan_has_every_arm_and_the_control_at_every_rate(tmp_path):
     lines = [{"family": "gla", "phase": "pilot", "start": "pre", "seed": seed, "arm": arm, "lr": lr,
               "loss": abs(lr - (4e-3 if arm == "reinit" else 1e-3))}
              for seed in (100, 101) for arm in block_script.TUNED for lr in (1e-3, 2e-3, 4e-3)]
-    lines.append(lines[-1] | {"arm": "lpt", "lr": 3e-3, "loss": -1.0})      # one model tried it
+    # a rate that one model tried is compared on that model
+    lines.append(lines[0] | {"arm": "lpt", "lr": 3e-3, "loss": 2e-3})
     fill(tmp_path, {"pilot.jsonl": "".join(json.dumps(line) + "\n" for line in lines)})
     jobs = block_script.plan(block_script.Options(pilot=f"{tmp_path}/pilot.jsonl"))
     assert [(job.name, job.own_rate) for job in jobs if job.arm == "lpt"] == [
