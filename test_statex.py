@@ -2414,6 +2414,19 @@ def test_resume_knows_its_corpus(corpus, tmp_path):
     ran(train_script, *resume, f"--data={tmp_path}/c")              # given on purpose
 
 
+def test_train_stops_at_a_step_and_goes_on_from_python(tmp_path):
+    tokens = np.random.default_rng(0).integers(61, size=2000).astype(np.uint16)
+    corpus = tokens, tokens[:200], {"tokenizer": ""}
+    options = train_script.Options(block_size=16, batch_size=2, recall_tokens=0, steps=6,
+                                   device="cpu", ckpt="x", out_dir=str(tmp_path))
+    whole, half = small("gla"), small("gla")
+    train_script.train(whole, options, corpus)
+    assert train_script.train(half, options, corpus, until=2)["tokens"] == 2 * 2 * 16
+    half, resume = load_checkpoint(f"{tmp_path}/ckpt.pt")
+    train_script.train(half, options, corpus, resume)
+    assert same_weights(whole, half)
+
+
 def test_a_run_goes_on_in_any_number_of_passes(corpus, tmp_path):
     """Carried states are cut anew; activations may be computed twice."""
     args = [f"--data={corpus}", "--ckpt=scratch", "--steps=10", *TINY, "--carry_state"]

@@ -607,15 +607,15 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 class Log:
     """log.jsonl, and on request TensorBoard; a progress bar in a terminal, lines elsewhere."""
 
-    def __init__(self, run):
+    def __init__(self, run, until):
         options = run.options
         first = run.processes.first
         self.run = run
         path = f"{options.out_dir}/log.jsonl" if first else os.devnull
         self.file = open(path, "a", buffering=1)
         self.board = tensorboard(options.out_dir) if options.tensorboard and first else None
-        self.every = max(1, options.steps // 8)
-        self.bar = tqdm(total=options.steps, initial=run.step, desc=options.name, unit="step",
+        self.every = max(1, until // 8)
+        self.bar = tqdm(total=until, initial=run.step, desc=options.name, unit="step",
                         mininterval=1, dynamic_ncols=True,
                         disable=not first or not sys.stderr.isatty())
         peaks = [f for card, f in PEAK.items()
@@ -674,18 +674,19 @@ def tensorboard(folder):
 # the loop
 
 
-def train(lm, options, corpus, resume=None, processes=Processes(), stop=None):
-    """Train lm in place. resume: the "train" entry of the checkpoint to go on from. Saves
-    out_dir/NAME.pt. Returns {"tokens", "tokens_per_s",
+def train(lm, options, corpus, resume=None, until=None, processes=Processes(), stop=None):
+    """Train lm in place, to the end or to step `until`. resume: the "train" entry of the
+    checkpoint to go on from. Saves out_dir/NAME.pt. Returns {"tokens", "tokens_per_s",
     "val_loss", "recall_loss", "peak_mem_mib", "evaluations"}. Raises BadInput."""
     corpus = prepare.Corpus(*corpus)
     run = start_run(lm, options, corpus, processes, stop or Stop())
     if resume:
         restore(run, resume)
-    log = Log(run)
+    until = until or options.steps
+    log = Log(run, until)
     if run.cuda:
         torch.cuda.reset_peak_memory_stats()
-    while run.step < options.steps:
+    while run.step < until:
         begin = time.time()
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(options, run.step)
@@ -702,11 +703,11 @@ def train(lm, options, corpus, resume=None, processes=Processes(), stop=None):
         run.seconds += run.recent[-1][1]
         run.stop.agreed = bool(stopping)
         log.show(text_loss, recall_loss)
-        if run.step % 10 == 0 or run.step == options.steps:
+        if run.step % 10 == 0 or run.step == until:
             rate, mfu = log.speed()
             log.write(loss=text_loss, recall_loss=recall_loss, grad_norm=norm,
                       lr=learning_rate(options, run.step - 1), tokens_per_s=round(rate), **mfu)
-        if run.step % options.eval_interval == 0 or run.step == options.steps:
+        if run.step % options.eval_interval == 0 or run.step == until:
             evaluate(run)
             log.write(val_loss=run.evaluations[-1][1], val_recall_loss=run.evaluations[-1][2],
                       peak_mem_mib=peak_memory(run.cuda))
@@ -964,7 +965,7 @@ def recipe(options, processes, stop):
         of_phase = replace(options, name=name, **changes)
         held_lm, held = held_run(of_phase, corpus.meta)
         lm = held_lm if held else lm
-        trained = train(lm, of_phase, corpus, held, processes, stop)
+        trained = train(lm, of_phase, corpus, held, None, processes, stop)
         return lm, report(lm, trained, of_phase, corpus, tokenizer)
 
     results = {}
