@@ -83,7 +83,7 @@ class Arm:
     start: str = "pre"          # the model that it goes on from
     length: float = 1.0         # post-training steps over the usual; 0: as many FLOPs as x16
     like: str = ""              # it takes this arm's learning rate; empty: its own
-    rate: float = 1.0           # times that
+    rate: float = 1.0           # its learning rate over that one
     core: bool = False          # a block without it is not whole
     family: str = ""            # the only one; empty: both
 
@@ -151,7 +151,7 @@ class Options:
                           "pilot and phase zero pilot.jsonl")
     pilot: str = option(f"{HERE}/pilot.jsonl", "the pilot's lines, for the learning rates")
     minutes: float = option(9.5, "after which nothing is waited for")
-    optional_minutes: float = option(9.5, "in which runs begin and end that it need not have")
+    optional_minutes: float = option(9.5, "for the runs that a block need not have, from the start")
     jobs: int = option(3, "runs side by side; one takes up to 25 GB")
     speed: float = option(1.2e6, "tokens per second of all runs together, for the prediction")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: the GPU if there is one")
@@ -196,7 +196,7 @@ def plan(options):
         if options.seed % 2 == 0:           # phase zero is in every second pilot
             starts = starts[:1]
         return starts + [arm_job(name, ARMS[name], lr, options, PILOT_LENGTH)
-                       for lr in RATES for name in TUNED]
+                         for lr in RATES for name in TUNED]
     arms = LONG_ARMS if options.phase == "long" else ARMS
     arms = {name: arm for name, arm in arms.items() if arm.family in ("", options.family)}
     chosen = chosen_rates(options)

@@ -293,7 +293,7 @@ def gap_table():
                 rows.append([arm, cell(differences(some, "ceiling-x4", repeats_loss)),
                              cell(shares, "{:.2f}"), len(shares)])
         head = [FAMILIES[family], "ceiling - LPT, nats", "share of the way", "models"]
-        return rows and markdown(head, rows)
+        return markdown(head, rows) if rows else ""
     return each_family(of_family)
 
 
