@@ -152,7 +152,9 @@ class Options:
     pilot: str = option(f"{HERE}/pilot.jsonl", "the pilot's lines, for the learning rates")
     minutes: float = option(9.5, "after which nothing is waited for")
     optional_minutes: float = option(9.5, "for the runs that a block need not have, from the start")
-    jobs: int = option(3, "runs side by side; one takes up to 25 GB")
+    optional: str = option("", "which of the runs that a block need not have, in this order, such "
+                               "as ceiling-x4,reinit-paper; empty: all")
+    jobs: int = option(3, "runs side by side; one takes up to 28 GB")
     speed: float = option(1.2e6, "tokens per second of all runs together, for the prediction")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: the GPU if there is one")
     share: float = option(1.0, "of all steps, to try it in less time")
@@ -199,6 +201,8 @@ def plan(options):
                          for lr in RATES for name in TUNED]
     arms = LONG_ARMS if options.phase == "long" else ARMS
     arms = {name: arm for name, arm in arms.items() if arm.family in ("", options.family)}
+    if options.optional:
+        arms = {name: arm for name, arm in arms.items() if arm.core} | named(options, arms)
     chosen = chosen_rates(options)
     rates = {name: arm.rate * chosen[arm.like or name] for name, arm in arms.items()}
     jobs = []
@@ -212,6 +216,16 @@ def plan(options):
         jobs[at:at] = [replace(arm_job("lpt", ARMS["lpt"], lr, options), own_rate=False)
                        for lr in sorted(others)]
     return jobs
+
+
+def named(options, arms):
+    """{name: arm} of --optional. Raises BadInput."""
+    names = options.optional.split(",")
+    for name in names:
+        if name not in arms or arms[name].core:
+            can = ", ".join(other for other, arm in arms.items() if not arm.core)
+            raise BadInput(f"--optional={options.optional}: {name!r} is not one of {can}")
+    return {name: arms[name] for name in names}
 
 
 def pre_job(name, options):
