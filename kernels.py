@@ -359,6 +359,9 @@ def ssd_recurrent(x, dt, A, B, C, D, state, first):
 # exp(FORGOTTEN) is 0 even in float64. Larger decays are cut off there, so that a sum
 # over several tokens stays finite, and keeps the small decays of the others.
 FORGOTTEN = -1000.0
+# Where a channel decays by more than exp(-STEEP) in a chunk, sums are taken in another
+# order, four times slower, which keeps float32's digits whatever the decay is.
+STEEP = 30.0
 
 
 def halves(x):
@@ -371,15 +374,9 @@ def merge(x):
     return x.unflatten(2, (-1, 2)).transpose(3, 4).flatten(4, 5)
 
 
-def gla_chunked(q, k, v, g, scale, state, L=32):
+def gla_chunked(q, k, v, g, scale, state, L=16):
     """In a chunk of L tokens, o_i sums q_i . k_j exp(g_{j+1} + ... + g_i) v_j over j <=
     i, with a decay of its own for every channel.
-
-    Blocks of 1, 2, 4, ... L tokens are merged in pairs. When two neighbours merge, the
-    queries of the right one (1) meet the keys of the left one (0), and the decay
-    between them splits at the seam: from key j to the end of the left block (`after`),
-    and from the start of the right block to query i (`upto`). Both are sums of g over
-    part of one block, so both are <= 0, and exact however large the decay elsewhere is.
     """
     q, k, v, g, S = widen(q, k, v, g, state)
     batch, T, H, K = q.shape
@@ -394,7 +391,54 @@ def gla_chunked(q, k, v, g, scale, state, L=32):
         x = F.pad(x, (0, 0, 0, 0, 0, n * L - T))
         return x.unflatten(2, (G, -1)).transpose(1, 2).unsqueeze(-2)
 
-    q, k, v, upto = blocks(q * scale), blocks(k), blocks(v), blocks(g.clamp_min(FORGOTTEN))
+    q, k, v, g = blocks(q * scale), blocks(k), blocks(v), blocks(g.clamp_min(FORGOTTEN))
+    steep = bool((g.unflatten(2, (n, L)).sum(3) < -STEEP).any())
+    inside = gla_inside_steep if steep else gla_inside
+    o, v, q_start, k_end, decay = inside(q, k, v, g, L)
+
+    # what a chunk adds to its group's states, (B,G,n,K,heads V), and leaves of them
+    writes = k_end.mT @ v.transpose(3, 4).flatten(4, 5)
+    if S is None:
+        S = q.new_zeros(batch, G, K, H // G * V)
+    else:
+        S = S.unflatten(1, (G, -1)).transpose(2, 3).flatten(3, 4)
+    before = []
+    for chunk in range(n):
+        before.append(S.unflatten(3, (-1, V)).transpose(2, 3))
+        S = decay[:, :, chunk] * S + writes[:, :, chunk]
+    o = o + q_start @ torch.stack(before, dim=2)
+    o = o.transpose(3, 4).flatten(2, 3)[:, :, :T].transpose(1, 2).flatten(2, 3)
+    return o, S.unflatten(3, (-1, V)).transpose(2, 3).flatten(1, 2)
+
+
+def gla_inside(q, k, v, g, L):
+    """What the tokens of a chunk read from each other, in one product: the decay between
+    key j and query i is exp(g_1 + ... + g_i) exp(-g_1 - ... - g_j).
+
+    Arguments (B,G,T',heads,1,D). Returns o and v (B,G,n,heads,L,V), the queries with the
+    decay since the chunk began (B,G,n,heads,L,K), the keys with that to its end
+    (B,G,n,L,K), and the decay of whole chunks (B,G,n,K,1)."""
+    q, k, v, g = (x.unflatten(2, (-1, L)).squeeze(5).transpose(3, 4) for x in (q, k, v, g))
+    k = k.squeeze(3)
+    upto = g.squeeze(3).cumsum(-2)
+    q_start = q * upto.exp().unsqueeze(3)
+    # the queries of a group's heads are rows of one product with its keys
+    scores = q_start.flatten(3, 4) @ (k * (-upto).exp()).mT
+    o = scores.unflatten(3, (-1, L)).tril() @ v
+    total = upto[..., -1:, :]
+    return o, v, q_start, k * (total - upto).exp(), total.mT.exp()
+
+
+def gla_inside_steep(q, k, v, g, L):
+    """As gla_inside, where the second of its factors could overflow.
+
+    Blocks of 1, 2, 4, ... L tokens are merged in pairs. When two neighbours merge, the
+    queries of the right one (1) meet the keys of the left one (0), and the decay
+    between them splits at the seam: from key j to the end of the left block (`after`),
+    and from the start of the right block to query i (`upto`). Both are sums of g over
+    part of one block, so both are <= 0, and exact however large the decay elsewhere is.
+    """
+    upto = g
     after = torch.zeros_like(upto)
     o = (q * k).sum(-1, keepdim=True) * v
     for _ in range(L.bit_length() - 1):
@@ -404,30 +448,14 @@ def gla_chunked(q, k, v, g, scale, state, L=32):
         o0, o1 = halves(o)
         upto0, upto1 = halves(upto)
         after0, after1 = halves(after)
-        # the queries of a group's heads are rows of one product with its keys
         rows = (q1 * upto1.exp()).flatten(3, 4)
         scores = rows @ (k0 * after0.exp()).squeeze(3).mT
         o = torch.cat((o0, o1 + scores.view(*o1.shape[:-1], -1) @ v0), dim=-2)
         upto = torch.cat((upto0, upto1 + upto0[..., -1:, :]), dim=-2)
         after = torch.cat((after0 + upto1[..., -1:, :], after1), dim=-2)
         q, k, v = merge(q), merge(k), merge(v)
-
-    # what a chunk adds to its group's states, (B,G,n,K,heads V), and leaves of them
-    q = q * upto.exp()
-    values = v.transpose(3, 4).flatten(4, 5)
-    writes = (k * after.exp()).squeeze(3).mT @ values
     decay = upto.squeeze(3)[..., -1, :, None].exp()
-    if S is None:
-        S = q.new_zeros(batch, G, K, H // G * V)
-    else:
-        S = S.unflatten(1, (G, -1)).transpose(2, 3).flatten(3, 4)
-    before = []
-    for chunk in range(n):
-        before.append(S.unflatten(3, (-1, V)).transpose(2, 3))
-        S = decay[:, :, chunk] * S + writes[:, :, chunk]
-    o = o + q @ torch.stack(before, dim=2)
-    o = o.transpose(3, 4).flatten(2, 3)[:, :, :T].transpose(1, 2).flatten(2, 3)
-    return o, S.unflatten(3, (-1, V)).transpose(2, 3).flatten(1, 2)
+    return o, v, q * upto.exp(), (k * after.exp()).squeeze(3), decay
 
 
 def ssd_chunked(x, dt, A, B, C, D, state, first, L=64):

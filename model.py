@@ -399,10 +399,10 @@ class Mamba2Block(nn.Module):
 
 
 def slice_loss(logits, targets, count):
-    """logits (rows,vocab_size), targets (rows,1) -> the summed cross-entropy, and the
-    gradient in the logits of that sum over `count`."""
+    """logits (rows,vocab_size), which may be overwritten, targets (rows,1) -> the summed
+    cross-entropy, and the gradient in the logits of that sum over `count`."""
     p = at_least_float32(logits)
-    p = p - p.amax(1, keepdim=True)
+    p = p.sub_(p.amax(1, keepdim=True))     # in place: fresh memory costs a CPU more than this
     right = p.gather(1, targets)
     p = p.exp_()
     z = p.sum(1, keepdim=True)
