@@ -392,7 +392,8 @@ def gla_chunked(q, k, v, g, scale, state, L=16):
         return x.unflatten(2, (G, -1)).transpose(1, 2).unsqueeze(-2)
 
     q, k, v, g = blocks(q * scale), blocks(k), blocks(v), blocks(g.clamp_min(FORGOTTEN))
-    steep = bool((g.unflatten(2, (n, L)).sum(3) < -STEEP).any())
+    steep = torch.compiler.is_compiling() or g.is_meta      # no values to look at
+    steep = steep or bool((g.unflatten(2, (n, L)).sum(3) < -STEEP).any())
     inside = gla_inside_steep if steep else gla_inside
     o, v, q_start, k_end, decay = inside(q, k, v, g, L)
 
@@ -419,14 +420,18 @@ def gla_inside(q, k, v, g, L):
     decay since the chunk began (B,G,n,heads,L,K), the keys with that to its end
     (B,G,n,L,K), and the decay of whole chunks (B,G,n,K,1)."""
     q, k, v, g = (x.unflatten(2, (-1, L)).squeeze(5).transpose(3, 4) for x in (q, k, v, g))
+    # A token's own key has no decay: neither here, nor below in `after` is there one that
+    # cancels, for gradients that cancel leave rounding errors larger than the true ones.
+    o = (q * k).sum(-1, keepdim=True) * v
     k = k.squeeze(3)
-    upto = g.squeeze(3).cumsum(-2)
+    g = g.squeeze(3)
+    upto = g.cumsum(-2)
+    after = F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
     q_start = q * upto.exp().unsqueeze(3)
     # the queries of a group's heads are rows of one product with its keys
     scores = q_start.flatten(3, 4) @ (k * (-upto).exp()).mT
-    o = scores.unflatten(3, (-1, L)).tril() @ v
-    total = upto[..., -1:, :]
-    return o, v, q_start, k * (total - upto).exp(), total.mT.exp()
+    o = o + scores.unflatten(3, (-1, L)).tril(-1) @ v
+    return o, v, q_start, k * after.exp(), upto[..., -1, :, None].exp()
 
 
 def gla_inside_steep(q, k, v, g, L):

@@ -324,6 +324,18 @@ def test_chunked_equals_recurrent(op, H, G, K, V, T):
         assert max(found.values()) < 1e-9, (decay, found)
 
 
+@pytest.mark.parametrize("op", ("gla", "gates"))
+def test_chunked_on_both_sides_of_steep(op):
+    """float32's digits, of small gradients too, where a chunk decays by nearly exp(-STEEP) and by
+    more, at one token or at all alike."""
+    for T, share in itertools.product((1, 2, 16, 33), (0.99, 1.01)):
+        for tokens in (min(T, 16), 1):
+            args = inputs(op, 1, T, 2, 1, 5, 7, decay=0)
+            args[3][:, -tokens:] = -share * kernels.STEEP / tokens
+            found = errors(op, args, "chunked")
+            assert max(found.values()) < 3e-6, (T, share, tokens, found)
+
+
 @needs_triton
 @pytest.mark.parametrize("T", (1, 17, 200) + ((64, 1000, 8192, 65536) if CUDA else ()))
 @pytest.mark.parametrize("op,H,G,K,V", (

@@ -322,7 +322,8 @@ def start_run(lm, options, corpus, processes, stop):
         register_fsdp_forward_method(lm, "features")        # scores call it, not forward
     elif processes.size > 1:
         device_ids = [processes.local] if cuda else None
-        model = torch.nn.parallel.DistributedDataParallel(lm, device_ids=device_ids)
+        model = torch.nn.parallel.DistributedDataParallel(
+            lm, device_ids=device_ids, gradient_as_bucket_view=True)    # one copy less
     run = Run(lm, model, make_optimizer(lm, options), options, corpus, processes, stop)
     run.carried = [None] * passes(options, processes)
     if options.documents:
