@@ -2904,6 +2904,17 @@ def test_the_plan_has_every_arm_and_the_control_at_every_rate(tmp_path):
     assert {job.training["lr"] for job in jobs if job.arm == "reinit"} == {4e-3}
 
 
+def test_a_plan_of_the_optional_runs_that_were_named():
+    """In that order, what they start from before them; a block's core is there in any case."""
+    jobs = block_script.plan(block_script.Options(optional="ceiling-x4,lpt-quarter"))
+    assert [job.arm for job in jobs if not job.core] == ["pre-x4", "ceiling-x4", "lpt-quarter"]
+    assert {job.arm for job in jobs if job.core} == {
+        "pre", *(name for name, arm in block_script.ARMS.items() if arm.core)}
+    for names in ("ceiling", "lpt", "groups-x4"):       # unknown, core, of the other family
+        with pytest.raises(BadInput, match="is not one of lpt-quarter"):
+            block_script.plan(block_script.Options(optional=names))
+
+
 def test_the_pilot_goes_on_where_the_best_rate_is_at_an_end():
     options = block_script.Options(phase="pilot")
     job = next(job for job in block_script.plan(options) if job.arm == "lpt")

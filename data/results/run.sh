@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The commands that made the runs in this folder. Each part can be run by itself:
-#     bash data/results/run.sh corpus|pilot|blocks|long|recipe|speed|tables
-# pilot, blocks and long want four GPUs; each of their rounds takes at most ten minutes.
+#     bash data/results/run.sh corpus|pilot|blocks|long|recipe|speed|gpus|tables
+# pilot, blocks, long and gpus want four GPUs; each of their rounds takes at most ten minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -47,12 +47,28 @@ speed() {
         --models=gla-1.3b,gla-1.3b-expanded,gla-1.3b-preserve,mamba2-1.3b,mamba2-1.3b-expanded
 }
 
+# Arguments: a preset, the number of GPUs, more options of train.py.
+train_on() {
+    local preset=$1 n=$2
+    shift 2
+    torchrun --nproc_per_node="$n" train.py --ckpt=scratch --preset="$preset" --accumulate=1 \
+        --batch_size=$((16 * n)) --data=data/packages --vocab_size=32000 --steps=40 \
+        --out_dir="out/gpus-$preset-$n$*" "$@"
+}
+
+gpus() {
+    for preset in gla-340m mamba2-370m; do
+        for n in 1 2 4; do train_on $preset $n; done
+        train_on $preset 4 --shard
+    done
+}
+
 tables() { python data/results/tables.py; }
 
 case "${1:-}" in
-    corpus | pilot | blocks | long | recipe | speed | tables) "$1" ;;
+    corpus | pilot | blocks | long | recipe | speed | gpus | tables) "$1" ;;
     *)
-        echo "run.sh: name a part: corpus, pilot, blocks, long, recipe, speed or tables" >&2
+        echo "run.sh: name a part: corpus, pilot, blocks, long, recipe, speed, gpus or tables" >&2
         exit 2
         ;;
 esac
