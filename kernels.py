@@ -723,6 +723,16 @@ def load_gate(gates_ptr, channel, head, K: tl.constexpr, F: tl.constexpr):
     return tl.load(gates_ptr + (head // F * F + asked) * F + head % F)
 
 
+@triton.jit
+def load_decay(decay_ptr, chunk, k, K: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    """log2 of a chunk's decay: (BK,1) where every channel k has its own, else a number."""
+    if PER_CHANNEL:
+        decay = tl.load(decay_ptr + chunk * K + k)[:, None]
+    else:
+        decay = tl.load(decay_ptr + chunk)
+    return decay
+
+
 # What scan_states adds up:
 #
 #                  x        y   weight         S (K x V)
@@ -748,9 +758,8 @@ def scan_states(
 ):
     """S = decay_c S + sum of weight_t x_t y_t^T over chunk c, chunk after chunk. dS
     obeys the same equation from the last chunk to the first: REVERSE. Stored are S
-    before, and dS after every chunk.
-    One program owns BK x BV elements of one head's S, in registers from end to end, and
-    adds a piece of R tokens at a time."""
+    before, and dS after every chunk. One program owns BK x BV elements of one head's S,
+    in registers from end to end, and adds a piece of R tokens at a time."""
     k_block, rest = split(tl.program_id(0), K // BK)
     v_block, head, batch = split3(rest, V // BV, H)
     i = tl.arange(0, R)
@@ -778,25 +787,20 @@ def scan_states(
         if entering:
             tl.store(states_ptr + chunk * K * V + mine, state.to(states_ptr.dtype.element_ty))
 
-        # x comes in transposed, (BK, R)
         token = piece.to(tl.int64) * R
-        x = tl.load(x_ptr + token * HX * K + (i[None, :] * (HX * K) + k[:, None]))
+        x = tl.load(x_ptr + token * HX * K + (i[None, :] * (HX * K) + k[:, None]))  # (BK,R)
         y = tl.load(y_ptr + token * HY * V + (i[:, None] * (HY * V) + v[None, :]))
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + token + i)
             x = (x.to(tl.float32) * weight[None, :]).to(y.dtype)
 
         # Forget once, on entering the chunk: x or weight has the decays inside it.
-        if PER_CHANNEL:
-            decay = tl.load(decay_ptr + (decay_head + chunk) * K + k)[:, None]
-        else:
-            decay = tl.load(decay_ptr + decay_head + chunk)
+        decay = load_decay(decay_ptr, decay_head + chunk, k, K, PER_CHANNEL)
         state *= tl.exp2(tl.where(entering, decay, 0.0))
         if gates_ptr is not None:
             state += gate * tl.dot(x, y, input_precision=DOT)
         else:
             state = tl.dot(x, y, state, input_precision=DOT)
-
     if last_ptr is not None:
         tl.store(last_ptr + (batch * H + head) * K * V + mine, state)
 
@@ -1421,6 +1425,28 @@ def store_queries(
     return around
 
 
+@triton.jit
+def through_states(
+    do_ptr, v_ptr, states_ptr, grad_states_ptr, k, dk, state_pairs,
+    H: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+):
+    """A head's dq, and its group's dk and state_pairs with what the head adds."""
+    at_v = tl.arange(0, R)[:, None] * (H * V)
+    dq = tl.zeros(dk.shape, tl.float32)
+    for v0 in range(0, V, BV):
+        channel = v0 + tl.arange(0, BV)[None, :]
+        s = tl.load(states_ptr + (k[:, None] * V + channel))
+        ds = tl.load(grad_states_ptr + (k[:, None] * V + channel))
+        do = tl.load(do_ptr + (at_v + channel))
+        v = tl.load(v_ptr + (at_v + channel))
+        dq = tl.dot(do, tl.trans(s), dq, input_precision=DOT)
+        dk = tl.dot(v, tl.trans(ds), dk, input_precision=DOT)
+        state_pairs += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
+        dq = waited_for(dq)
+        dk = waited_for(dk)
+    return dq, dk, state_pairs
+
+
 @chunk_kernel
 def gla_grad_queries_keys(
     do_ptr, v_ptr,                # (B,T,H,V)
@@ -1448,10 +1474,8 @@ def gla_grad_queries_keys(
     of_group = (token * G + group) * K
     k_end_ptr += of_group
     dk_end_ptr += of_group
-    at_v = i[:, None] * (H * V)
     at_q = i[:, None] * (H * K) + k[None, :]
     at_k = i[:, None] * (G * K) + k[None, :]
-    dtype = dk_end_ptr.dtype.element_ty
     dk = tl.zeros((R, BK), tl.float32)
     dq_sum = tl.zeros((R, BK), tl.float32)
     state_pairs = tl.zeros((BK,), tl.float32)
@@ -1459,21 +1483,10 @@ def gla_grad_queries_keys(
     for head_of_group in range(H // G):
         head = group * (H // G) + head_of_group
         row = token * H + head
-        do_head = do_ptr + row * V
-        v_head = v_ptr + row * V
         of_head = ((batch * H + head) * n + chunk) * K * V
-        dq = tl.zeros((R, BK), tl.float32)
-        for v0 in range(0, V, BV):
-            channel = v0 + tl.arange(0, BV)[None, :]
-            s = tl.load(states_ptr + of_head + (k[:, None] * V + channel))
-            ds = tl.load(grad_states_ptr + of_head + (k[:, None] * V + channel))
-            do = tl.load(do_head + (at_v + channel))
-            v = tl.load(v_head + (at_v + channel))
-            dq = tl.dot(do, tl.trans(s), dq, input_precision=DOT)
-            dk = tl.dot(v, tl.trans(ds), dk, input_precision=DOT)
-            state_pairs += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
-            dq = waited_for(dq)
-            dk = waited_for(dk)
+        dq, dk, state_pairs = through_states(
+            do_ptr + row * V, v_ptr + row * V, states_ptr + of_head, grad_states_ptr + of_head,
+            k, dk, state_pairs, H, V, R, BV, DOT)
         if gates_ptr is not None:
             gate = load_gate(gates_ptr, k_block * BK, head, K, H // G)
             dgate = tl.sum(tl.load(q_start_ptr + of_group + at_k).to(tl.float32) * dq)
@@ -1485,7 +1498,7 @@ def gla_grad_queries_keys(
     if gates_ptr is not None:
         around = store_queries(
             dq_sum, dq_start_ptr, q_start_ptr, of_group, at_k, around, block, L, R)
-    tl.store(dk_end_ptr + at_k, dk.to(dtype))
+    tl.store(dk_end_ptr + at_k, dk.to(dk_end_ptr.dtype.element_ty))
     if block % (L // R) == 0:
         tl.store(state_pairs_ptr + ((batch * G + group) * n + chunk) * K + k, state_pairs)
     if L > R:
