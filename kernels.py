@@ -356,11 +356,13 @@ def ssd_recurrent(x, dt, A, B, C, D, state, first):
 # chunked: matrix products inside chunks, one state handed from chunk to chunk
 
 
-# exp(FORGOTTEN) is 0 even in float64. Larger decays are cut off there, so that a sum
-# over several tokens stays finite, and keeps the small decays of the others.
+# exp(FORGOTTEN) is 0 even in float64. g below it is raised to it, so that sums stay
+# finite, and in float64 (ssd) still tell the small decays beside it.
 FORGOTTEN = -1000.0
-# Where a channel decays by more than exp(-STEEP) in a chunk, sums are taken in another
-# order, four times slower, which keeps float32's digits whatever the decay is.
+# gla_inside multiplies keys by exp(-c), where c is the running sum of g in a chunk. Where
+# that would be more than exp(STEEP) anywhere, the whole call goes through
+# gla_inside_steep, four times slower, which never forms it. (float32 overflows at
+# exp(88), but near c = -30 the rounding of c is 1e-6 already.)
 STEEP = 30.0
 
 
@@ -375,8 +377,9 @@ def merge(x):
 
 
 def gla_chunked(q, k, v, g, scale, state, L=16):
-    """In a chunk of L tokens, o_i sums q_i . k_j exp(g_{j+1} + ... + g_i) v_j over j <=
-    i, with a decay of its own for every channel.
+    """In a chunk of L tokens (a power of two) o_i is the sum over j <= i of
+    ((q_i * exp(g_{j+1} + ... + g_i)) . k_j) v_j, and what q_i * exp(g_1 + ... + g_i)
+    reads from the state before the chunk. There are n chunks, of T' = n L tokens.
     """
     q, k, v, g, S = widen(q, k, v, g, state)
     batch, T, H, K = q.shape
@@ -386,7 +389,7 @@ def gla_chunked(q, k, v, g, scale, state, L=16):
     n = -(-T // L)
 
     def blocks(x):
-        """(B,T,G or H,D) -> (B,G,T',1 or H/G,1,D), T' the tokens of n whole chunks. The
+        """(B,T,G or H,D) -> (B,G,T',heads,1,D), heads = H/G of a group, for k and g 1. The
         padding has k = v = 0 and g = 0, which leaves the state alone."""
         x = F.pad(x, (0, 0, 0, 0, 0, n * L - T))
         return x.unflatten(2, (G, -1)).transpose(1, 2).unsqueeze(-2)
@@ -394,10 +397,10 @@ def gla_chunked(q, k, v, g, scale, state, L=16):
     q, k, v, g = blocks(q * scale), blocks(k), blocks(v), blocks(g.clamp_min(FORGOTTEN))
     steep = torch.compiler.is_compiling() or g.is_meta      # no values to look at
     steep = steep or bool((g.unflatten(2, (n, L)).sum(3) < -STEEP).any())
-    inside = gla_inside_steep if steep else gla_inside
-    o, v, q_start, k_end, decay = inside(q, k, v, g, L)
+    read_chunk = gla_inside_steep if steep else gla_inside
+    o, v, q_start, k_end, decay = read_chunk(q, k, v, g, L)
 
-    # what a chunk adds to its group's states, (B,G,n,K,heads V), and leaves of them
+    # what a chunk adds to its group's states, (B,G,n,K,heads V)
     writes = k_end.mT @ v.transpose(3, 4).flatten(4, 5)
     if S is None:
         S = q.new_zeros(batch, G, K, H // G * V)
@@ -414,14 +417,15 @@ def gla_chunked(q, k, v, g, scale, state, L=16):
 
 def gla_inside(q, k, v, g, L):
     """What the tokens of a chunk read from each other, in one product: the decay between
-    key j and query i is exp(g_1 + ... + g_i) exp(-g_1 - ... - g_j).
+    key j and query i is exp(upto_i) exp(-upto_j), upto_i = g_1 + ... + g_i >= -STEEP.
 
     Arguments (B,G,T',heads,1,D). Returns o and v (B,G,n,heads,L,V), the queries with the
     decay since the chunk began (B,G,n,heads,L,K), the keys with that to its end
     (B,G,n,L,K), and the decay of whole chunks (B,G,n,K,1)."""
     q, k, v, g = (x.unflatten(2, (-1, L)).squeeze(5).transpose(3, 4) for x in (q, k, v, g))
-    # A token's own key has no decay: neither here, nor below in `after` is there one that
-    # cancels, for gradients that cancel leave rounding errors larger than the true ones.
+    # A token's own key has no decay, and stays out of the product: there the gradients of
+    # its two factors would cancel but for rounding, which may drown the true ones. For the
+    # same reason `after` is a sum of its own, not a difference.
     o = (q * k).sum(-1, keepdim=True) * v
     k = k.squeeze(3)
     g = g.squeeze(3)
@@ -435,13 +439,13 @@ def gla_inside(q, k, v, g, L):
 
 
 def gla_inside_steep(q, k, v, g, L):
-    """As gla_inside, where the second of its factors could overflow.
+    """As gla_inside, where exp(-upto_j) would be too large.
 
-    Blocks of 1, 2, 4, ... L tokens are merged in pairs. When two neighbours merge, the
+    Blocks of 1, 2, 4, ... L/2 tokens are merged in pairs. When two neighbours merge, the
     queries of the right one (1) meet the keys of the left one (0), and the decay
     between them splits at the seam: from key j to the end of the left block (`after`),
     and from the start of the right block to query i (`upto`). Both are sums of g over
-    part of one block, so both are <= 0, and exact however large the decay elsewhere is.
+    part of one block, so both are <= 0, whatever the decay elsewhere is.
     """
     upto = g
     after = torch.zeros_like(upto)

@@ -326,8 +326,8 @@ def test_chunked_equals_recurrent(op, H, G, K, V, T):
 
 @pytest.mark.parametrize("op", ("gla", "gates"))
 def test_chunked_on_both_sides_of_steep(op):
-    """float32's digits, of small gradients too, where a chunk decays by nearly exp(-STEEP) and by
-    more, at one token or at all alike."""
+    """float32's digits where a chunk decays by nearly exp(-STEEP) and by more, at one token or at
+    all alike."""
     for T, share in itertools.product((1, 2, 16, 33), (0.99, 1.01)):
         for tokens in (min(T, 16), 1):
             args = inputs(op, 1, T, 2, 1, 5, 7, decay=0)
