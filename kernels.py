@@ -133,7 +133,8 @@ def check_gla(q, k, v, g, state, gates):
         W = K if gates is None else H // G * K
         device = q.get_device()
         plain = (
-            g.shape == keys == (batch, T, G, W) and v.shape == (batch, T, H, V) and H % G == 0
+            K and V and H % G == 0
+            and g.shape == keys == (batch, T, G, W) and v.shape == (batch, T, H, V)
             and q.is_floating_point() and k.is_floating_point()
             and v.is_floating_point() and g.is_floating_point()
             and device == k.get_device() == v.get_device() == g.get_device()
@@ -155,8 +156,9 @@ def check_ssd(x, dt, A, B, C, D, state, first):
         _, _, G, N = keys = B.shape
         device = x.get_device()
         plain = (
-            keys == C.shape == (batch, T, G, N) and dt.shape == (batch, T, H) and A.shape == (H,)
-            and H % G == 0 and first is None
+            P and N and H % G == 0 and first is None
+            and keys == C.shape == (batch, T, G, N) and dt.shape == (batch, T, H)
+            and A.shape == (H,)
             and x.is_floating_point() and dt.is_floating_point() and A.is_floating_point()
             and B.is_floating_point() and C.is_floating_point()
             and device == dt.get_device() == A.get_device() == B.get_device() == C.get_device()

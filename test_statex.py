@@ -555,6 +555,13 @@ def test_what_the_definition_refuses_is_refused(op, name, value, impl):
     assert f"{op}: {name}" in str(refusal.value) or f"as {name}" in str(refusal.value)
 
 
+def test_no_channels_are_refused_where_all_arguments_agree():
+    for op, sizes, letter in (("gla", (0, 4), "K"), ("gla", (4, 0), "V"),
+                              ("ssd", (0, 4), "P"), ("ssd", (4, 0), "N")):
+        with raises_one_line(f"{letter} at least 1"):
+            run(op, inputs(op, 1, 3, 2, 1, *sizes), "auto")
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("op", ("gla", "gates", "ssd"))
 def test_promised_dtypes(op, impl, interpreter):
