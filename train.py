@@ -966,7 +966,7 @@ def recipe(options, processes, stop):
         of_phase = replace(options, name=name, **changes)
         held_lm, held = held_run(of_phase, corpus.meta)
         lm = held_lm if held else lm
-        trained = train(lm, of_phase, corpus, held, None, processes, stop)
+        trained = train(lm, of_phase, corpus, held, processes=processes, stop=stop)
         return lm, report(lm, trained, of_phase, corpus, tokenizer)
 
     results = {}
