@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The commands that made the runs in this folder. Each part can be run by itself:
-#     bash data/results/run.sh corpus|pilot|blocks|long|recipe|speed|gpus|tables
-# pilot, blocks, long and gpus want four GPUs; each of their rounds takes at most ten minutes.
+#     bash data/results/run.sh corpus|pilot|blocks|long|larger|recipe|speed|gpus|tables
+# pilot, blocks, long and gpus want four GPUs, larger two; each of their rounds takes at most
+# ten minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -24,6 +25,30 @@ corpus() { python data/prepare.py --packages=data/packages.txt --tokens=1.05e8; 
 pilot() { round 100 --phase=pilot; }
 blocks() { for seed in 0 2 4 6; do round $seed; done; }
 long() { round 20 --phase=long; }
+
+# Arguments: a family, its shape. What it prints last is in larger.jsonl.
+one_larger() {
+    local family=$1 out=out/larger-$1
+    shift
+    local train="torchrun --nproc_per_node=2 train.py --data=data/packages --recall_tokens=0
+        --weight_decay=0.1 --beta1=0.9 --beta2=0.95 --clip=1 --eval_interval=100000
+        --out_dir=$out"
+    $train --ckpt=scratch --block=$family "$@" --block_size=1024 --batch_size=256 \
+        --accumulate=4 --steps=800 --lr=2e-3 --warmup=100 --name=lpt
+    python expand.py --ckpt=$out/lpt.pt --every=1 --factor=16 --out=$out/preserve-x16.pt
+    python expand.py --ckpt=$out/lpt.pt --layers=9,10,11 --init=reinit --out=$out/reinit.pt
+    for arm in lpt preserve-x16 reinit; do
+        $train --ckpt=$out/$arm.pt --block_size=4096 --batch_size=32 --accumulate=2 \
+            --steps=256 --lr=1e-3 --warmup=32 --seed=1000 --name=post-$arm
+        python data/recall.py --ckpt=$out/post-$arm.pt --data=data/packages --T=4096
+    done
+}
+
+larger() {
+    one_larger gla --n_layer=12 --d_model=1024 --n_head=16 --d_mlp=0 --conv_size=4
+    one_larger mamba2 --n_layer=12 --d_model=1536 --headdim=64 --d_state=16 \
+        --tie_embeddings --conv_size=4
+}
 
 recipe() {
     for seed in 0 1 2 3 4; do
@@ -66,9 +91,9 @@ gpus() {
 tables() { python data/results/tables.py; }
 
 case "${1:-}" in
-    corpus | pilot | blocks | long | recipe | speed | gpus | tables) "$1" ;;
+    corpus | pilot | blocks | long | larger | recipe | speed | gpus | tables) "$1" ;;
     *)
-        echo "run.sh: name a part: corpus, pilot, blocks, long, recipe, speed, gpus or tables" >&2
+        echo "run.sh: name a part: corpus, pilot, blocks, long, larger, recipe, speed, gpus or tables" >&2
         exit 2
         ;;
 esac

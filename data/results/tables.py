@@ -4,6 +4,7 @@
     python data/results/tables.py --check    say only whether README.md is in step
 
     runs.jsonl          natural text: the blocks that block.py made
+    larger.jsonl        natural text, one step up (`run.sh larger`)
     pilot.jsonl         the models that the learning rates were chosen on
     recipe.jsonl        the recipe: results.json of train.py, with seed, threads and machine
     recipe-inits.jsonl  the recipe with other transplants, of an earlier version
@@ -332,6 +333,20 @@ def tokens_table():
     return f"{markdown(head, rows)}\n\n![The same, by state bytes and FLOPs](costs.png)"
 
 
+def larger_table():
+    """One step up: a single model of each family, so that there are no intervals."""
+    rows = []
+    for line in read_lines("larger.jsonl"):
+        cells = [""] * len(MEASURES)
+        if "rare_repeats" in line:
+            cells = [form.replace("+", "").format(measure(line))
+                     for measure, form in MEASURES.values()]
+        rows.append([FAMILIES[line["family"]], f"{line['params'] / 1e6:.0f}", line["arm"],
+                     f"{line['state_elements']:,}", f"{line['loss']:.4f}", *cells])
+    head = ["", "M parameters", "arm", "state elements", "loss on all text", *MEASURES]
+    return markdown(head, rows) if rows else "No runs yet."
+
+
 def verdict(more, against=0.0):
     """What an interval says of a claim that the differences are below `against`."""
     if len(more) < 2:
@@ -358,6 +373,7 @@ def claims_table():
             row("in-context learning up: in-context score", arm, in_context)
             row("text not worse (by 1 %): everything else, loss", arm, other_loss,
                 against=0.01 * lpt_other)
+        row("recall up: rare repeats, as many FLOPs", PRIMARY, repeats_loss, "lpt-equal-flops")
         row("reinit better than inherit: rare repeats, loss", "reinit", repeats_loss, "inherit")
         row("few layers are enough: half of them as good as all", "preserve-x4-later",
             repeats_loss, "preserve-x4")
@@ -484,7 +500,7 @@ def rates_table():
 SECTIONS = {
     "primary": primary_table, "claims": claims_table, "arms": arms_table,
     "equal rates": equal_rate_table, "gap": gap_table, "tokens": tokens_table,
-    "levels": levels_table, "needle": needle_table, "pilot": pilot_table,
+    "larger": larger_table, "levels": levels_table, "needle": needle_table, "pilot": pilot_table,
     "recipe": recipe_table, "inits": inits_table, "mixture": mixture_table, "rates": rates_table,
 }
 
