@@ -409,9 +409,9 @@ def gla_chunked(q, k, v, g, scale, state, L=16):
     else:
         S = S.unflatten(1, (G, -1)).transpose(2, 3).flatten(3, 4)
     before = []
-    for chunk in range(n):
+    for kept, written in zip(decay.unbind(2), writes.unbind(2), strict=True):
         before.append(S.unflatten(3, (-1, V)).transpose(2, 3))
-        S = decay[:, :, chunk] * S + writes[:, :, chunk]
+        S = kept * S + written
     o = o + q_start @ torch.stack(before, dim=2)
     o = o.transpose(3, 4).flatten(2, 3)[:, :, :T].transpose(1, 2).flatten(2, 3)
     return o, S.unflatten(3, (-1, V)).transpose(2, 3).flatten(1, 2)
@@ -510,9 +510,9 @@ def ssd_chunked(x, dt, A, B, C, D, state, first, L=64):
     decay = upto[..., -1].to(x.dtype).exp()[..., None, None]  # (B,G,n,heads,1,1)
     S = x.new_zeros(batch, G, heads, P, N) if S is None else S.unflatten(1, (G, -1))
     before = []
-    for chunk in range(n):
+    for kept, written in zip(decay.unbind(2), writes.unbind(2), strict=True):
         before.append(S)
-        S = decay[:, :, chunk] * S + writes[:, :, chunk]
+        S = kept * S + written
     before = torch.stack(before, dim=2).view(batch, G, n, heads * P, N)
     carried = (C @ before.mT).view(batch, G, n, L, heads, P).transpose(3, 4)
     y = y + upto.to(x.dtype).exp()[..., None] * carried
