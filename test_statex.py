@@ -279,9 +279,10 @@ def check_against(reference, op, args, impl):
     """Output, last state and the gradients of all inputs, of the incoming state too."""
     found = errors(op, args, impl, reference)
     limits = dict.fromkeys(found, LIMITS[args[0].dtype])
-    if op == "ssd":
-        limits["dA"] *= 3           # a few numbers, sums over tokens with weights dt up to 60
-    assert all(found[name] <= limits[name] for name in found), found
+    for name in {"dA", "dgates"} & set(limits):
+        limits[name] *= 3           # a few numbers, sums over all tokens that partly cancel
+    wrong = {name: size for name, size in found.items() if not size <= limits[name]}
+    assert not wrong
 
 
 def test_recurrent_is_the_definition_by_hand():
