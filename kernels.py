@@ -678,7 +678,7 @@ def ssd_first(
 #   scores             gla_grad_scores               ssd_grad_scores
 #     of all heads     (gla_grad_mix_scores)
 #   queries and keys   gla_grad_queries_keys         ssd_grad_queries_keys
-#   decays             gla_grad_decays, _steep       ssd_grad_decays
+#   decays             gla_grad_decays, twice        ssd_grad_decays
 #
 # The fast kernels mask neither tokens nor channels: callers pad T to whole chunks (as
 # in gla_chunked, for ssd with dt = 0) and channels to whole tiles. In all of them, in
@@ -1000,12 +1000,14 @@ def is_steep(decay_ptr, LIMIT, K: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def half_sums(g, bit, DOT: tl.constexpr):
-    """upto and after of every row of g (R,BK), inside its piece of 2^bit rows."""
+def decays_of_piece(g, bit, DOT: tl.constexpr):
+    """exp(upto) and exp(after) of every row of g (R,BK), inside its piece of 2^bit rows."""
     i = tl.arange(0, g.shape[0])[:, None]
     j = tl.arange(0, g.shape[0])[None, :]
     same = (i ^ j) >> bit == 0
-    return sum_rows(same & (j <= i), g, DOT), sum_rows(same & (j > i), g, DOT)
+    upto = sum_rows(same & (j <= i), g, DOT)
+    after = sum_rows(same & (j > i), g, DOT)
+    return tl.exp2(upto), tl.exp2(after)
 
 
 @triton.jit
@@ -1125,9 +1127,10 @@ def gla_scores_steep(
         scores = tl.zeros((R, R), tl.float32)
         for k0 in range(0, K, BK):
             channel = k0 + tl.arange(0, BK)[None, :]
-            upto, after = half_sums(log2_decay(tl.load(g_ptr + i * (G * K) + channel)), bit, DOT)
-            q = tl.load(q_ptr + i * (H * K) + channel).to(tl.float32) * scale * tl.exp2(upto)
-            k = tl.load(k_ptr + i * (G * K) + channel).to(tl.float32) * tl.exp2(after)
+            g = log2_decay(tl.load(g_ptr + i * (G * K) + channel))
+            to_q, to_k = decays_of_piece(g, bit, DOT)
+            q = tl.load(q_ptr + i * (H * K) + channel).to(tl.float32) * scale * to_q
+            k = tl.load(k_ptr + i * (G * K) + channel).to(tl.float32) * to_k
             if bit < 7:
                 scores = tl.dot(q.to(dtype), tl.trans(k.to(dtype)), scores, input_precision=DOT)
             else:
@@ -1518,8 +1521,8 @@ def gla_grad_queries_keys(
 # dg_t sums weight x its gradient over all pairs that span t, j < t <= i. For a token t
 # of a block (in ssd: of a chunk) these are
 #
-#   both in the block         with i >= t, less with j >= t   (ssd: ends, begins)
-#   key before the block      with i >= t                     (dq_before; ssd: reads)
+#   both in the block         with i >= t, less with j >= t   (pairs; ssd: ends, begins)
+#   key before the block      with i >= t                     (pairs too; ssd: reads)
 #   query after the block     with j < t                      (dk_after; ssd: writes)
 #   key before, query after   all                             (around; ssd: always)
 #
@@ -1529,236 +1532,172 @@ def gla_grad_queries_keys(
 
 
 @triton.jit
-def sum_pairs(pairs, writes, DOT: tl.constexpr):
-    """For every token t of a block: the sum of pairs of t and later, and of writes
-    before t. (A running sum less its last term would drown what is small.)"""
+def decays_of_block(g, STEEP: tl.constexpr, DOT: tl.constexpr):
+    """Of every row of g (R,BK): exp(c - m) and exp(m - c) as in gla_scores, which a steep
+    block does not use, exp(upto) and exp(after)."""
+    if STEEP:
+        upto, after = decays_of_piece(g, 7, DOT)
+        return upto, after, upto, after
+    total = tl.sum(g, 0)[None, :]
+    if DOT is not None:
+        from_middle = tl.cumsum(g, 0) - 0.5 * total
+    else:  # a product, of 16 bits, in place of a scan
+        i = tl.arange(0, g.shape[0])
+        from_middle = sum_rows(i[:, None] >= i[None, :], g, DOT) - 0.5 * total
+    half = tl.exp2(0.5 * total)
+    to_q = tl.exp2(from_middle)
+    to_k = tl.exp2(-from_middle)
+    return to_q, to_k, to_q * half, to_k * half
+
+
+@triton.jit
+def meet(q, k, to_q, to_k, scores, pairs, DOT: tl.constexpr):
+    """What queries and keys, decayed to where they meet, give each other through the
+    gradient of their scores: dq and dk. pairs adds weight x gradient, at both ends of
+    the same rounded factors, so that pairs that do not span t cancel."""
+    q = (q * to_q).to(scores.dtype)
+    k = (k * to_k).to(scores.dtype)
+    dq = tl.dot(scores, k, input_precision=DOT)
+    dk = tl.dot(tl.trans(scores), q, input_precision=DOT)
+    pairs += q.to(tl.float32) * dq - k.to(tl.float32) * dk
+    return dq * to_q, dk * to_k, pairs
+
+
+@triton.jit
+def within_block(
+    q, k, g, to_q, to_k, dk, pairs, scores_ptr, diagonal_ptr,
+    ROW: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr,
+):
+    """A head's dq by the keys of its block, and dk and pairs with what the head adds, as
+    in gla_scores or, bit by bit, gla_scores_steep."""
+    i = tl.arange(0, q.shape[0])[:, None]
+    j = tl.arange(0, q.shape[0])[None, :]
+    scores_ptr += i * ROW + j
+    diagonal_ptr += tl.arange(0, q.shape[0])  # each query with its own key: no decay
+    if STEEP:
+        diagonal = tl.load(diagonal_ptr)[:, None]
+        dq = diagonal * k
+        dk += diagonal * q
+        for bit in range(7):
+            upto, after = decays_of_piece(g, bit, DOT)
+            scores = tl.load(scores_ptr, (i ^ j) >> bit == 1, 0.0)
+            dq_of_bit, dk_of_bit, pairs = meet(q, k, upto, after, scores, pairs, DOT)
+            dq += dq_of_bit
+            dk += dk_of_bit
+    else:
+        dq, dk_of_head, pairs = meet(q, k, to_q, to_k, tl.load(scores_ptr), pairs, DOT)
+        diagonal = tl.load(diagonal_ptr)[:, None]
+        dq += diagonal * k
+        dk += dk_of_head + diagonal * q
+    return dq, dk, pairs
+
+
+@triton.jit
+def before_block(
+    q, upto, other, of_chunk, dk_after, pairs, dq_start_ptr, scores_ptr, q_seam_ptr, k_seam_ptr,
+    at_q, at_k, ROW: tl.constexpr, DOT: tl.constexpr,
+):
+    """A head's dq by what is before its block: the state before the chunk and, for the
+    second of two blocks, the first one's keys; dk_after of the first one with what the
+    second one's queries add; and pairs with q dq. other: the decay of the other block."""
+    dq = tl.load(dq_start_ptr + at_q).to(tl.float32)
+    if other is not None:
+        i = tl.arange(0, q.shape[0])
+        at_scores = i[:, None] * ROW + i[None, :]
+        if of_chunk == 1:
+            scores = tl.load(scores_ptr + at_scores)
+            keys = tl.load(k_seam_ptr + at_k)
+            dq = tl.dot(scores, keys, dq * other, input_precision=DOT)
+        else:
+            scores = tl.load(scores_ptr + q.shape[0] * ROW + at_scores)
+            queries = tl.load(q_seam_ptr + at_q)
+            dk_after = tl.dot(tl.trans(scores), queries, dk_after, input_precision=DOT)
+    dq *= upto
+    return dq, dk_after, pairs + q * dq
+
+
+@triton.jit
+def store_grad_decays(
+    dg_ptr, g_ptr, pairs, writes, state_pairs_ptr, decay_ptr, around_ptr, of_state, of_block,
+    STEEP: tl.constexpr, DOT: tl.constexpr,
+):
+    """dg_t: pairs of t and later, writes before t, and all around the block: from the
+    state before its chunk to that after it, and with the chunk's other block."""
+    around = tl.load(state_pairs_ptr + of_state) * tl.exp2(tl.load(decay_ptr + of_state))
+    if around_ptr is not None:
+        around += tl.load(around_ptr + of_block)
     i = tl.arange(0, pairs.shape[0])
     earlier = i[:, None] > i[None, :]
-    if DOT is not None:
-        return tl.cumsum(pairs, 0, reverse=True) + sum_rows(earlier, writes, DOT)
-    # in bfloat16 one product: pairs of t and later are all less those before
-    before = sum_rows(earlier, writes - pairs, DOT)
-    return tl.sum(pairs, 0)[None, :] + before
-
-
-@triton.jit
-def sum_around(
-    state_pairs_ptr, decay_ptr, around_ptr, of_state, of_block, TWO_BLOCKS: tl.constexpr
-):
-    """All pairs around a block: from the state before its chunk to that after it, and
-    with the chunk's other block."""
-    around = tl.load(state_pairs_ptr + of_state) * tl.exp2(tl.load(decay_ptr + of_state))
-    if TWO_BLOCKS:
-        around += tl.load(around_ptr + of_block)
-    return around
-
-
-@triton.jit
-def meet_other_block(
-    dq_before, dk_after, scores_ptr, q_seam_ptr, k_seam_ptr, seam, head, group, other, of_chunk,
-    at_scores, at_q, at_k,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """What a chunk's two blocks give each other: dq_before of the second one (of_chunk
-    1), through the first one's decay (other) and keys; or dk_after of the first one
-    from the queries of the second. (The caller adds what it has from the state, once
-    for all heads.)"""
-    if of_chunk == 1:
-        scores = tl.load(scores_ptr + at_scores)
-        keys = tl.load(k_seam_ptr + (seam * G + group) * K + at_k)
-        dq_before = tl.dot(scores, keys, dq_before * other, input_precision=DOT)
-    else:
-        scores = tl.load(scores_ptr + R * H * L + at_scores)
-        queries = tl.load(q_seam_ptr + (seam * H + head) * K + at_q)
-        dk_after = tl.dot(tl.trans(scores), queries, dk_after, input_precision=DOT)
-    return dq_before, dk_after
+    # A running sum less its last term, or all less those before, drowns what is small.
+    if STEEP or DOT is not None:
+        dg = tl.cumsum(pairs, 0, reverse=True) + sum_rows(earlier, writes, DOT)
+    else:  # nothing is as small in bfloat16: all less those before, in one product
+        dg = tl.sum(pairs, 0)[None, :] + sum_rows(earlier, writes - pairs, DOT)
+    unclamped = tl.load(g_ptr) > FORGOTTEN_32
+    tl.store(dg_ptr, tl.where(unclamped, dg + around[None, :], 0.0))
 
 
 @chunk_kernel
 def gla_grad_decays(
     q_ptr, k_ptr, g_ptr,            # (B,T,H,K), (B,T,G,K), (B,T,G,K)
-    q_seam_ptr, k_seam_ptr,         # (B,n,R,H,K), (B,n,R,G,K), or None
+    q_seam_ptr, k_seam_ptr,         # (B,n,R,H,K), (B,n,R,G,K), or empty
     block_decay_ptr, decay_ptr,     # (B,G,T/R,K), (B,G,n,K)  log2
     grad_scores_ptr, diagonal_ptr,  # (B,T,H,L), (B,H,T)
     dq_start_ptr, dk_end_ptr,       # (B,T,H,K), (B,T,G,K)
     state_pairs_ptr, around_ptr,    # (B,G,n,K), (B,G,T/R,K)
     dq_ptr, dk_ptr, dg_ptr,         # (B,T,H,K), (B,T,G,K), (B,T,G,K)
-    scale, n,
+    scale, LIMIT, n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    BK: tl.constexpr, DOT: tl.constexpr,
+    BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq, dk and dg. Pairs within the block have their decay split at its middle, as in
-    gla_scores (_mid), those with what is before or after it at its start or end
-    (_before, _after). `pairs` is what dg sums from t on, the table's first two rows.
-
+    """dq, dk and dg; STEEP: of steep blocks again, written over it.
     One program owns BK channels of one block of one group, its heads in turn."""
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n, L // R)
-    of_chunk = block % (L // R)
+    of_block = ((batch * G + group) * n * (L // R) + block) * K
+    if STEEP and not is_steep(block_decay_ptr + of_block, LIMIT, K, BK):
+        return
     i = tl.arange(0, R)[:, None]
-    j = tl.arange(0, R)[None, :]
     channel = k_block * BK + tl.arange(0, BK)
-    token = batch * n * L + block * R
     at_q = i * (H * K) + channel[None, :]
     at_k = i * (G * K) + channel[None, :]
+    token = batch * n * L + block * R
     of_group = (token * G + group) * K
-    k_ptr += of_group
-    g_ptr += of_group
-    dk_end_ptr += of_group
-    dk_ptr += of_group
-    dg_ptr += of_group
-    of_block = ((batch * G + group) * n * (L // R) + block) * K + channel
+    seam = (batch * n + block // 2) * R
+    of_chunk = block % (L // R)
+    of_block += channel
     of_state = ((batch * G + group) * n + block // (L // R)) * K + channel
-    dtype = q_ptr.dtype.element_ty
 
-    g = log2_decay(tl.load(g_ptr + at_k))
-    total = tl.sum(g, 0)[None, :]
-    # in bfloat16 a product, of 16 bits, in place of a scan
-    from_middle = (tl.cumsum(g, 0) if DOT is not None else sum_rows(i >= j, g, DOT)) - 0.5 * total
-    half = tl.exp2(0.5 * total)
-    to_q = tl.exp2(from_middle)
-    to_k = tl.exp2(-from_middle)
+    g = log2_decay(tl.load(g_ptr + of_group + at_k))
+    to_q, to_k, upto, after = decays_of_block(g, STEEP, DOT)
+    other = None
     if L > R:  # what the chunk's other block leaves of a state
         other = tl.exp2(tl.load(block_decay_ptr + of_block + (1 - 2 * of_chunk) * K))[None, :]
-
-    k = tl.load(k_ptr + at_k).to(tl.float32)
-    k_mid = (k * to_k).to(dtype)
+    k = tl.load(k_ptr + of_group + at_k).to(tl.float32)
     dk = tl.zeros((R, BK), tl.float32)
     dk_after = tl.zeros((R, BK), tl.float32)
     pairs = tl.zeros((R, BK), tl.float32)
     for head_of_group in range(H // G):
         head = group * (H // G) + head_of_group
         row = token * H + head
-        scores_ptr = grad_scores_ptr + row * L
         q = tl.load(q_ptr + row * K + at_q).to(tl.float32) * scale
-        q_mid = (q * to_q).to(dtype)
+        dq, dk, pairs = within_block(
+            q, k, g, to_q, to_k, dk, pairs, grad_scores_ptr + row * L + of_chunk * R,
+            diagonal_ptr + (batch * H + head) * n * L + block * R, H * L, STEEP, DOT)
+        dq_before, dk_after, pairs = before_block(
+            q, upto, other, of_chunk, dk_after, pairs, dq_start_ptr + row * K,
+            grad_scores_ptr + row * L, q_seam_ptr + (seam * H + head) * K,
+            k_seam_ptr + (seam * G + group) * K, at_q, at_k, H * L, DOT)
+        tl.store(dq_ptr + row * K + at_q, ((dq + dq_before) * scale).to(dq_ptr.dtype.element_ty))
 
-        # within the block; both ends of the same rounded factors, so that pairs that do
-        # not span t cancel
-        scores = tl.load(scores_ptr + of_chunk * R + (i * (H * L) + j))
-        dq_mid = tl.dot(scores, k_mid, input_precision=DOT)
-        dk_mid = tl.dot(tl.trans(scores), q_mid, input_precision=DOT)
-        pairs += q_mid.to(tl.float32) * dq_mid - k_mid.to(tl.float32) * dk_mid
-
-        # with the state before it and the chunk's other block
-        dq_before = tl.load(dq_start_ptr + row * K + at_q).to(tl.float32)
-        if L > R:
-            dq_before, dk_after = meet_other_block(
-                dq_before, dk_after, scores_ptr, q_seam_ptr, k_seam_ptr,
-                (batch * n + block // 2) * R, head, group, other, of_chunk,
-                i * (H * L) + j, at_q, at_k, H, G, K, L, R, DOT)
-        dq_before *= to_q * half  # exp(upto)
-        pairs += q * dq_before
-
-        # each query with its own key: no decay
-        at_diagonal = diagonal_ptr + (batch * H + head) * n * L + block * R + tl.arange(0, R)
-        diagonal = tl.load(at_diagonal)[:, None]
-        dq = (dq_mid * to_q + diagonal * k + dq_before) * scale
-        dk += dk_mid * to_k + diagonal * q
-        tl.store(dq_ptr + row * K + at_q, dq.to(dtype))
-
-    # with the state after it: for the first block it lies beyond the second
-    dk_end = tl.load(dk_end_ptr + at_k).to(tl.float32)
-    if L > R:
-        if of_chunk == 0:
-            dk_end *= other
-    dk_after = (dk_after + dk_end) * (to_k * half)  # exp(after)
-    tl.store(dk_ptr + at_k, (dk + dk_after).to(dtype))
-    around = sum_around(state_pairs_ptr, decay_ptr, around_ptr, of_state, of_block, L > R)
-    dg = sum_pairs(pairs, k * dk_after, DOT) + around[None, :]
-    tl.store(dg_ptr + at_k, tl.where(tl.load(g_ptr + at_k) > FORGOTTEN_32, dg, 0.0))
-
-
-@chunk_kernel
-def gla_grad_decays_steep(
-    q_ptr, k_ptr, g_ptr,  # as in gla_grad_decays
-    q_seam_ptr, k_seam_ptr,
-    block_decay_ptr, decay_ptr,
-    grad_scores_ptr, diagonal_ptr,
-    dq_start_ptr, dk_end_ptr,
-    state_pairs_ptr, around_ptr,
-    dq_ptr, dk_ptr, dg_ptr,
-    scale, LIMIT, n,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    BK: tl.constexpr, DOT: tl.constexpr,
-):
-    """gla_grad_decays again, written over it, for steep blocks: the pairs within the
-    block bit by bit, as in gla_scores_steep."""
-    k_block, rest = split(tl.program_id(0), K // BK)
-    group, block, batch = split3(rest, G, n, L // R)
-    blocks = (batch * G + group) * n * (L // R) + block
-    if not is_steep(block_decay_ptr + blocks * K, LIMIT, K, BK):
-        return
-    of_chunk = block % (L // R)
-    i = tl.arange(0, R)[:, None]
-    j = tl.arange(0, R)[None, :]
-    channel = k_block * BK + tl.arange(0, BK)
-    token = batch * n * L + block * R
-    at_q = i * (H * K) + channel[None, :]
-    at_k = i * (G * K) + channel[None, :]
-    of_group = (token * G + group) * K
-    k_ptr += of_group
-    g_ptr += of_group
-    dk_end_ptr += of_group
-    dk_ptr += of_group
-    dg_ptr += of_group
-    of_block = blocks * K + channel
-    of_state = ((batch * G + group) * n + block // (L // R)) * K + channel
-    dtype = q_ptr.dtype.element_ty
-
-    g = log2_decay(tl.load(g_ptr + at_k))
-    upto, after = half_sums(g, 7, DOT)  # of the whole block
-    upto = tl.exp2(upto)
-    after = tl.exp2(after)
-    k = tl.load(k_ptr + at_k).to(tl.float32)
-    dk = tl.zeros((R, BK), tl.float32)
-    dk_after = tl.load(dk_end_ptr + at_k).to(tl.float32)
-    pairs = tl.zeros((R, BK), tl.float32)
-    if L > R:
-        other = tl.exp2(tl.load(block_decay_ptr + of_block + (1 - 2 * of_chunk) * K))[None, :]
-        if of_chunk == 0:
-            dk_after *= other
-    for head_of_group in range(H // G):
-        head = group * (H // G) + head_of_group
-        row = token * H + head
-        scores_ptr = grad_scores_ptr + row * L
-        q = tl.load(q_ptr + row * K + at_q).to(tl.float32) * scale
-        at_diagonal = diagonal_ptr + (batch * H + head) * n * L + block * R + tl.arange(0, R)
-        diagonal = tl.load(at_diagonal)[:, None]
-        dq = diagonal * k
-        dk += diagonal * q
-        for bit in range(7):
-            to_q, to_k = half_sums(g, bit, DOT)
-            to_q = tl.exp2(to_q)
-            to_k = tl.exp2(to_k)
-            of_bit = (i ^ j) >> bit == 1
-            at = scores_ptr + of_chunk * R + (i * (H * L) + j)
-            scores = tl.load(at, of_bit, 0.0)
-            q_bit = (q * to_q).to(dtype)
-            k_bit = (k * to_k).to(dtype)
-            dq_bit = tl.dot(scores, k_bit, input_precision=DOT)
-            dk_bit = tl.dot(tl.trans(scores), q_bit, input_precision=DOT)
-            pairs += q_bit.to(tl.float32) * dq_bit - k_bit.to(tl.float32) * dk_bit
-            dq += dq_bit * to_q
-            dk += dk_bit * to_k
-
-        dq_before = tl.load(dq_start_ptr + row * K + at_q).to(tl.float32)
-        if L > R:
-            dq_before, dk_after = meet_other_block(
-                dq_before, dk_after, scores_ptr, q_seam_ptr, k_seam_ptr,
-                (batch * n + block // 2) * R, head, group, other, of_chunk,
-                i * (H * L) + j, at_q, at_k, H, G, K, L, R, DOT)
-        dq_before *= upto
-        pairs += q * dq_before
-        tl.store(dq_ptr + row * K + at_q, ((dq + dq_before) * scale).to(dtype))
-
-    dk_after *= after
-    tl.store(dk_ptr + at_k, (dk + dk_after).to(dtype))
-    around = sum_around(state_pairs_ptr, decay_ptr, around_ptr, of_state, of_block, L > R)
-    # as sum_pairs in float32: "all less those before" would drown what is left here
-    dg = tl.cumsum(pairs, 0, reverse=True) + sum_rows(i > j, k * dk_after, DOT) + around[None, :]
-    tl.store(dg_ptr + at_k, tl.where(tl.load(g_ptr + at_k) > FORGOTTEN_32, dg, 0.0))
+    dk_end = tl.load(dk_end_ptr + of_group + at_k).to(tl.float32)
+    if L > R and of_chunk == 0:  # the state lies beyond the second block
+        dk_end *= other
+    dk_after = (dk_after + dk_end) * after
+    tl.store(dk_ptr + of_group + at_k, (dk + dk_after).to(dk_ptr.dtype.element_ty))
+    store_grad_decays(
+        dg_ptr + of_group + at_k, g_ptr + of_group + at_k, pairs, k * dk_after, state_pairs_ptr,
+        decay_ptr, around_ptr, of_state, of_block, STEEP, DOT)
 
 
 def gla_chunk(T, K, V, dtype):
@@ -1803,7 +1742,6 @@ def gla_launches(K, V, heads, L, R, dtype):
         grad_queries_keys=Launch(
             gla_grad_queries_keys, cut={"BK": "K"}, BK=wide_k, BV=BV, num_warps=8, num_stages=3),
         grad_decays=Launch(gla_grad_decays, cut={"BK": "K"}, num_stages=1, **finish),
-        grad_decays_steep=Launch(gla_grad_decays_steep, cut={"BK": "K"}, num_stages=1, **finish),
     )
 
 
@@ -1873,7 +1811,6 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R,
     f = 1 if gates is None else gates.shape[1]
     n = T // L
     if L == R:
-        q_seam = k_seam = None
         block_decay = decay
     launches = gla_launches(K, V, B * H * f, L, R, q.dtype)
     sizes = dict(n=n, H=H, L=L)
@@ -1928,7 +1865,6 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
     state_pairs = g.new_empty(B, G // f, n, f * K)
     around = None if L == R else g.new_empty(B, G // f, T // R, f * K)
     if L == R:
-        q_seam = k_seam = None
         block_decay = decay
     if gates is None:
         mixed = scores
@@ -1959,9 +1895,9 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
     pointers = (q, k, g, q_seam, k_seam, block_decay, decay, grad_scores, diagonal,
                 dq_start, dk_end, state_pairs, around, dq, dk, dg)
     of_keys = dict(G=G, K=K, R=R, DOT=DOT, **sizes)
-    launches.grad_decays(B * G * T // R, *pointers, scale=scale, **of_keys)
-    launches.grad_decays_steep(
-        B * G * T // R, *pointers, scale=scale, LIMIT=steep_limit(q), **of_keys)
+    for steep in (False, True):
+        launches.grad_decays(
+            B * G * T // R, *pointers, scale=scale, LIMIT=steep_limit(q), STEEP=steep, **of_keys)
 
 
 def gla_save(ctx, inputs, output):
