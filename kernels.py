@@ -25,6 +25,7 @@ from data.options import BadInput, command_line, option, pick_device, run_script
 
 import contextlib
 import functools
+import inspect
 import math
 import types
 import warnings
@@ -131,17 +132,12 @@ def check_gla(q, k, v, g, state, gates):
         G = keys[2]
         V = v.shape[3]
         W = K if gates is None else H // G * K
-        device = q.get_device()
         plain = (
-            K and V and H % G == 0
-            and g.shape == keys == (batch, T, G, W) and v.shape == (batch, T, H, V)
-            and q.is_floating_point() and k.is_floating_point()
-            and v.is_floating_point() and g.is_floating_point()
-            and device == k.get_device() == v.get_device() == g.get_device()
-            and (state is None or state.shape == (batch, H, W, V)
-                 and state.is_floating_point() and state.get_device() == device)
-            and (gates is None or gates.shape == (G, H // G, H // G)
-                 and gates.is_floating_point() and gates.get_device() == device))
+            K and V and H % G == 0 and g.shape == keys == (batch, T, G, W)
+            and v.shape == (batch, T, H, V)
+            and (state is None or state.shape == (batch, H, W, V))
+            and (gates is None or gates.shape == (G, H // G, H // G))
+            and of_a_kind(q, k, v, g, state, gates))
     except (AttributeError, IndexError, ValueError, ZeroDivisionError):
         plain = False
     if plain:
@@ -154,23 +150,25 @@ def check_ssd(x, dt, A, B, C, D, state, first):
     try:
         batch, T, H, P = x.shape
         _, _, G, N = keys = B.shape
-        device = x.get_device()
         plain = (
-            P and N and H % G == 0 and first is None
-            and keys == C.shape == (batch, T, G, N) and dt.shape == (batch, T, H)
-            and A.shape == (H,)
-            and x.is_floating_point() and dt.is_floating_point() and A.is_floating_point()
-            and B.is_floating_point() and C.is_floating_point()
-            and device == dt.get_device() == A.get_device() == B.get_device() == C.get_device()
-            and (D is None or D.shape == (H,)
-                 and D.is_floating_point() and D.get_device() == device)
-            and (state is None or state.shape == (batch, H, P, N)
-                 and state.is_floating_point() and state.get_device() == device))
+            P and N and H % G == 0 and first is None and keys == C.shape == (batch, T, G, N)
+            and dt.shape == (batch, T, H) and A.shape == (H,) and (D is None or D.shape == (H,))
+            and (state is None or state.shape == (batch, H, P, N))
+            and of_a_kind(x, dt, A, B, C, D, state))
     except (AttributeError, IndexError, ValueError, ZeroDivisionError):
         plain = False
     if plain:
         return x, dt, A, B, C, D, state, first
     return broadcast("ssd", x=x, dt=dt, A=A, B=B, C=C, D=D, state=state, first=first)
+
+
+def of_a_kind(first, *others):
+    """Whether all have floating dtypes, on one device."""
+    device = first.get_device()
+    for x in others:
+        if x is not None and not (x.is_floating_point() and x.get_device() == device):
+            return False
+    return first.is_floating_point()
 
 
 def broadcast(op, **tensors):
@@ -669,13 +667,13 @@ def ssd_first(
 #
 #   launch             gla                           ssd
 #   decays             (in gla_scores)               ssd_decays
-#   scores             gla_scores, _steep, _across   ssd_scores
+#   scores             gla_scores, _steep, _across   multiply_rows
 #     of all heads     (gla_mix_scores)
 #   states             scan_states                   scan_states
 #   outputs            gla_outputs                   (ssd_read_states,) ssd_outputs
 #   backward: states   scan_states, in reverse       scan_states, in reverse
 #   values             gla_grad_values               (ssd_read_states,) ssd_grad_values
-#   scores             gla_grad_scores               ssd_grad_scores
+#   scores             multiply_rows                 ssd_grad_scores
 #     of all heads     (gla_grad_mix_scores)
 #   queries and keys   gla_grad_queries_keys         ssd_grad_queries_keys
 #   decays             gla_grad_decays, twice        ssd_grad_decays
@@ -863,9 +861,46 @@ def step_state(
     tl.store(out_ptr + bh * V + v, out.to(out_ptr.dtype.element_ty), v_inside)
 
 
-# Both families are launched by their own names, as their other kernels are.
-gla_scan_states = ssd_scan_states = scan_states
-gla_step_state = ssd_step_state = step_state
+@chunk_kernel
+def multiply_rows(
+    x_ptr, y_ptr,  # (B,T,H,K)
+    scores_ptr,    # (B,T,H,L)
+    diagonal_ptr,  # (B,H,T) or None
+    n,
+    H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    BK: tl.constexpr, DOT: tl.constexpr,
+):
+    """scores_ij = x_i . y_j for j <= i. For ssd the scores, C . B, of all heads of a group
+    and so without decays; for gla the scores' gradient, do . v, and the diagonal apart,
+    for it has no decay.
+
+    One program owns a block of queries and one of keys, no later, of one head."""
+    key_block, rest = split(tl.program_id(0), L // R)
+    query_block, rest = split(rest, L // R)
+    head, chunk, batch = split3(rest, H, n)
+    if key_block > query_block:
+        return
+    query = query_block * R + tl.arange(0, R)
+    key = key_block * R + tl.arange(0, R)
+    token = batch * n * L + chunk * L
+    x_ptr += (token * H + head) * K
+    y_ptr += (token * H + head) * K
+    scores_ptr += (token * H + head) * L
+
+    scores = tl.zeros((R, R), tl.float32)
+    for k0 in range(0, K, BK):
+        channel = k0 + tl.arange(0, BK)[None, :]
+        x = tl.load(x_ptr + query[:, None] * (H * K) + channel)
+        y = tl.load(y_ptr + key[:, None] * (H * K) + channel)
+        scores = tl.dot(x, tl.trans(y), scores, input_precision=DOT)
+
+    if diagonal_ptr is not None:
+        if key_block == query_block:
+            diagonal = tl.sum(tl.where(query[:, None] == key[None, :], scores, 0.0), axis=1)
+            tl.store(diagonal_ptr + (batch * H + head) * n * L + chunk * L + query, diagonal)
+        scores = tl.where(query[:, None] > key[None, :], scores, 0.0)
+    at = query[:, None] * (H * L) + key[None, :]
+    tl.store(scores_ptr + at, scores.to(scores_ptr.dtype.element_ty))
 
 
 # --------------------------------------------------------------------------------------
@@ -924,22 +959,53 @@ def needs_grad(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def operator(schema, results):
-    """Makes launch(*arguments, *results) a PyTorch operator, whole to torch.compile;
-    results(*arguments) allocates what launch fills. `.plain` is the same function
-    without PyTorch's dispatcher, which takes long."""
+# What operators take: tensors, but for these.
+TYPES = {"scale": "float", "L": "int", "R": "int", "has_state": "bool"} | dict.fromkeys(
+    ("gates", "state", "D", "first", "dlast", "bias", "document"), "Tensor?")
+
+
+def operator(results):
+    """Makes launch(*arguments, *, filled) a PyTorch operator, whole to torch.compile.
+    results allocates what launch fills, in its order, from the arguments that it names.
+    `.plain` is the same function without PyTorch's dispatcher, which takes long."""
     def make(launch):
+        spec = inspect.getfullargspec(launch)
+        arguments = ", ".join(f"{TYPES.get(name, 'Tensor')} {name}" for name in spec.args)
+        schema = f"({arguments}) -> ({', '.join(['Tensor'] * len(spec.kwonlyargs))})"
+
+        def allocate(*arguments):
+            return results(**dict(zip(spec.args, arguments, strict=True)))
+
         def call(*arguments):
-            out = results(*arguments)
+            out = allocate(*arguments)
             with on_device(arguments[0]):
-                launch(*arguments, *out)
+                launch(*arguments, **dict(zip(spec.kwonlyargs, out, strict=True)))
             return out
         op = torch.library.custom_op(
             f"statex::{launch.__name__}", call, mutates_args=(), schema=schema)
-        op.register_fake(results)
+        op.register_fake(allocate)
         op.plain = call
         return op
     return make
+
+
+def one_step(q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None, D=None):
+    """The output and the new state of one token, by step_state, whose arguments these
+    are, in tiles of BK x BV at most."""
+    g, dt, A, D, state = (
+        None if t is None else t.float().contiguous() for t in (g, dt, A, D, state))
+    q, k, v = (t.contiguous() for t in (q, k, v))
+    B, _, H, V = v.shape
+    HQ, K = q.shape[2:]
+    BV = power_of_two(V, 16, BV)
+    out = torch.empty_like(v)
+    new = torch.empty_like(state)
+    with on_device(q):
+        step_state[(B * H * -(-V // BV),)](
+            q, k, v, g, dt, A, D, state_ptr=state, new_ptr=new, out_ptr=out, scale=scale,
+            H=H, HQ=HQ, G=k.shape[2], K=K, V=V, BK=power_of_two(K, 16, BK), BV=BV,
+            VALUES_FIRST=g is None, num_warps=4)
+    return out, new
 
 
 class FirstDerivativeOnly(torch.autograd.Function):
@@ -1341,45 +1407,6 @@ def gla_grad_values(
 
 
 @chunk_kernel
-def gla_grad_scores(
-    do_ptr, v_ptr,    # (B,T,H,V)
-    grad_scores_ptr,  # (B,T,H,L)
-    diagonal_ptr,     # (B,H,T)  the same for j = i
-    n,
-    H: tl.constexpr, V: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    BV: tl.constexpr, DOT: tl.constexpr,
-):
-    """grad_scores_ij = do_i . v_j for j < i. The diagonal apart, for it has no decay.
-
-    One program owns a block of queries and one of keys, no later, of one head."""
-    key_block, rest = split(tl.program_id(0), L // R)
-    query_block, rest = split(rest, L // R)
-    head, chunk, batch = split3(rest, H, n)
-    if key_block > query_block:
-        return
-    query = query_block * R + tl.arange(0, R)
-    key = key_block * R + tl.arange(0, R)
-    token = batch * n * L + chunk * L
-    do_ptr += (token * H + head) * V
-    v_ptr += (token * H + head) * V
-    grad_scores_ptr += (token * H + head) * L
-
-    scores = tl.zeros((R, R), tl.float32)
-    for v0 in range(0, V, BV):
-        channel = v0 + tl.arange(0, BV)[None, :]
-        do = tl.load(do_ptr + query[:, None] * (H * V) + channel)
-        v = tl.load(v_ptr + key[:, None] * (H * V) + channel)
-        scores = tl.dot(do, tl.trans(v), scores, input_precision=DOT)
-
-    if key_block == query_block:
-        diagonal = tl.sum(tl.where(query[:, None] == key[None, :], scores, 0.0), axis=1)
-        tl.store(diagonal_ptr + (batch * H + head) * n * L + chunk * L + query, diagonal)
-    scores = tl.where(query[:, None] > key[None, :], scores, 0.0)
-    at = query[:, None] * (H * L) + key[None, :]
-    tl.store(grad_scores_ptr + at, scores.to(grad_scores_ptr.dtype.element_ty))
-
-
-@chunk_kernel
 def gla_grad_mix_scores(
     scores_ptr, gates_ptr,          # (B,T,H,L), (G,F,F)
     grad_scores_ptr, diagonal_ptr,  # (B,T,H,L), (B,H,T)  in: of mixed; out, in place: of scores
@@ -1732,12 +1759,12 @@ def gla_launches(K, V, heads, L, R, dtype):
         scores=Launch(gla_scores, BK=BK, num_warps=8, num_stages=1),
         scores_steep=Launch(gla_scores_steep, BK=finish["BK"], num_warps=8, num_stages=1),
         scores_across=Launch(gla_scores_across, BK=BK, num_warps=8, num_stages=3),
-        scan=Launch(gla_scan_states, cut={"BK": "K", "BV": "V"}, **scan),
+        scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, **scan),
         mix_scores=Launch(gla_mix_scores, num_warps=1, num_stages=1),
         outputs=Launch(gla_outputs, cut={"BV": "V"}, **rows),
-        grad_scan=Launch(gla_scan_states, cut={"BK": "K", "BV": "V"}, **scan),
+        grad_scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, **scan),
         grad_values=Launch(gla_grad_values, cut={"BV": "V"}, **rows),
-        grad_scores=Launch(gla_grad_scores, BV=BV, num_warps=8, num_stages=3),
+        grad_scores=Launch(multiply_rows, BK=BV, num_warps=8, num_stages=3),
         grad_mix_scores=Launch(gla_grad_mix_scores, num_warps=1, num_stages=1),
         grad_queries_keys=Launch(
             gla_grad_queries_keys, cut={"BK": "K"}, BK=wide_k, BV=BV, num_warps=8, num_stages=3),
@@ -1781,8 +1808,8 @@ def heads_apart(x, f):
     return x.unflatten(3, (f, -1)).transpose(2, 3).flatten(1, 2).contiguous()
 
 
-def gla_results(q, k, v, g, gates, state, scale, L, R):
-    """What gla_forward fills, in its order; no seams where a chunk is one block."""
+def gla_results(q, k, v, g, gates, L, R, **others):
+    """What gla_forward fills; no seams where a chunk is one block."""
     B, T, H, K = q.shape
     G = k.shape[2]
     V = v.shape[3]
@@ -1795,10 +1822,8 @@ def gla_results(q, k, v, g, gates, state, scale, L, R):
             q.new_empty(B, 0 if gates is None else T, H, L), v.new_empty(B, H, n, f * K, V))
 
 
-@operator("(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? gates, Tensor? state, float scale, "
-          "int L, int R) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
-          "Tensor, Tensor, Tensor)", gla_results)
-def gla_forward(q, k, v, g, gates, state, scale, L, R,
+@operator(gla_results)
+def gla_forward(q, k, v, g, gates, state, scale, L, R, *,
                 o, last, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, mixed, states):
     """T is a multiple of L; K and V multiples of 128, or powers of two from 16.
 
@@ -1835,20 +1860,17 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R,
         B * H * n, q_start, gates, states, mixed, v, o, HQ=H // f, R=R, **of_states)
 
 
-def gla_gradients(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay, decay, scores,
-                  mixed, states, do, dlast, scale, L, R, has_state):
-    """What gla_backward fills, in its order; dgates and dstate are empty without them."""
+def gla_gradients(q, k, v, g, gates, states, has_state, **others):
+    """What gla_backward fills; dgates and dstate are empty without them."""
     dgates = g.new_empty(0 if gates is None else gates.shape)
     dstate = g.new_empty(states[:, :, 0].shape if has_state else 0)
     return (*(torch.empty_like(x) for x in (q, k, v, g)), dgates, dstate)
 
 
-@operator("(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? gates, Tensor q_start, Tensor k_end, "
-          "Tensor q_seam, Tensor k_seam, Tensor block_decay, Tensor decay, Tensor scores, "
-          "Tensor mixed, Tensor states, Tensor do, Tensor? dlast, float scale, int L, int R, "
-          "bool has_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", gla_gradients)
+@operator(gla_gradients)
 def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay, decay, scores,
-                 mixed, states, do, dlast, scale, L, R, has_state, dq, dk, dv, dg, dgates, dstate):
+                 mixed, states, do, dlast, scale, L, R, has_state, *,
+                 dq, dk, dv, dg, dgates, dstate):
     B, T, H, K = q.shape
     G = k.shape[2]
     V = v.shape[3]
@@ -1876,7 +1898,7 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
     launches.grad_values(
         B * H * n, k_end, grad_states, mixed, do, dv, G=G // f, R=R, **of_states)
     launches.grad_scores(
-        B * H * n * (L // R) ** 2, do, v, grad_scores, diagonal, V=V, R=R, DOT=DOT, **sizes)
+        B * H * n * (L // R) ** 2, do, v, grad_scores, diagonal, K=V, R=R, DOT=DOT, **sizes)
     of_mixing = of_reading = None
     if gates is not None:
         tile = launches.grad_queries_keys.options["BK"]
@@ -1923,23 +1945,11 @@ gla_kernels = differentiable(gla_forward, gla_save, gla_backward, gla_chain)
 
 
 def gla_triton(q, k, v, g, scale, state, gates):
-    B, T, H, K = q.shape
-    G = k.shape[2]
-    V = v.shape[3]
+    T, K, V = q.shape[1], q.shape[3], v.shape[3]
     if T == 1 and state is not None and not needs_grad(q, k, v, g, state, gates):
         if gates is not None:
             q = ask_the_group(q, gates)
-        q, k, v, g, state = (t.contiguous() for t in (q, k, v, g.float(), state.float()))
-        K = q.shape[3]
-        o = torch.empty_like(v)
-        new = torch.empty_like(state)
-        BV = power_of_two(V, 16, 64)
-        with on_device(q):
-            gla_step_state[(B * H * -(-V // BV),)](
-                q, k, v, g_ptr=g, dt_ptr=None, A_ptr=None, D_ptr=None, state_ptr=state, new_ptr=new,
-                out_ptr=o, scale=scale, H=H, HQ=H, G=G, K=K, V=V, BK=power_of_two(K, 16, 64), BV=BV,
-                VALUES_FIRST=False, num_warps=4)
-        return o, new
+        return one_step(q, k, v, state, 64, 64, scale, g=g)
     narrow = q.dtype == k.dtype == v.dtype == torch.bfloat16
     dtype = torch.bfloat16 if narrow else torch.float32
     L, R = gla_chunk(T, k.shape[3], V, dtype)
@@ -1965,13 +1975,15 @@ def gla_triton(q, k, v, g, scale, state, gates):
 
 
 @triton.jit
-def decay_table(cum_ptr, low_ptr, query, key):
+def decay_table(cum_ptr, low_ptr, of_head, query, key):
     """exp(g_{key+1} + ... + g_query) for query >= key, else 0, in one head's chunk.
 
     In float32 the running sum is a float64 cut in two, cum + low: a difference of large
     sums then keeps the digits of small decays. In bfloat16 low_ptr is None."""
+    cum_ptr += of_head
     between = tl.load(cum_ptr + query)[:, None] - tl.load(cum_ptr + key)[None, :]
     if low_ptr is not None:
+        low_ptr += of_head
         between += tl.load(low_ptr + query)[:, None] - tl.load(low_ptr + key)[None, :]
     return tl.exp2(tl.where(query[:, None] >= key[None, :], between, float("-inf")))
 
@@ -2009,39 +2021,6 @@ def ssd_decays(
     tl.store(read_ptr + at, tl.exp2(high), inside)
     tl.store(write_ptr + at, tl.exp2((total[None, :] - cum).to(tl.float32)) * dt, inside)
     tl.store(decay_ptr + (batch * H + head) * n + chunk, total.to(tl.float32), head < H)
-
-
-@chunk_kernel
-def ssd_scores(
-    B_ptr, C_ptr,  # (B,T,G,N)
-    scores_ptr,    # (B,T,G,L)
-    n,
-    G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """scores_ij = C_i . B_j, of all heads of a group, and so without decays.
-
-    One program owns R queries and R keys, no later, of one chunk of one group."""
-    key_block, rest = split(tl.program_id(0), L // R)
-    query_block, rest = split(rest, L // R)
-    group, chunk, batch = split3(rest, G, n)
-    if key_block > query_block:
-        return
-    query = query_block * R + tl.arange(0, R)
-    key = key_block * R + tl.arange(0, R)
-    token = batch * n * L + chunk * L
-    B_ptr += (token * G + group) * N
-    C_ptr += (token * G + group) * N
-    scores_ptr += (token * G + group) * L
-
-    scores = tl.zeros((R, R), tl.float32)
-    for n0 in range(0, N, BN):
-        channel = n0 + tl.arange(0, BN)[None, :]
-        c = tl.load(C_ptr + query[:, None] * (G * N) + channel)
-        b = tl.load(B_ptr + key[:, None] * (G * N) + channel)
-        scores = tl.dot(c, tl.trans(b), scores, input_precision=DOT)
-    at = query[:, None] * (G * L) + key[None, :]
-    tl.store(scores_ptr + at, scores.to(scores_ptr.dtype.element_ty))
 
 
 @chunk_kernel
@@ -2120,21 +2099,20 @@ def ssd_outputs(
     x_ptr += (token * H + head) * P
     dt_ptr += token * H + head
     of_head = (batch * H + head) * n * L + chunk * L
-    cum_ptr += of_head
-    low_ptr = low_ptr + of_head if low_ptr is not None else None
     states_ptr += ((batch * H + head) * n + chunk) * P * N
     mine = query[:, None] * (H * P) + p[None, :]
 
     # what queries read from the state
     row = (token * H + head) * P
     y = read_rows(state_read_ptr, row, mine, C_ptr, states_ptr, query, p, G, N, BN, DOT)
-    y *= tl.exp2(tl.load(cum_ptr + query))[:, None]
+    y *= tl.exp2(tl.load(cum_ptr + of_head + query))[:, None]
 
     # and from the keys of their chunk, block by block up to the diagonal
     for key_block in range(block + 1):
         key = key_block * R + i
         scores = tl.load(scores_ptr + query[:, None] * (G * L) + key[None, :]).to(tl.float32)
-        scores *= decay_table(cum_ptr, low_ptr, query, key) * tl.load(dt_ptr + key * H)[None, :]
+        table = decay_table(cum_ptr, low_ptr, of_head, query, key)
+        scores *= table * tl.load(dt_ptr + key * H)[None, :]
         x = tl.load(x_ptr + key[:, None] * (H * P) + p[None, :])
         y = tl.dot(scores.to(x.dtype), x, y, input_precision=DOT)
 
@@ -2152,9 +2130,9 @@ def written(
     gradient of these pairs."""
     write = tl.load(write_ptr + of_head + key)
     tl.store(writes_ptr + of_head + key, write * tl.sum(x * dv, axis=1))
-    end = tl.load(cum_ptr + L - 1) - tl.load(cum_ptr + key)
+    end = tl.load(cum_ptr + of_head + L - 1) - tl.load(cum_ptr + of_head + key)
     if low_ptr is not None:
-        end += tl.load(low_ptr + L - 1) - tl.load(low_ptr + key)
+        end += tl.load(low_ptr + of_head + L - 1) - tl.load(low_ptr + of_head + key)
     return dv * tl.exp2(end)[:, None]
 
 
@@ -2190,14 +2168,12 @@ def ssd_grad_values(
     dx_ptr += row
     dt_ptr += token * H + head
     of_head = (batch * H + head) * n * L + chunk * L
-    cum_ptr += of_head
-    low_ptr = low_ptr + of_head if low_ptr is not None else None
     grad_states_ptr += ((batch * H + head) * n + chunk) * P * N
     mine = key[:, None] * (H * P) + p[None, :]
     if state_read_ptr is not None:  # before all else: later, it costs registers
         read = tl.load(state_read_ptr + row + mine).to(tl.float32)
         read = tl.sum(read * tl.load(dy_ptr + mine).to(tl.float32), axis=1)
-        tl.store(reads_ptr + of_head + key, tl.exp2(tl.load(cum_ptr + key)) * read)
+        tl.store(reads_ptr + of_head + key, tl.exp2(tl.load(cum_ptr + of_head + key)) * read)
 
     # what keys write to the state
     dv = read_rows(grad_read_ptr, row, mine, B_ptr, grad_states_ptr, key, p, G, N, BN, DOT)
@@ -2209,7 +2185,7 @@ def ssd_grad_values(
     for query_block in range(block, L // R):
         query = query_block * R + i
         scores = tl.load(scores_ptr + query[:, None] * (G * L) + key[None, :]).to(tl.float32)
-        scores *= decay_table(cum_ptr, low_ptr, query, key)
+        scores *= decay_table(cum_ptr, low_ptr, of_head, query, key)
         dy = tl.load(dy_ptr + query[:, None] * (H * P) + p[None, :])
         dv = tl.dot(tl.trans(scores.to(dy.dtype)), dy, dv, input_precision=DOT)
     tl.store(ddt_ptr + of_head + key, tl.sum(x * dv, axis=1))
@@ -2260,8 +2236,7 @@ def ssd_grad_scores(
         x = tl.load(x_ptr + row * P + (key[:, None] * (H * P) + p))
         dt = tl.load(dt_ptr + row + key * H)
         pairs = tl.dot(dy, tl.trans(x), input_precision=DOT) * dt[None, :]
-        low_of_head = low_ptr + of_head if low_ptr is not None else None
-        pairs *= decay_table(cum_ptr + of_head, low_of_head, query, key)
+        pairs *= decay_table(cum_ptr, low_ptr, of_head, query, key)
         grad_scores += pairs
 
         # ends and begins nearly cancel: float64 for float32
@@ -2431,14 +2406,14 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
     # maxnreg, a thread's registers: at 128 four programs fit a processor, at 168 three
     return types.SimpleNamespace(
         decays=Launch(ssd_decays, cut={"BH": "H"}, BH=8, num_warps=4),
-        scores=Launch(ssd_scores, BN=BN, num_warps=4),
-        scan=Launch(ssd_scan_states, cut={"BK": "K", "BV": "V"},
+        scores=Launch(multiply_rows, BK=BN, num_warps=4),
+        scan=Launch(scan_states, cut={"BK": "K", "BV": "V"},
                     num_stages=4 if narrow else 3, **scan),
         read=Launch(ssd_read_states, cut={"BV": "HP"}, BV=read, BN=BN, num_warps=8,
                     num_stages=3 if L <= 128 else 4),
         outputs=Launch(
             ssd_outputs, BN=BN, num_warps=4, num_stages=3, maxnreg=128 if narrow else None),
-        grad_scan=Launch(ssd_scan_states, cut={"BK": "K", "BV": "V"}, num_stages=3, **scan),
+        grad_scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, num_stages=3, **scan),
         grad_values=Launch(
             ssd_grad_values, BN=BN, num_warps=4, num_stages=3 if narrow else 2,
             maxnreg=168 if narrow else None),
@@ -2449,9 +2424,8 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
     )
 
 
-def ssd_results(x, dt, A, B, C, D, state, first, L, R):
-    """What ssd_forward fills, in its order; low is empty in bfloat16, state_read where
-    N <= READ_APART."""
+def ssd_results(x, dt, B, L, **others):
+    """What ssd_forward fills; low is empty in bfloat16, state_read where N <= READ_APART."""
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
     cum = dt.new_empty(batch, H, T)
@@ -2462,11 +2436,8 @@ def ssd_results(x, dt, A, B, C, D, state, first, L, R):
             x.new_empty(batch if N > READ_APART else 0, T, H, P))
 
 
-@operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, "
-          "Tensor? first, int L, int R) -> "
-          "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-          ssd_results)
-def ssd_forward(x, dt, A, B, C, D, state, first, L, R, y, last,
+@operator(ssd_results)
+def ssd_forward(x, dt, A, B, C, D, state, first, L, R, *, y, last,
                 cum, low, read_weight, write_weight, decay, scores, states, state_read):
     """T is a multiple of L; P 16, 32 or 64; N as K in gla_forward."""
     batch, T, H, P = x.shape
@@ -2477,7 +2448,8 @@ def ssd_forward(x, dt, A, B, C, D, state, first, L, R, y, last,
     low = low if low.numel() else None
     launches.decays(
         batch * n, dt, A, first, cum, low, read_weight, write_weight, decay, n=n, H=H, L=L)
-    launches.scores(batch * n * G * (L // R) ** 2, B, C, scores, G=G, N=N, R=R, **sizes)
+    launches.scores(
+        batch * n * G * (L // R) ** 2, C, B, scores, None, H=G, K=N, R=R, **sizes)
     launches.scan(
         batch * H, x, B, write_weight, None, decay, state, last, states,
         H=H, HX=H, HY=G, HD=H, K=P, V=N, PER_CHANNEL=False, REVERSE=False, **sizes)
@@ -2488,22 +2460,17 @@ def ssd_forward(x, dt, A, B, C, D, state, first, L, R, y, last,
         cum, low, y, H=H, G=G, P=P, N=N, R=R, **sizes)
 
 
-def ssd_gradients(x, dt, A, B, C, D, first, cum, low, read_weight, write_weight, decay, scores,
-                  states, state_read, dy, dlast, L, R, has_state):
-    """What ssd_backward fills, in its order; dD and dstate empty without D or state."""
+def ssd_gradients(x, dt, A, B, C, D, has_state, **others):
+    """What ssd_backward fills; dD and dstate empty without D or state."""
     batch, _, H, P = x.shape
     dD = torch.empty_like(A) if D is not None else A.new_empty(0)
     dstate = dt.new_empty(batch, H, P, B.shape[3]) if has_state else dt.new_empty(0)
     return (*(torch.empty_like(t) for t in (x, dt, A, B, C)), dD, dstate)
 
 
-@operator("(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? first, "
-          "Tensor cum, Tensor low, Tensor read_weight, Tensor write_weight, Tensor decay, "
-          "Tensor scores, Tensor states, Tensor state_read, Tensor dy, Tensor? dlast, "
-          "int L, int R, bool has_state) -> "
-          "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", ssd_gradients)
+@operator(ssd_gradients)
 def ssd_backward(x, dt, A, B, C, D, first, cum, low, read_weight, write_weight, decay, scores,
-                 states, state_read, dy, dlast, L, R, has_state,
+                 states, state_read, dy, dlast, L, R, has_state, *,
                  dx, ddt, dA, dB, dC, dD, dstate):
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
@@ -2578,17 +2545,7 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
     if T == 1 and state is not None and not needs_grad(x, dt, A, B, C, D, state):
         if first is not None:
             state = state.masked_fill(first[:, :, None, None], 0.0)
-        x, B, C, state = (t.contiguous() for t in (x, B, C, state.float()))
-        dt, A, D = (None if t is None else t.float().contiguous() for t in (dt, A, D))
-        y = torch.empty_like(x)
-        new = torch.empty_like(state)
-        BV = power_of_two(P, 16, 32)
-        with on_device(x):
-            ssd_step_state[(batch * H * -(-P // BV),)](
-                C, B, x, g_ptr=None, dt_ptr=dt, A_ptr=A, D_ptr=D, state_ptr=state, new_ptr=new,
-                out_ptr=y, scale=1.0, H=H, HQ=G, G=G, K=N, V=P, BK=power_of_two(N, 16, 128), BV=BV,
-                VALUES_FIRST=True, num_warps=4)
-        return y, new
+        return one_step(C, B, x, state, 128, 32, dt=dt, A=A, D=D)
     narrow = x.dtype == B.dtype == C.dtype == torch.bfloat16
     dtype = torch.bfloat16 if narrow else torch.float32
     # A tile has all channels of a head, at most 64: a wider head becomes several.
@@ -2774,15 +2731,14 @@ def conv_output(x, weight, bias, document):
     return x.new_empty(x.shape)
 
 
-def conv_results(x, weight, bias, document, dy):
-    """What conv_backward fills: dx, dweight, dbias, which is empty without a bias."""
+def conv_results(x, weight, bias, **others):
+    """What conv_backward fills; dbias is empty without a bias."""
     dbias = weight.new_empty(len(weight) if bias is not None else 0)
     return x.new_empty(x.shape), torch.empty_like(weight), dbias
 
 
-@operator("(Tensor x, Tensor weight, Tensor? bias, Tensor? document, Tensor dy) -> "
-          "(Tensor, Tensor, Tensor)", conv_results)
-def conv_backward(x, weight, bias, document, dy, dx, dweight, dbias):
+@operator(conv_results)
+def conv_backward(x, weight, bias, document, dy, *, dx, dweight, dbias):
     B, T, D = x.shape
     taps = weight.shape[1]
     BT, BD = conv_tile(x)
