@@ -176,65 +176,59 @@ def broadcast(op, **tensors):
     sizes = {}  # letter: its size, and the argument that says so
     layouts = {}
     shapes = SHAPES["gates" if tensors.get("gates") is not None else op]
+
+    def misfit(name, more=""):
+        return BadInput(f"{op}: {name} has shape {tuple(tensors[name].shape)}; expected "
+                        f"({', '.join(layouts[name])}){more}")
+
     for name, tensor in tensors.items():
         if tensor is None and name in ("D", "state", "first", "gates"):
             continue
         check_kind(op, name, tensor, *next(iter(tensors.items())))
-        layout = shapes[name]
-        if name == "D" and tensor.dim() == 2:
-            layout = "HP"
         if name in "AD" and tensor.dim() == 0:
             tensors[name] = tensor = tensor.reshape(1)
-        if tensor.dim() != len(layout):
-            raise BadInput(misfit(op, name, tensor, layout))
-        for letter, size in zip(layout, tensor.shape, strict=True):
+        layouts[name] = "HP" if name == "D" and tensor.dim() == 2 else shapes[name]
+        if tensor.dim() != len(layouts[name]):
+            raise misfit(name)
+        for letter, size in zip(layouts[name], tensor.shape, strict=True):
             known, source = sizes.setdefault(letter, (size, name))
             if size == 0 and letter not in "BT":
-                raise BadInput(misfit(op, name, tensor, layout) + f", {letter} at least 1")
+                raise misfit(name, f", {letter} at least 1")
             if size != known and (letter == "T" or size != 1 != known):
-                raise BadInput(
-                    misfit(op, name, tensor, layout) + f", {letter} = {known} as {source}")
+                raise misfit(name, f", {letter} = {known} as {source}")
             if known == 1:
                 sizes[letter] = (size, name)
-        layouts[name] = layout
     G, keys = sizes["G"]
     H, queries = sizes["H"]
     if op == "gla" and H == 1:
         H = G
     if H % G:
-        raise BadInput(misfit(op, keys, tensors[keys], layouts[keys])
-                       + f", G a divisor of the {H} heads of {queries}")
+        raise misfit(keys, f", G a divisor of the {H} heads of {queries}")
     if "gates" in layouts:
         f = H // G
         if sizes["f"][0] != f:
-            raise BadInput(misfit(op, "gates", tensors["gates"], "Gff") + f", f = H / G = {f}")
+            raise misfit("gates", f", f = H / G = {f}")
         W, wide = sizes["W"]
         if W != f * sizes["K"][0]:
-            raise BadInput(misfit(op, wide, tensors[wide], layouts[wide])
-                           + f", W = f K = {f * sizes['K'][0]} as gates of {f} heads")
+            raise misfit(wide, f", W = f K = {f * sizes['K'][0]} as gates of {f} heads")
     final = {letter: size for letter, (size, _) in sizes.items()} | {"H": H}
     for name, layout in layouts.items():
         tensors[name] = tensors[name].expand([final[letter] for letter in layout])
     return tuple(tensors.values())
 
 
-def misfit(op, name, tensor, layout):
-    return f"{op}: {name} has shape {tuple(tensor.shape)}; expected ({', '.join(layout)})"
-
-
 def check_kind(op, name, tensor, first_name, first):
     """That it is a tensor of the right dtype, on the device of the first one."""
     if not isinstance(tensor, torch.Tensor):
         raise BadInput(f"{op}: {name} is of type {type(tensor).__name__}; expected a tensor")
+    about = f"{op}: {name}, of shape {tuple(tensor.shape)}, is"
     if name == "first" and tensor.dtype != torch.bool:
-        raise BadInput(f"{op}: first, of shape {tuple(tensor.shape)}, is {tensor.dtype}; "
-                       "expected torch.bool")
+        raise BadInput(f"{about} {tensor.dtype}; expected torch.bool")
     if name != "first" and not tensor.is_floating_point():
-        raise BadInput(f"{op}: {name}, of shape {tuple(tensor.shape)}, is {tensor.dtype}; "
-                       "expected a floating dtype")
+        raise BadInput(f"{about} {tensor.dtype}; expected a floating dtype")
     if tensor.device != first.device:
-        raise BadInput(f"{op}: {name}, of shape {tuple(tensor.shape)}, is on {tensor.device}; "
-                       f"expected {first.device}, where {first_name} is")
+        raise BadInput(f"{about} on {tensor.device}; expected {first.device}, where "
+                       f"{first_name} is")
 
 
 def pick(impl, *tensors):
@@ -1077,12 +1071,15 @@ def decays_of_piece(g, bit, DOT: tl.constexpr):
 
 
 @triton.jit
-def to_seam(
+def where_to(
     q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, group, n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
 ):
     """Where a block's q_start and k_end go. Of two blocks, the first one's keys and the
     second one's queries stay at the seam, until gla_scores_across takes them on."""
+    token = batch * n * L + block * R
+    q_start_ptr += (token * H + head) * K
+    k_end_ptr += (token * G + group) * K
     if L > R:
         seam = (batch * n + block // 2) * R
         if block % 2 == 0:
@@ -1117,11 +1114,9 @@ def gla_scores(
     q_ptr += (token * H + head) * K
     k_ptr += (token * G + group) * K
     g_ptr += (token * G + group) * K
-    q_start_ptr += (token * H + head) * K
-    k_end_ptr += (token * G + group) * K
     scores_ptr += (token * H + head) * L + block % (L // R) * R
     decay_ptr += ((batch * G + group) * n * (L // R) + block) * K
-    q_start_ptr, k_end_ptr = to_seam(
+    q_start_ptr, k_end_ptr = where_to(
         q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, group, n, H, G, K, L, R)
 
     scores = tl.zeros((R, R), tl.float32)
@@ -1182,10 +1177,8 @@ def gla_scores_steep(
     q_ptr += (token * H + head) * K
     k_ptr += (token * G + group) * K
     g_ptr += (token * G + group) * K
-    q_start_ptr += (token * H + head) * K
-    k_end_ptr += (token * G + group) * K
     scores_ptr += (token * H + head) * L + block % (L // R) * R
-    q_start_ptr, k_end_ptr = to_seam(
+    q_start_ptr, k_end_ptr = where_to(
         q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, group, n, H, G, K, L, R)
 
     dtype = q_ptr.dtype.element_ty
@@ -1945,7 +1938,8 @@ gla_kernels = differentiable(gla_forward, gla_save, gla_backward, gla_chain)
 
 
 def gla_triton(q, k, v, g, scale, state, gates):
-    T, K, V = q.shape[1], q.shape[3], v.shape[3]
+    _, T, _, K = q.shape
+    V = v.shape[3]
     if T == 1 and state is not None and not needs_grad(q, k, v, g, state, gates):
         if gates is not None:
             q = ask_the_group(q, gates)
@@ -2537,8 +2531,8 @@ ssd_kernels = differentiable(ssd_forward, ssd_save, ssd_backward, ssd_chain)
 
 
 def ssd_triton(x, dt, A, B, C, D, state, first):
-    batch, T, H, P = x.shape
-    G, N = B.shape[2:]
+    _, T, _, P = x.shape
+    N = B.shape[3]
     if D is not None and D.dim() == 2:  # one D per channel: not in the kernels
         y, state = ssd_triton(x, dt, A, B, C, None, state, first)
         return y + D * x, state
@@ -2581,12 +2575,16 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
 
 
 @triton.jit
-def same_document(document_ptr, seen, other, token, T):
-    """seen, without tokens `other` that are not in the document of `token`."""
+def load_shifted(
+    x_ptr, document_ptr, other, token, seen, channel, batch, T, ROW: tl.constexpr, D: tl.constexpr,
+):
+    """Rows `other` of x, those that are seen and in the document of `token`; else 0."""
+    at = x_ptr + batch * T * ROW + other[:, None] * ROW + channel[None, :]
     if document_ptr is not None:
+        document_ptr += batch * T
         of_other = tl.load(document_ptr + other, seen, 0)
         seen = seen & (of_other == tl.load(document_ptr + token, token < T, 0))
-    return seen
+    return tl.load(at, seen[:, None] & (channel < D)[None, :], 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -2601,19 +2599,16 @@ def conv_outputs(
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     channel = tl.program_id(1) * BD + tl.arange(0, BD)
     batch = tl.program_id(2).to(tl.int64)
-    x_ptr += batch * T * ROW
-    document_ptr = document_ptr + batch * T if document_ptr is not None else None
 
     pre = tl.zeros((BT, BD), tl.float32)
     if bias_ptr is not None:
         pre += tl.load(bias_ptr + channel, channel < D, 0.0).to(tl.float32)[None, :]
     for i in tl.static_range(TAPS):
         s = t - (TAPS - 1) + i
-        at = x_ptr + s[:, None] * ROW + channel[None, :]
-        seen = same_document(document_ptr, (s >= 0) & (s < T), s, t, T)
-        x = tl.load(at, seen[:, None] & (channel < D)[None, :], 0.0)
+        seen = (s >= 0) & (s < T)
+        x = load_shifted(x_ptr, document_ptr, s, t, seen, channel, batch, T, ROW, D)
         weight = tl.load(weight_ptr + channel * TAPS + i, channel < D, 0.0)
-        pre += x.to(tl.float32) * weight.to(tl.float32)[None, :]
+        pre += x * weight.to(tl.float32)[None, :]
     at = y_ptr + batch * T * D + t[:, None] * D + channel[None, :]
     y = (pre * tl.sigmoid(pre)).to(y_ptr.dtype.element_ty)
     tl.store(at, y, (t < T)[:, None] & (channel < D)[None, :])
@@ -2637,10 +2632,8 @@ def conv_gradients(
     channel = tl.program_id(1) * BD + tl.arange(0, BD)
     batch = tl.program_id(2).to(tl.int64)
     part = batch * tl.num_programs(0) + tl.program_id(0)
-    x_ptr += batch * T * ROW
     dy_ptr += batch * T * DY_ROW
     dpre_ptr += batch * T * D
-    document_ptr = document_ptr + batch * T if document_ptr is not None else None
     inside = (channel < D)[None, :]
     zero = tl.zeros((BT, BD), tl.float32)
     weights = ()
@@ -2660,10 +2653,8 @@ def conv_gradients(
         sums = ()
         for i in tl.static_range(TAPS):
             s = t - (TAPS - 1) + i
-            at = x_ptr + s[:, None] * ROW + channel[None, :]
-            seen = same_document(document_ptr, (s >= 0) & (s < T), s, t, T)
-            x = tl.load(at, seen[:, None] & inside, 0.0)
-            shifted += (x.to(tl.float32),)
+            seen = (s >= 0) & (s < T)
+            shifted += (load_shifted(x_ptr, document_ptr, s, t, seen, channel, batch, T, ROW, D),)
             pre += shifted[i] * weights[i]
         gate = tl.sigmoid(pre)
         dy = tl.load(dy_ptr + t[:, None] * DY_ROW + channel[None, :], mine, 0.0).to(tl.float32)
@@ -2693,14 +2684,12 @@ def conv_grad_inputs(
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     channel = tl.program_id(1) * BD + tl.arange(0, BD)
     batch = tl.program_id(2).to(tl.int64)
-    document_ptr = document_ptr + batch * T if document_ptr is not None else None
     dx = tl.zeros((BT, BD), tl.float32)
     for j in tl.static_range(TAPS):
-        at = dpre_ptr + batch * T * D + (t + j)[:, None] * D + channel[None, :]
-        seen = same_document(document_ptr, t + j < T, t + j, t, T)
-        dpre = tl.load(at, seen[:, None] & (channel < D)[None, :], 0.0)
+        s = t + j
+        dpre = load_shifted(dpre_ptr, document_ptr, s, t, s < T, channel, batch, T, D, D)
         weight = tl.load(weight_ptr + channel * TAPS + TAPS - 1 - j, channel < D, 0.0)
-        dx += dpre.to(tl.float32) * weight.to(tl.float32)[None, :]
+        dx += dpre * weight.to(tl.float32)[None, :]
     tl.store(dx_ptr + batch * T * D + t[:, None] * D + channel[None, :],
              dx.to(dx_ptr.dtype.element_ty), (t < T)[:, None] & (channel < D)[None, :])
 
