@@ -1093,7 +1093,7 @@ def where_to(
 def gla_scores(
     q_ptr, k_ptr, g_ptr,     # (B,T,H,K), (B,T,G,K), (B,T,G,K)
     q_start_ptr, k_end_ptr,  # (B,T,H,K), (B,T,G,K)
-    q_seam_ptr, k_seam_ptr,  # (B,n,R,H,K), (B,n,R,G,K), or None: one block a chunk
+    q_seam_ptr, k_seam_ptr,  # (B,n,R,H,K), (B,n,R,G,K), or empty: one block a chunk
     decay_ptr,               # (B,G,T/R,K)  of a block, log2: later called block_decay
     scores_ptr,              # (B,T,H,L)    of each query with the keys of its chunk
     scale, n,
@@ -1561,7 +1561,7 @@ def decays_of_block(g, STEEP: tl.constexpr, DOT: tl.constexpr):
     total = tl.sum(g, 0)[None, :]
     if DOT is not None:
         from_middle = tl.cumsum(g, 0) - 0.5 * total
-    else:  # a product, of 16 bits, in place of a scan
+    else:  # bfloat16: a product, of 16 bits, in place of a scan
         i = tl.arange(0, g.shape[0])
         from_middle = sum_rows(i[:, None] >= i[None, :], g, DOT) - 0.5 * total
     half = tl.exp2(0.5 * total)
@@ -1575,8 +1575,8 @@ def meet(q, k, to_q, to_k, scores, pairs, DOT: tl.constexpr):
     """What queries and keys, decayed to where they meet, give each other through the
     gradient of their scores: dq and dk. pairs adds weight x gradient, at both ends of
     the same rounded factors, so that pairs that do not span t cancel."""
-    q = (q * to_q).to(scores.dtype)
     k = (k * to_k).to(scores.dtype)
+    q = (q * to_q).to(scores.dtype)
     dq = tl.dot(scores, k, input_precision=DOT)
     dk = tl.dot(tl.trans(scores), q, input_precision=DOT)
     pairs += q.to(tl.float32) * dq - k.to(tl.float32) * dk
@@ -1593,9 +1593,9 @@ def within_block(
     i = tl.arange(0, q.shape[0])[:, None]
     j = tl.arange(0, q.shape[0])[None, :]
     scores_ptr += i * ROW + j
-    diagonal_ptr += tl.arange(0, q.shape[0])  # each query with its own key: no decay
+    # each query with its own key: no decay
+    diagonal = tl.load(diagonal_ptr + tl.arange(0, q.shape[0]))[:, None]
     if STEEP:
-        diagonal = tl.load(diagonal_ptr)[:, None]
         dq = diagonal * k
         dk += diagonal * q
         for bit in range(7):
@@ -1606,7 +1606,6 @@ def within_block(
             dk += dk_of_bit
     else:
         dq, dk_of_head, pairs = meet(q, k, to_q, to_k, tl.load(scores_ptr), pairs, DOT)
-        diagonal = tl.load(diagonal_ptr)[:, None]
         dq += diagonal * k
         dk += dk_of_head + diagonal * q
     return dq, dk, pairs
@@ -1619,7 +1618,8 @@ def before_block(
 ):
     """A head's dq by what is before its block: the state before the chunk and, for the
     second of two blocks, the first one's keys; dk_after of the first one with what the
-    second one's queries add; and pairs with q dq. other: the decay of the other block."""
+    second one's queries add; and pairs with q dq. other: the decay of the chunk's other
+    block, or None."""
     dq = tl.load(dq_start_ptr + at_q).to(tl.float32)
     if other is not None:
         i = tl.arange(0, q.shape[0])
@@ -1648,10 +1648,11 @@ def store_grad_decays(
         around += tl.load(around_ptr + of_block)
     i = tl.arange(0, pairs.shape[0])
     earlier = i[:, None] > i[None, :]
-    # A running sum less its last term, or all less those before, drowns what is small.
+    # Differences drown what is small: a running sum less its last term always, all less
+    # those before in float32 and in steep blocks.
     if STEEP or DOT is not None:
         dg = tl.cumsum(pairs, 0, reverse=True) + sum_rows(earlier, writes, DOT)
-    else:  # nothing is as small in bfloat16: all less those before, in one product
+    else:  # one product
         dg = tl.sum(pairs, 0)[None, :] + sum_rows(earlier, writes - pairs, DOT)
     unclamped = tl.load(g_ptr) > FORGOTTEN_32
     tl.store(dg_ptr, tl.where(unclamped, dg + around[None, :], 0.0))
