@@ -864,9 +864,9 @@ def multiply_rows(
     H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
-    """scores_ij = x_i . y_j for j <= i. For ssd the scores, C . B, of all heads of a group
-    and so without decays; for gla the scores' gradient, do . v, and the diagonal apart,
-    for it has no decay.
+    """scores_ij = x_i . y_j for j <= i. For ssd the scores, C . B, of all heads of a
+    group, and so without decays; for gla the gradient of scores, do . v, with the
+    diagonal apart, for it has no decay.
 
     One program owns a block of queries and one of keys, no later, of one head."""
     key_block, rest = split(tl.program_id(0), L // R)
@@ -1061,7 +1061,7 @@ def is_steep(decay_ptr, LIMIT, K: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def decays_of_piece(g, bit, DOT: tl.constexpr):
-    """exp(upto) and exp(after) of every row of g (R,BK), inside its piece of 2^bit rows."""
+    """exp(upto) and exp(after) of all rows of g (R,BK), inside pieces of 2^bit rows."""
     i = tl.arange(0, g.shape[0])[:, None]
     j = tl.arange(0, g.shape[0])[None, :]
     same = (i ^ j) >> bit == 0
@@ -1553,8 +1553,8 @@ def gla_grad_queries_keys(
 
 @triton.jit
 def decays_of_block(g, STEEP: tl.constexpr, DOT: tl.constexpr):
-    """Of every row of g (R,BK): exp(c - m) and exp(m - c) as in gla_scores, which a steep
-    block does not use, exp(upto) and exp(after)."""
+    """Of every row of g (R,BK): exp(c - m) and exp(m - c) as in gla_scores, which a
+    steep block does not use, exp(upto) and exp(after)."""
     if STEEP:
         upto, after = decays_of_piece(g, 7, DOT)
         return upto, after, upto, after
@@ -1588,8 +1588,8 @@ def within_block(
     q, k, g, to_q, to_k, dk, pairs, scores_ptr, diagonal_ptr,
     ROW: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
-    """A head's dq by the keys of its block, and dk and pairs with what the head adds, as
-    in gla_scores or, bit by bit, gla_scores_steep."""
+    """A head's dq by the keys of its block, and dk and pairs with what the head adds:
+    all at once as in gla_scores, or bit by bit as in gla_scores_steep."""
     i = tl.arange(0, q.shape[0])[:, None]
     j = tl.arange(0, q.shape[0])[None, :]
     scores_ptr += i * ROW + j
@@ -2420,7 +2420,7 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
 
 
 def ssd_results(x, dt, B, L, **others):
-    """What ssd_forward fills; low is empty in bfloat16, state_read where N <= READ_APART."""
+    """What ssd_forward fills; low is empty in bfloat16, state_read for N <= READ_APART."""
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
     cum = dt.new_empty(batch, H, T)
