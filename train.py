@@ -341,8 +341,8 @@ def make_optimizer(lm, options):
             (matrices if p.dim() >= 2 and not name.endswith("gates") else others).append(p)
     groups = [{"params": matrices, "weight_decay": options.weight_decay},
               {"params": others, "weight_decay": 0.0}]
-    betas = (options.beta1, options.beta2)
-    return torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2),
+                             fused=options.device.startswith("cuda"))
 
 
 def precision(options):
@@ -539,14 +539,14 @@ def gather_carried(run):
 def restore(run, train):
     """Put a run where the "train" entry of a checkpoint says it was. Raises BadInput."""
     try:
-        # What this torch's AdamW does not know is left out; runs on a CPU once were not fused.
+        # What this torch's AdamW does not know is left out, and `fused` is this device's.
         groups = run.optimizer.state_dict()["param_groups"]
         kept = {key for group in groups for key in group}
         saved = train["optimizer"]
         for group in saved["param_groups"]:
             for key in set(group) - kept:
                 del group[key]
-            group["fused"] = True
+            group["fused"] = run.cuda
         full = sharded.StateDictOptions(full_state_dict=True)
         sharded.set_optimizer_state_dict(run.lm, run.optimizer, saved, options=full)
         run.step = train["step"]
