@@ -27,6 +27,7 @@ from data.options import (
 )
 
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import json
@@ -36,6 +37,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np
@@ -286,6 +288,7 @@ class Run:
     corpus: prepare.Corpus
     processes: Processes
     stop: Stop
+    each: Callable = map            # a pass for text and one for recall sequences
     end_of_text: int | None = None  # with --documents
     step: int = 0
     tokens: int = 0
@@ -326,9 +329,22 @@ def start_run(lm, options, corpus, processes, stop):
             lm, device_ids=device_ids, gradient_as_bucket_view=True)    # one copy less
     run = Run(lm, model, make_optimizer(lm, options), options, corpus, processes, stop)
     run.carried = [None] * passes(options, processes)
+    if options.device == "cpu" and processes.size == options.accumulate == 1:
+        run.each = side_by_side(options)
     if options.documents:
         run.end_of_text = prepare.load_tokenizer(corpus.meta["tokenizer"]).eot_token
     return run
+
+
+def side_by_side(options):
+    """A `map` by two threads, one for text and one for recall sequences: most operations of a small
+    model are too short to be shared by threads. (A sum of two gradients is the same in either
+    order; one of more is not.)"""
+    threads = torch.get_num_threads() // 2
+    if not threads or not options.recall_tokens or options.compile:
+        return map
+    return concurrent.futures.ThreadPoolExecutor(
+        2, initializer=torch.set_num_threads, initargs=(threads,)).map
 
 
 def make_optimizer(lm, options):
@@ -430,21 +446,26 @@ def forward_backward(run):
     count = passes(options, run.processes)
     sums = torch.zeros(4, dtype=torch.float64, device=options.device)
     begins = options.carry_state and run.step % slices_per_row(run) == 0
-    for k in range(count):
-        data = batches(run, run.processes.rank * count + k)
-        for i, (idx, targets, first, weight) in enumerate(data):
-            carries = options.carry_state and i == 0
-            state = run.carried[k] if carries and not begins else None
-            last = k == count - 1 and i == len(data) - 1
-            with exchange_gradients(run, last):         # once per step
-                with precision(options):
-                    _, loss, state = run.model(idx, targets, state, first)
-                loss = loss * weight
-                (loss * size).backward()                # averaged over the processes
-            if carries:
-                run.carried[k] = on_device(state, options.device)
-            sums[i] += loss.detach()
-            sums[2] += idx.numel()
+    data = ((k, *entry) for k in range(count)
+            for entry in enumerate(batches(run, run.processes.rank * count + k)))
+
+    def forward_backward_once(entry):
+        k, i, (idx, targets, first, weight) = entry
+        carries = options.carry_state and i == 0
+        state = run.carried[k] if carries and not begins else None
+        last = k == count - 1 and i == bool(options.recall_tokens)
+        with exchange_gradients(run, last):             # once per step
+            with precision(options):
+                _, loss, state = run.model(idx, targets, state, first)
+            loss = loss * weight
+            (loss * size).backward()                    # averaged over the processes
+        if carries:
+            run.carried[k] = on_device(state, options.device)
+        return i, loss.detach(), idx.numel()
+
+    for i, loss, tokens in run.each(forward_backward_once, data):
+        sums[i] += loss
+        sums[2] += tokens
     sums[3] += bool(run.stop.signal)
     if size > 1:
         dist.all_reduce(sums)
