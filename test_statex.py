@@ -2479,7 +2479,7 @@ def run_of(out_dir):
 
 
 def test_text_and_recall_go_side_by_side(ckpt):
-    """The gradients of one after the other, the same ones every time."""
+    """The gradients of one after the other on one thread, to the last bit, every time."""
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -2487,17 +2487,17 @@ def test_text_and_recall_go_side_by_side(ckpt):
         run.stop = train_script.Stop()
         assert run.each is not map
         found = []
-        for each in (map, *[run.each] * 20):
+        for each in [run.each] * 20 + [map]:
             run.each = each
+            torch.set_num_threads(1 if each is map else 2)
             sums = train_script.forward_backward(run)
             found.append([sums, *(p.grad for p in lm.parameters())])
             lm.zero_grad(set_to_none=True)
     finally:
         torch.set_num_threads(threads)
     assert 0 not in found[0][0][:3]
-    assert all(gap(a, b) < 1e-6 for a, b in zip(found[0], found[1], strict=True))
-    assert all(torch.equal(a, b) for other in found[2:]
-               for a, b in zip(found[1], other, strict=True))
+    assert all(torch.equal(a, b) for other in found[1:]
+               for a, b in zip(found[0], other, strict=True))
 
 
 def test_carried_state_equals_one_long_sequence(corpus, tmp_path):

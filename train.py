@@ -288,7 +288,7 @@ class Run:
     corpus: prepare.Corpus
     processes: Processes
     stop: Stop
-    each: Callable = map            # a pass for text and one for recall sequences
+    each: Callable = map            # or that of two threads, see side_by_side
     end_of_text: int | None = None  # with --documents
     step: int = 0
     tokens: int = 0
@@ -338,8 +338,8 @@ def start_run(lm, options, corpus, processes, stop):
 
 def side_by_side(options):
     """A `map` by two threads, one for text and one for recall sequences: most operations of a small
-    model are too short to be shared by threads. (A sum of two gradients is the same in either
-    order; one of more is not.)"""
+    model are too short to be shared by threads. Both add to the same gradients, where autograd
+    holds a lock; the sum of two is the same in either order, that of more would not be."""
     threads = torch.get_num_threads() // 2
     if not threads or not options.recall_tokens or options.compile:
         return map
@@ -449,11 +449,11 @@ def forward_backward(run):
     data = ((k, *entry) for k in range(count)
             for entry in enumerate(batches(run, run.processes.rank * count + k)))
 
-    def forward_backward_once(entry):
+    def one_pass(entry):
         k, i, (idx, targets, first, weight) = entry
         carries = options.carry_state and i == 0
         state = run.carried[k] if carries and not begins else None
-        last = k == count - 1 and i == bool(options.recall_tokens)
+        last = k == count - 1 and i == bool(options.recall_tokens)     # text, then recall if any
         with exchange_gradients(run, last):             # once per step
             with precision(options):
                 _, loss, state = run.model(idx, targets, state, first)
@@ -463,7 +463,7 @@ def forward_backward(run):
             run.carried[k] = on_device(state, options.device)
         return i, loss.detach(), idx.numel()
 
-    for i, loss, tokens in run.each(forward_backward_once, data):
+    for i, loss, tokens in run.each(one_pass, data):
         sums[i] += loss
         sums[2] += tokens
     sums[3] += bool(run.stop.signal)
