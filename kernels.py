@@ -990,8 +990,8 @@ def operator(results):
 
 
 def one_step(kernel, q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None, D=None):
-    """The output and the new state of one token, by a kernel, step_state, whose arguments these
-    are, in tiles of BK x BV at most."""
+    """The output and the new state of one token, by step_state under either name, whose
+    arguments these are, in tiles of BK x BV at most."""
     g, dt, A, D, state = (
         None if t is None else t.float().contiguous() for t in (g, dt, A, D, state))
     q, k, v = (t.contiguous() for t in (q, k, v))
