@@ -337,11 +337,13 @@ def start_run(lm, options, corpus, processes, stop):
 
 
 def side_by_side(options):
-    """A `map` by two threads, one for text and one for recall sequences: most operations of a small
-    model are too short to be shared by threads. Both add to the same gradients, where autograd
-    holds a lock; the sum of two is the same in either order, that of more would not be."""
+    """A `map` by two threads, one for text and one for recall sequences, where these take about as
+    long: most operations of a small model are too short to be shared by threads. Both add to the
+    same gradients, where autograd holds a lock; the sum of two is the same in either order, that
+    of more would not be."""
     threads = torch.get_num_threads() // 2
-    if not threads or not options.recall_tokens or options.compile:
+    text = options.batch_size * options.block_size
+    if not threads or options.compile or not text <= options.recall_tokens <= 4 * text:
         return map
     return concurrent.futures.ThreadPoolExecutor(
         2, initializer=torch.set_num_threads, initargs=(threads,)).map
