@@ -657,7 +657,8 @@ def ssd_first(
 #
 # With gates the scores of each head with its own keys are computed once, and a second
 # kernel mixes them into the scores of every head of the group. Only kernels that touch
-# states see the group's f K channels: there K is f K, and HX and HQ heads have queries.
+# states see the group's f K channels: there K is f K, HX heads have x, and HQ heads have
+# queries.
 #
 #   launch             gla                           ssd
 #   decays             (in gla_scores)               ssd_decays
@@ -672,20 +673,22 @@ def ssd_first(
 #   queries and keys   gla_grad_queries_keys         ssd_grad_queries_keys
 #   decays             gla_grad_decays, twice        ssd_grad_decays
 #
-# The fast kernels mask neither tokens nor channels: callers pad T to whole chunks (as
-# in gla_chunked, for ssd with dt = 0) and channels to whole tiles. In all of them, in
-# whose shapes B is the batch:
+# The chunk kernels (all but step_state) mask neither tokens nor channels: callers pad T
+# to whole chunks (as in gla_chunked, for ssd with dt = 0) and channels to whole tiles.
+# In all of them, in whose shapes B is the batch:
 #
 #   n, L, R           chunks of a sequence, tokens of a chunk, of a block; a chunk has
 #                     blocks, in gla one or two. heads: B H
 #   BK, BV, BN        channels of a tile
-#   DOT               product_precision: None for bfloat16
+#   DOT               product_precision: None for bfloat16, not for float32
 #   upto, after       sums of g from the start of a chunk (or block) up to a token, and
-#                     after it to the end; in bits (log2, exp2), but formulas write exp
+#                     after it to the end, in bits (log2, exp2), though formulas write
+#                     exp; in gla_grad_decays and its helpers their exp2
 #   q_start, k_end    q exp(upto), k exp(after): what meets the states around a chunk
 #   q_seam, k_seam    the same of a block, where a chunk's two blocks meet
 #   dx, grad_x        the gradient of x; S is a state, dS its gradient
-#   row, mine, at_, of_   offsets in elements
+#   row               a token's head, counted over all tokens; or its offset
+#   mine, at_, of_    offsets in elements (of_chunk: which block of its chunk)
 #
 # Programs next to each other read the same tiles, while these are in the cache.
 
@@ -1142,6 +1145,7 @@ def gla_scores(
         half = tl.exp2(0.5 * total)[None, :]
         q_mid = q * tl.exp2(from_middle)
         k_mid = k * tl.exp2(-from_middle)
+        # above the diagonal this may overflow; that is not kept
         scores = tl.dot(q_mid.to(dtype), tl.trans(k_mid.to(dtype)), scores, input_precision=DOT)
 
         # on from the middle to the ends; one head of a group stores what they share
@@ -1170,8 +1174,8 @@ def gla_scores_steep(
     """gla_scores again, written over it, for steep blocks; at others, nearly all in a
     GLA model, programs return at once.
 
-    Pieces of 2^bit tokens meet in pairs, as in gla_chunked: tokens i and j < i do where
-    that is the highest bit in which i and j differ. So there is one matrix product for
+    Pieces of 2^bit tokens meet in pairs, as in gla_inside_steep: tokens i and j < i do
+    where that is the highest bit in which i and j differ. So there is one matrix product for
     each bit, of which that bit's pairs are stored."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
     group = head // (H // G)
@@ -1598,7 +1602,7 @@ def within_block(
     all at once as in gla_scores, or bit by bit as in gla_scores_steep."""
     i = tl.arange(0, q.shape[0])[:, None]
     j = tl.arange(0, q.shape[0])[None, :]
-    scores_ptr += i * ROW + j
+    scores_ptr += i * ROW + j  # of gradients of scores, 0 above the diagonal (multiply_rows)
     # each query with its own key: no decay
     diagonal = tl.load(diagonal_ptr + tl.arange(0, q.shape[0]))[:, None]
     if STEEP:
@@ -1630,11 +1634,11 @@ def before_block(
     if other is not None:
         i = tl.arange(0, q.shape[0])
         at_scores = i[:, None] * ROW + i[None, :]
-        if of_chunk == 1:
+        if of_chunk == 1:  # the second block reads the first one's keys
             scores = tl.load(scores_ptr + at_scores)
             keys = tl.load(k_seam_ptr + at_k)
             dq = tl.dot(scores, keys, dq * other, input_precision=DOT)
-        else:
+        else:  # the first one's keys are read by the second's queries
             scores = tl.load(scores_ptr + q.shape[0] * ROW + at_scores)
             queries = tl.load(q_seam_ptr + at_q)
             dk_after = tl.dot(tl.trans(scores), queries, dk_after, input_precision=DOT)
@@ -1654,8 +1658,8 @@ def store_grad_decays(
         around += tl.load(around_ptr + of_block)
     i = tl.arange(0, pairs.shape[0])
     earlier = i[:, None] > i[None, :]
-    # Differences drown what is small: a running sum less its last term always, all less
-    # those before in float32 and in steep blocks.
+    # Differences drown what is small: earlier rows are a product, not a running sum less
+    # its last term; only ordinary blocks in bfloat16 take all pairs less the earlier ones.
     if STEEP or DOT is not None:
         dg = tl.cumsum(pairs, 0, reverse=True) + sum_rows(earlier, writes, DOT)
     else:  # one product
@@ -2345,7 +2349,7 @@ def ssd_grad_decays(
     H: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     READS: tl.constexpr, PARTS: tl.constexpr,
 ):
-    """dg by the table above gla_grad_decays, with a chunk for a block; from it, as g =
+    """dg by the table above decays_of_block, with a chunk for a block; from it, as g =
     dt A, the gradients of dt and A. One program owns one chunk of one head."""
     head, chunk, batch = split3(tl.program_id(0), H, n)
     i = tl.arange(0, L)
