@@ -1581,28 +1581,28 @@ def decays_of_block(g, STEEP: tl.constexpr, DOT: tl.constexpr):
 
 
 @triton.jit
-def meet(q, k, to_q, to_k, scores, pairs, DOT: tl.constexpr):
+def meet(q, k, to_q, to_k, grad_scores, pairs, DOT: tl.constexpr):
     """What queries and keys, decayed to where they meet, give each other through the
     gradient of their scores: dq and dk. pairs adds weight x gradient, at both ends of
     the same rounded factors, so that pairs that do not span t cancel."""
-    k = (k * to_k).to(scores.dtype)
-    q = (q * to_q).to(scores.dtype)
-    dq = tl.dot(scores, k, input_precision=DOT)
-    dk = tl.dot(tl.trans(scores), q, input_precision=DOT)
+    k = (k * to_k).to(grad_scores.dtype)
+    q = (q * to_q).to(grad_scores.dtype)
+    dq = tl.dot(grad_scores, k, input_precision=DOT)
+    dk = tl.dot(tl.trans(grad_scores), q, input_precision=DOT)
     pairs += q.to(tl.float32) * dq - k.to(tl.float32) * dk
     return dq * to_q, dk * to_k, pairs
 
 
 @triton.jit
 def within_block(
-    q, k, g, to_q, to_k, dk, pairs, scores_ptr, diagonal_ptr,
+    q, k, g, to_q, to_k, dk, pairs, grad_scores_ptr, diagonal_ptr,
     ROW: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
     """A head's dq by the keys of its block, and dk and pairs with what the head adds:
     all at once as in gla_scores, or bit by bit as in gla_scores_steep."""
     i = tl.arange(0, q.shape[0])[:, None]
     j = tl.arange(0, q.shape[0])[None, :]
-    scores_ptr += i * ROW + j  # of gradients of scores, 0 above the diagonal (multiply_rows)
+    grad_scores_ptr += i * ROW + j  # 0 above the diagonal (multiply_rows)
     # each query with its own key: no decay
     diagonal = tl.load(diagonal_ptr + tl.arange(0, q.shape[0]))[:, None]
     if STEEP:
@@ -1610,12 +1610,12 @@ def within_block(
         dk += diagonal * q
         for bit in range(7):
             upto, after = decays_of_piece(g, bit, DOT)
-            scores = tl.load(scores_ptr, (i ^ j) >> bit == 1, 0.0)
-            dq_of_bit, dk_of_bit, pairs = meet(q, k, upto, after, scores, pairs, DOT)
+            grad_scores = tl.load(grad_scores_ptr, (i ^ j) >> bit == 1, 0.0)
+            dq_of_bit, dk_of_bit, pairs = meet(q, k, upto, after, grad_scores, pairs, DOT)
             dq += dq_of_bit
             dk += dk_of_bit
     else:
-        dq, dk_of_head, pairs = meet(q, k, to_q, to_k, tl.load(scores_ptr), pairs, DOT)
+        dq, dk_of_head, pairs = meet(q, k, to_q, to_k, tl.load(grad_scores_ptr), pairs, DOT)
         dq += diagonal * k
         dk += dk_of_head + diagonal * q
     return dq, dk, pairs
@@ -1623,8 +1623,8 @@ def within_block(
 
 @triton.jit
 def before_block(
-    q, upto, other, of_chunk, dk_after, pairs, dq_start_ptr, scores_ptr, q_seam_ptr, k_seam_ptr,
-    at_q, at_k, ROW: tl.constexpr, DOT: tl.constexpr,
+    q, upto, other, of_chunk, dk_after, pairs, dq_start_ptr, grad_scores_ptr, q_seam_ptr,
+    k_seam_ptr, at_q, at_k, ROW: tl.constexpr, DOT: tl.constexpr,
 ):
     """A head's dq by what is before its block: the state before the chunk and, for the
     second of two blocks, the first one's keys; dk_after of the first one with what the
@@ -1635,13 +1635,13 @@ def before_block(
         i = tl.arange(0, q.shape[0])
         at_scores = i[:, None] * ROW + i[None, :]
         if of_chunk == 1:  # the second block reads the first one's keys
-            scores = tl.load(scores_ptr + at_scores)
+            grad_scores = tl.load(grad_scores_ptr + at_scores)
             keys = tl.load(k_seam_ptr + at_k)
-            dq = tl.dot(scores, keys, dq * other, input_precision=DOT)
+            dq = tl.dot(grad_scores, keys, dq * other, input_precision=DOT)
         else:  # the first one's keys are read by the second's queries
-            scores = tl.load(scores_ptr + q.shape[0] * ROW + at_scores)
+            grad_scores = tl.load(grad_scores_ptr + q.shape[0] * ROW + at_scores)
             queries = tl.load(q_seam_ptr + at_q)
-            dk_after = tl.dot(tl.trans(scores), queries, dk_after, input_precision=DOT)
+            dk_after = tl.dot(tl.trans(grad_scores), queries, dk_after, input_precision=DOT)
     dq *= upto
     return dq, dk_after, pairs + q * dq
 
