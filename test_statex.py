@@ -2901,8 +2901,8 @@ def made_up_line(seed, arm, repeats, lr=2e-3, own_rate=True):
     return {"began": "then", "family": "gla", "seed": seed, "phase": "block", "arm": arm, "lr": lr,
             "start": "" if arm == "pre" else "pre", "own_rate": own_rate, "tokens": 10,
             "rare_repeats": {"groups": groups}, "icl_score": -0.1, "state_elements": 4,
-            "needle_gain": {"4096": {"gain": 0.1}}, "params": 1, "state_bytes": 16, "flops": 1,
-            "peak_mem_mib": 1}
+            "needle_gain": {"4096": {"gain": 0.1}}, "mqar": {"8": 0.5}, "params": 1,
+            "state_bytes": 16, "flops": 1, "peak_mem_mib": 1}
 
 
 def test_differences_are_to_lpt_of_the_same_model(tmp_path, monkeypatch):

@@ -37,6 +37,7 @@ from dataclasses import dataclass, field, replace
 # Several processes compile at once: a few helpers each are enough. Read when torch is loaded.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
 
+import numpy as np
 import torch
 
 import train
@@ -64,6 +65,10 @@ STEP = dict(recall_tokens=0, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0,
             eval_interval=10**9)
 PRE = STEP | dict(block_size=1024, batch_size=64, steps=1600, lr=4e-3, warmup=100)
 POST = STEP | dict(block_size=4096, batch_size=16, steps=512, warmup=32)
+# After it is scored, every arm is trained on made-up recall for a short time, the same for all,
+# for its score on that.
+FINE_TUNE = STEP | dict(block_size=1024, batch_size=2, steps=400, lr=1e-3, warmup=20,
+                        recall_tokens=16384, pairs="8,16,32,64,128", curriculum=0.5)
 NEEDLES = (4096, 8192, 32768)       # tokens of context, to 8 times that of training
 # The same with everything small: the way through, on a CPU.
 TINY_SHAPES = {
@@ -182,6 +187,12 @@ class Job:
     def tokens(self):
         t = self.training
         return t["steps"] * t["batch_size"] * t["block_size"]
+
+    @property
+    def fine_tuned(self):
+        """Whether it is trained on made-up recall at last."""
+        return (self.phase == "block" and bool(self.start) and self.own_rate
+                and not self.arm.endswith("-quarter"))
 
     @property
     def tried(self):
@@ -362,6 +373,8 @@ def train_and_score(job, options, folder, place):
     trained = train.train(lm, training, corpus)
     seconds = time.time() - begin
     scores = score(lm, job, training, corpus, options)
+    if job.fine_tuned:
+        scores["mqar"] = fine_tune(lm, training, corpus, options)
     if job.start:
         os.remove(f"{place}/ckpt.pt")
     config = lm.config
@@ -420,6 +433,21 @@ def score(lm, job, training, corpus, options):
             str(length): recall.needle_gain(lm, text, tokenizer, length, sequences)
             for length in lengths}
     return recall.without_nan(result)
+
+
+def fine_tune(lm, training, corpus, options):
+    """Train lm on made-up recall for a short time. -> {pairs of a sequence: share recalled}"""
+    changes = FINE_TUNE | (TINY | dict(recall_tokens=64, pairs="2,4") if options.tiny else {})
+    training = replace(training, **changes, name="fine-tuned", compile=False)
+    train.train(lm, training, corpus)
+    os.remove(f"{training.out_dir}/fine-tuned.pt")
+    shares = {}
+    with train.scoring(lm, training):
+        for pairs in train.pair_sizes(training):
+            rng = np.random.default_rng(pairs)
+            idx, targets = recall.mqar(rng, 256, pairs, lm.config.vocab_size)
+            shares[str(pairs)] = recall.answered(lm, idx, targets).mean().item()
+    return shares
 
 
 def mean_loss(repeats):

@@ -311,6 +311,28 @@ def needle_table():
     return each_family(of_family)
 
 
+def fine_tuned_table():
+    """Made-up recall after the same short fine-tuning of every arm: LPT, and what others have
+    more."""
+    def of_family(family, some):
+        some = [model for model in some if "mqar" in model.get("lpt")]
+        if not some:
+            return ""
+        sizes = list(some[0].get("lpt")["mqar"])
+        rows = []
+        for arm in ("lpt", *arms_of(some), "ceiling-x4"):
+            def recalled(size):
+                return lambda line: line["mqar"][size]
+            cells = [cell(values(some, arm, recalled(size)), "{:.3f}") if arm == "lpt" else
+                     cell(differences(some, arm, recalled(size)), "{:+.3f}") for size in sizes]
+            count = len(values(some, arm, repeats_loss))
+            if count:
+                rows.append([arm, *cells, count])
+        return markdown([f"{FAMILIES[family]}, share recalled", *(f"of {n} pairs" for n in sizes),
+                         "models"], rows)
+    return each_family(of_family)
+
+
 def by_tokens(family):
     """[(post-training tokens, differences of PRIMARY to LPT of as many tokens)]."""
     result = []
@@ -500,8 +522,10 @@ def rates_table():
 SECTIONS = {
     "primary": primary_table, "claims": claims_table, "arms": arms_table,
     "equal rates": equal_rate_table, "gap": gap_table, "tokens": tokens_table,
-    "larger": larger_table, "levels": levels_table, "needle": needle_table, "pilot": pilot_table,
-    "recipe": recipe_table, "inits": inits_table, "mixture": mixture_table, "rates": rates_table,
+    "larger": larger_table, "levels": levels_table, "needle": needle_table,
+    "fine-tuned": fine_tuned_table, "pilot": pilot_table,
+    "recipe": recipe_table, "inits": inits_table, "mixture": mixture_table,
+    "rates": rates_table,
 }
 
 
