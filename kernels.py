@@ -533,12 +533,12 @@ def split(number, size):
 
 
 @triton.jit
-def split3(number, inner, chunks, blocks: tl.constexpr = 1):
-    """The three of number = first + inner * (block + chunks * blocks * sequence). The
+def split3(number, heads, chunks, blocks: tl.constexpr = 1):
+    """The three of number = head + heads * (block + chunks * blocks * sequence). The
     sequence has 64 bits, since offsets may pass 2^31."""
-    first, rest = split(number, inner)
+    head, rest = split(number, heads)
     block, sequence = split(rest, chunks * blocks)
-    return first, block, sequence.to(tl.int64)
+    return head, block, sequence.to(tl.int64)
 
 
 @triton.jit
@@ -760,9 +760,12 @@ def scan_states(
     """S = decay_c S + sum of weight_t x_t y_t^T over chunk c, chunk after chunk. dS
     obeys the same equation from the last chunk to the first: REVERSE. Stored are S
     before, and dS after every chunk. One program owns BK x BV elements of one head's S,
-    in registers from end to end, and adds a piece of R tokens at a time."""
+    in registers from end to end, and adds a piece of R tokens at a time (R is of this
+    launch: a block or less)."""
     k_block, rest = split(tl.program_id(0), K // BK)
-    v_block, head, batch = split3(rest, V // BV, H)
+    v_block, rest = split(rest, V // BV)
+    head, batch = split(rest, H)
+    batch = batch.to(tl.int64)  # offsets may pass 2^31
     i = tl.arange(0, R)
     k = k_block * BK + tl.arange(0, BK)
     v = v_block * BV + tl.arange(0, BV)
@@ -1732,7 +1735,9 @@ def gla_grad_decays(
 
 
 def gla_chunk(T, K, V, dtype):
-    """L and R: tokens of a chunk, and of its one or two blocks."""
+    """L and R: tokens of a chunk, and of its one or two blocks. A block has at most 128,
+    since the scores of one are a tile of R x R in registers; a chunk has two where a
+    kept state (K V elements) outweighs what else is kept of 256 tokens."""
     if T <= 128:
         L = power_of_two(T, 16) if T <= 32 else 128
         return L, L
@@ -1741,13 +1746,15 @@ def gla_chunk(T, K, V, dtype):
 
 @functools.cache
 def gla_launches(K, V, heads, L, R, dtype):
-    """The kernels with their tiles."""
+    """The kernels with their tiles, the fastest of those measured on an H100 at the
+    sizes of layers(). Tiles of float32 are half as wide, for they take twice the
+    registers and shared memory."""
     narrow = dtype == torch.bfloat16
     BK = power_of_two(K, 16, 64)
     BV = power_of_two(V, 16, 64)
     wide_k = power_of_two(K, 16, 128 if narrow else 64)
     wide_v = power_of_two(V, 16, 128 if narrow else 64)
-    # a program for each of a large GPU's processors
+    # whether wide tiles leave a program for each of a large GPU's 132 processors
     many = narrow and K // BK * (V // wide_v) * heads >= 128
     if many and L > R:
         scan = dict(BK=BK, BV=wide_v, R=64, num_warps=4, num_stages=4)

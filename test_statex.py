@@ -344,7 +344,7 @@ def test_chunked_on_both_sides_of_steep(op):
 def test_triton_equals_recurrent(op, H, G, K, V, T, interpreter):
     """And the same bits twice. New memory is filled with NaN, so that an element left unwritten
     or read too early shows."""
-    reference = "recurrent" if T <= 1000 else "chunked"             # a loop would take minutes
+    reference = "recurrent" if T <= 200 else "chunked"              # a loop would take minutes
     if op == "gates" and T > 17 and not CUDA:
         pytest.skip("minutes in the interpreter; test_chunks_of_two_blocks has several chunks")
     slow = not CUDA and (T != 17 or H == G or op == "gates")        # the interpreter is

@@ -65,9 +65,9 @@ STEP = dict(recall_tokens=0, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0,
             eval_interval=10**9)
 PRE = STEP | dict(block_size=1024, batch_size=64, steps=1600, lr=4e-3, warmup=100)
 POST = STEP | dict(block_size=4096, batch_size=16, steps=512, warmup=32)
-# After it is scored, every arm is trained on made-up recall for a short time, the same for all,
+# After it is scored, a core arm is trained on made-up recall for a short time, the same for all,
 # for its score on that.
-FINE_TUNE = STEP | dict(block_size=1024, batch_size=2, steps=400, lr=1e-3, warmup=20,
+FINE_TUNE = STEP | dict(block_size=1024, batch_size=2, steps=200, lr=3e-3, warmup=20,
                         recall_tokens=16384, pairs="8,16,32,64,128", curriculum=0.5)
 NEEDLES = (4096, 8192, 32768)       # tokens of context, to 8 times that of training
 # The same with everything small: the way through, on a CPU.
@@ -191,8 +191,7 @@ class Job:
     @property
     def fine_tuned(self):
         """Whether it is trained on made-up recall at last."""
-        return (self.phase == "block" and bool(self.start) and self.own_rate
-                and not self.arm.endswith("-quarter"))
+        return self.phase == "block" and self.core and bool(self.start) and self.own_rate
 
     @property
     def tried(self):
