@@ -139,6 +139,7 @@ def start(function, *args):
     context.set_forkserver_preload(["test_statex"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", HERE)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")        # a forked process could not use one
         process = context.Process(target=function, args=args, daemon=True)
         process.start()
     return process
@@ -1510,9 +1511,11 @@ def test_mamba2_is_written_for_transformers(changes, tmp_path):
     theirs = library("transformers").Mamba2ForCausalLM.from_pretrained(tmp_path / "x").eval()
     theirs.save_pretrained(tmp_path / "y")
     back = LM.from_pretrained(tmp_path / "y").eval()
+    # transformers before 5.23 normed all groups as one, unlike what trained such models
+    same = lm.config.n_groups == 1 or hasattr(theirs.backbone.layers[0].mixer.norm, "group_size")
     with torch.no_grad():
         for part in (idx[:, :1], idx[:, :9], idx):
-            assert gap(theirs(part).logits, lm(part)[0]) < 1e-5
+            assert not same or gap(theirs(part).logits, lm(part)[0]) < 1e-5
             assert gap(back(part)[0], lm(part)[0]) < 1e-5
 
 

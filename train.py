@@ -320,8 +320,9 @@ def start_run(lm, options, corpus, processes, stop):
     model = lm
     if options.shard:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        mesh = dist.init_device_mesh(torch.device(options.device).type, (dist.get_world_size(),))
         for module in (*lm.layers, lm):     # a layer's weights are gathered once per pass:
-            fully_shard(module, reshard_after_forward=False)    # twice takes a third longer
+            fully_shard(module, mesh=mesh, reshard_after_forward=False)     # twice takes longer
         register_fsdp_forward_method(lm, "features")        # scores call it, not forward
     elif processes.size > 1:
         device_ids = [processes.local] if cuda else None

@@ -7,7 +7,8 @@ config has model.Config's fields, tensors has the model's state_dict. This file 
 model; it knows what others call the same things:
 
     flash-linear-attention   GLAForCausalLM, Mamba2ForCausalLM      read, GLA written
-    transformers             Mamba2ForCausalLM                      read and written
+    transformers             Mamba2ForCausalLM                      read and written, with
+                             several groups for 5.23 or later: before, all were normed as one
     mamba_ssm (state-spaces) MambaLMHeadModel with Mamba2 layers    read
     thunlp/StateX            its own GLAConfig and Mamba2Config     read
 

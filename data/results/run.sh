@@ -23,7 +23,7 @@ round() {
 
 corpus() { python data/prepare.py --packages=data/packages.txt --tokens=1.05e8; }
 pilot() { round 100 --phase=pilot; }
-blocks() { for seed in 0 2 4 6; do round $seed; done; }
+blocks() { for seed in 0 2 4 6 8; do round $seed; done; }
 long() { round 20 --phase=long; }
 
 # Arguments: a family, its shape. What it prints last is in larger.jsonl.

@@ -20,6 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 from data.options import BadInput, command_line, option, run_script, write_file
 
+import itertools
 import json
 import math
 import re
@@ -312,33 +313,29 @@ def needle_table():
 
 
 def fine_tuned_table():
-    """Made-up recall after the same short fine-tuning of every arm: LPT, and what others have
-    more."""
+    """Made-up recall after the same short fine-tuning of every core arm: LPT, and what the
+    others have more."""
     def of_family(family, some):
         some = [model for model in some if "mqar" in model.get("lpt")]
         if not some:
             return ""
         sizes = list(some[0].get("lpt")["mqar"])
-        rows = []
-        for arm in ("lpt", *arms_of(some), "ceiling-x4"):
-            def recalled(size):
-                return lambda line: line["mqar"][size]
-            cells = [cell(values(some, arm, recalled(size)), "{:.3f}") if arm == "lpt" else
-                     cell(differences(some, arm, recalled(size)), "{:+.3f}") for size in sizes]
-            count = len(values(some, arm, repeats_loss))
-            if count:
-                rows.append([arm, *cells, count])
-        return markdown([f"{FAMILIES[family]}, share recalled", *(f"of {n} pairs" for n in sizes),
-                         "models"], rows)
+        measures = [lambda line, size=size: line["mqar"][size] for size in sizes]
+        rows = [["lpt", *(cell(values(some, "lpt", measure), "{:.3f}") for measure in measures)]]
+        rows += [[arm, *(cell(differences(some, arm, measure), "{:+.3f}") for measure in measures)]
+                 for arm in arms_of(some)
+                 if all("mqar" in (model.get(arm) or {}) for model in some)]
+        return markdown([f"{FAMILIES[family]}, {len(some)} models, share recalled",
+                         *(f"of {n} pairs" for n in sizes)], rows)
     return each_family(of_family)
 
 
-def by_tokens(family):
-    """[(post-training tokens, differences of PRIMARY to LPT of as many tokens)]."""
+def by_tokens(family, arm=PRIMARY, measure=repeats_loss):
+    """[(post-training tokens, differences of the arm to LPT of as many tokens)]."""
     result = []
     for name, phases in (("-quarter", ("block",)), ("", ("block", "long")), ("-long", ("long",))):
         some = models("runs.jsonl", phases)[family]
-        more = differences(some, PRIMARY + name, repeats_loss, "lpt" + name)
+        more = differences(some, arm + name, measure, "lpt" + name)
         tokens = [line["tokens"] for line in (model.get("lpt" + name) for model in some) if line]
         if more:
             result.append((tokens[0], more))
@@ -346,10 +343,15 @@ def by_tokens(family):
 
 
 def tokens_table():
-    """The primary comparison after more and less post-training."""
-    rows = [[FAMILIES[family], f"{tokens / 1e6:.1f}", cell(more), len(more)]
-            for family in FAMILIES for tokens, more in by_tokens(family)]
-    head = ["", "post-training tokens, millions", f"rare repeats, {PRIMARY} - LPT", "models"]
+    """`preserve` after more and less post-training."""
+    rows = []
+    for family, arm in itertools.product(FAMILIES, (PRIMARY, "preserve-x4")):
+        others = by_tokens(family, arm, other_loss)
+        for (tokens, more), (_, other) in zip(by_tokens(family, arm), others, strict=True):
+            rows.append([f"{FAMILIES[family]}, {arm}", f"{tokens / 1e6:.1f}", cell(more),
+                         cell(other), len(more)])
+    head = ["more than LPT after as many tokens", "millions", "rare repeats, loss",
+            "everything else, loss", "models"]
     if not rows:
         return "No runs yet."
     return f"{markdown(head, rows)}\n\n![The same, by state bytes and FLOPs](costs.png)"
@@ -580,6 +582,8 @@ def draw_differences(path):
         points = by_tokens(family)
         points = [(0, [0.0]), *points]          # it starts as the same function
         means = [interval(more) for _, more in points]
+        for tokens, more in points:
+            axis.plot([tokens / 1e6] * len(more), more, "o", ms=3, color="0.7")
         axis.errorbar([tokens / 1e6 for tokens, _ in points], [mean for mean, _ in means],
                       [0 if math.isnan(half) else half for _, half in means], marker="o", ms=4,
                       capsize=3, color=COLORS[family], label=FAMILIES[family])
