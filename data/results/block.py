@@ -488,6 +488,12 @@ def warm(job, options, folder):
     with open(f"{place}/log.txt", "w") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             train.train(lm, training, short)
+    if job.fine_tuned:                  # each length of recall sequences has kernels of its own
+        rng = np.random.default_rng(0)
+        for pairs in map(int, FINE_TUNE["pairs"].split(",")):
+            idx, targets = map(torch.from_numpy, recall.mqar(rng, 2, pairs, lm.config.vocab_size))
+            with train.precision(training), torch.compiler.set_stance("force_eager"):
+                lm(idx.to(options.device), targets.to(options.device))[1].backward()
     del lm
     shutil.rmtree(place)
     gc.collect()
