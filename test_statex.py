@@ -2920,10 +2920,11 @@ def test_differences_are_to_lpt_of_the_same_model(tmp_path, monkeypatch):
     fill(tmp_path, {"runs.jsonl": "".join(json.dumps(line) + "\n" for line in lines)})
     monkeypatch.setattr(tables, "HERE", str(tmp_path))
     models = tables.models("runs.jsonl")["gla"]
-    for arm, equal, expected in (("preserve-x16", False, [-0.1, -0.3]),
-                                 ("reinit-paper", False, [0.4, -0.6]),
-                                 ("reinit-paper", True, [-0.1, -0.1])):
-        more = tables.differences(models, arm, tables.repeats_loss, equal=equal)
+    for arm, rate, expected in (("preserve-x16", None, [-0.1, -0.3]),
+                                ("reinit-paper", None, [0.4, -0.6]),
+                                ("reinit-paper", "same", [-0.1, -0.1]),
+                                ("preserve-x16", 4e-3, [-0.6, 0.2])):
+        more = tables.differences(models, arm, tables.repeats_loss, rate=rate)
         assert more == pytest.approx(expected)
     for name, make in tables.SECTIONS.items():
         assert name not in ("primary", "arms", "claims") or "-0.2000" in make()

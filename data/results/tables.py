@@ -30,6 +30,7 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 FAMILIES = {"gla": "GLA", "mamba2": "Mamba2"}
 PRIMARY = "preserve-x16"
+BEST_RATE = 4e-3        # LPT's, by its loss on rare repeats, of those that it ran at
 
 
 # ----------------------------------------------------------------------------------------
@@ -160,13 +161,13 @@ repeats_loss = group("repeats", "loss")
 other_loss = group("other", "loss")
 
 
-def differences(some, arm, measure, control="lpt", equal=False):
-    """What an arm has more than the control, one number per model that has both. equal: the
-    control at the arm's learning rate, not at its own."""
+def differences(some, arm, measure, control="lpt", rate=None):
+    """What an arm has more than the control, one number per model that has both. rate: the
+    control's learning rate, or "same" for the arm's; None: the control's own."""
     result = []
     for model in some:
         line = model.get(arm)
-        other = line and model.get(control, line["lr"] if equal else None)
+        other = line and model.get(control, line["lr"] if rate == "same" else rate)
         if line and other:
             result.append(measure(line) - measure(other))
     return result
@@ -213,49 +214,39 @@ def primary_table():
     for family, (some, more) in found.items():
         rows.append([FAMILIES[family], len(more), cell(values(some, "lpt", repeats_loss), "{:.4f}"),
                      cell(more), f"{p_value(more):.2g}", f"{corrected[family]:.2g}",
-                     f"{sum(x < 0 for x in more)} of {len(more)}"])
+                     f"{sum(x < 0 for x in more)} of {len(more)}",
+                     cell(differences(some, PRIMARY, repeats_loss, rate=BEST_RATE))])
     if not rows:
         return "No runs yet."
     table = markdown(["family", "models", "LPT, nats", f"{PRIMARY} - LPT", "p", "p, Holm",
-                      "lower than LPT"], rows)
+                      "lower than LPT", f"{PRIMARY} - LPT at {BEST_RATE:g}"], rows)
     return f"{table}\n\n![Rare repeats, arm minus LPT, by post-training tokens](differences.png)"
 
 
 MEASURES = {
-    "rare repeats, loss": (repeats_loss, "{:+.4f}"),
-    "everything else, loss": (other_loss, "{:+.4f}"),
-    "near repeats right": (group("near", "accuracy"), "{:+.4f}"),
-    "in-context score": (lambda line: line["icl_score"], "{:+.4f}"),
+    "everything else": other_loss,
+    "as rare, new": group("new", "loss"),
+    "near repeats right": group("near", "accuracy"),
+    "in-context score": lambda line: line["icl_score"],
 }
 
 
-def arm_row(some, arm, measures=MEASURES, equal=False):
+def arm_row(some, arm):
     first = next(line for line in (model.get(arm) for model in some) if line)
     lpt = next(model.get("lpt") for model in some)
     state = first["state_elements"] / lpt["state_elements"]
-    cells = [cell(differences(some, arm, measure, equal=equal), form)
-             for measure, form in measures.values()]
-    count = len(differences(some, arm, repeats_loss, equal=equal))
-    return [arm, f"{state:.2f}", f"{first['lr']:g}", *cells, count]
+    repeats = [differences(some, arm, repeats_loss, rate=rate)
+               for rate in (None, "same", BEST_RATE)]
+    others = [differences(some, arm, measure) for measure in MEASURES.values()]
+    return [arm, f"{state:.2f}", f"{first['lr']:g}", *map(cell, repeats + others), len(repeats[0])]
 
 
 def arms_table():
-    """Every arm's differences to LPT, each at its own learning rate."""
+    """Every arm's differences to LPT."""
     def of_family(family, some):
-        rows = [arm_row(some, arm) for arm in arms_of(some)]
-        head = [f"{FAMILIES[family]}, more than LPT", "state x", "lr", *MEASURES, "models"]
-        return markdown(head, rows)
-    return each_family(of_family)
-
-
-def equal_rate_table():
-    """The same against LPT at the arm's rate."""
-    def of_family(family, some):
-        rows = [arm_row(some, arm, equal=True) for arm in arms_of(some)
-                if differences(some, arm, repeats_loss, equal=True)]
-        head = [f"{FAMILIES[family]}, more than LPT at the same rate", "state x", "lr", *MEASURES,
-                "models"]
-        return markdown(head, rows)
+        head = [f"{FAMILIES[family]}, more than LPT", "state x", "lr", "rare repeats, loss",
+                "LPT at the arm's lr", f"LPT at {BEST_RATE:g}", *MEASURES, "models"]
+        return markdown(head, [arm_row(some, arm) for arm in arms_of(some)])
     return each_family(of_family)
 
 
@@ -284,7 +275,7 @@ def gap_table():
     """How far the arms go from LPT to a model that had four times the state from the start."""
     def of_family(family, some):
         rows = []
-        for arm in ("preserve-x4", "preserve-x4-half", "preserve-x4-later", "preserve-x16"):
+        for arm in ("preserve-x4", "preserve-x4-half", "preserve-x4-later", PRIMARY, "inherit"):
             shares = []
             for model in some:
                 lines = [model.get(name) for name in ("lpt", arm, "ceiling-x4")]
@@ -330,12 +321,12 @@ def fine_tuned_table():
     return each_family(of_family)
 
 
-def by_tokens(family, arm=PRIMARY, measure=repeats_loss):
-    """[(post-training tokens, differences of the arm to LPT of as many tokens)]."""
+def by_tokens(family):
+    """[(post-training tokens, differences of PRIMARY to LPT of as many tokens)]."""
     result = []
     for name, phases in (("-quarter", ("block",)), ("", ("block", "long")), ("-long", ("long",))):
         some = models("runs.jsonl", phases)[family]
-        more = differences(some, arm + name, measure, "lpt" + name)
+        more = differences(some, PRIMARY + name, repeats_loss, "lpt" + name)
         tokens = [line["tokens"] for line in (model.get("lpt" + name) for model in some) if line]
         if more:
             result.append((tokens[0], more))
@@ -343,15 +334,24 @@ def by_tokens(family, arm=PRIMARY, measure=repeats_loss):
 
 
 def tokens_table():
-    """`preserve` after more and less post-training."""
+    """`preserve` after less and more post-training of the same models."""
     rows = []
     for family, arm in itertools.product(FAMILIES, (PRIMARY, "preserve-x4")):
-        others = by_tokens(family, arm, other_loss)
-        for (tokens, more), (_, other) in zip(by_tokens(family, arm), others, strict=True):
-            rows.append([f"{FAMILIES[family]}, {arm}", f"{tokens / 1e6:.1f}", cell(more),
-                         cell(other), len(more)])
-    head = ["more than LPT after as many tokens", "millions", "rare repeats, loss",
-            "everything else, loss", "models"]
+        for few, many, phase in (("-quarter", "", "block"), ("", "-long", "long")):
+            some = models("runs.jsonl", (phase,))[family]
+            some = [model for model in some if model.get(arm + few) and model.get(arm + many)]
+            if not some:
+                continue
+            less, more = (differences(some, arm + length, repeats_loss, "lpt" + length)
+                          for length in (few, many))
+            others = differences(some, arm + many, other_loss, "lpt" + many)
+            tokens = " to ".join(f"{some[0].get(arm + length)['tokens'] / 1e6:.1f}"
+                                 for length in (few, many))
+            growth = [y - x for x, y in zip(less, more, strict=True)]
+            rows.append([f"{FAMILIES[family]}, {arm}", tokens, cell(less), cell(more), cell(growth),
+                         cell(others), len(some)])
+    head = ["more than LPT after as many tokens", "millions", "rare repeats, after fewer",
+            "after more", "growth", "everything else, after more", "models"]
     if not rows:
         return "No runs yet."
     return f"{markdown(head, rows)}\n\n![The same, by state bytes and FLOPs](costs.png)"
@@ -361,13 +361,13 @@ def larger_table():
     """One step up: a single model of each family, so that there are no intervals."""
     rows = []
     for line in read_lines("larger.jsonl"):
-        cells = [""] * len(MEASURES)
+        cells = [""] * (1 + len(MEASURES))
         if "rare_repeats" in line:
-            cells = [form.replace("+", "").format(measure(line))
-                     for measure, form in MEASURES.values()]
+            cells = [f"{measure(line):.4f}" for measure in (repeats_loss, *MEASURES.values())]
         rows.append([FAMILIES[line["family"]], f"{line['params'] / 1e6:.0f}", line["arm"],
                      f"{line['state_elements']:,}", f"{line['loss']:.4f}", *cells])
-    head = ["", "M parameters", "arm", "state elements", "loss on all text", *MEASURES]
+    head = ["", "M parameters", "arm", "state elements", "loss on all text", "rare repeats",
+            *MEASURES]
     return markdown(head, rows) if rows else "No runs yet."
 
 
@@ -385,24 +385,23 @@ def claims_table():
     """The paper's claims, by its own transplant and by ours."""
     def of_family(family, some):
         lpt_other = statistics.mean(values(some, "lpt", other_loss))
-        in_context = MEASURES["in-context score"][0]
-        rows = []
-
-        def row(claim, arm, measure, control="lpt", against=0.0):
-            more = differences(some, arm, measure, control)
-            if more:
-                rows.append([claim, f"{arm} - {control}", cell(more), verdict(more, against)])
-        for arm in ("reinit-paper", "reinit", PRIMARY):
-            row("recall up: rare repeats, loss", arm, repeats_loss)
-            row("in-context learning up: in-context score", arm, in_context)
-            row("text not worse (by 1 %): everything else, loss", arm, other_loss,
-                against=0.01 * lpt_other)
-        row("recall up: rare repeats, as many FLOPs", PRIMARY, repeats_loss, "lpt-equal-flops")
-        row("reinit better than inherit: rare repeats, loss", "reinit", repeats_loss, "inherit")
-        row("few layers are enough: half of them as good as all", "preserve-x4-later",
-            repeats_loss, "preserve-x4")
-        return markdown([f"{FAMILIES[family]}: the paper's claim", "difference", "mean ± 95 %",
-                         "so"], rows)
+        gain = -statistics.mean(differences(some, "preserve-x4", repeats_loss) or [0.0])
+        cases = [
+            (f"{claim}: {arm} - lpt", differences(some, arm, measure), against)
+            for claim, measure, against in (
+                ("recall up, rare repeats", repeats_loss, 0.0),
+                ("in-context learning up", MEASURES["in-context score"], 0.0),
+                ("text at most 1 % worse, everything else", other_loss, 0.01 * lpt_other))
+            for arm in ("reinit", PRIMARY)]
+        cases.append(("reinit better than inherit, rare repeats",
+                      differences(some, "reinit", repeats_loss, "inherit"), 0.0))
+        cases += [("few layers enough, at most a tenth of the gain less: "
+                   f"{arm} - preserve-x4", differences(some, arm, repeats_loss, "preserve-x4"),
+                   0.1 * gain) for arm in ("preserve-x4-half", "preserve-x4-later")]
+        rows = [[claim, cell(more), len(more), verdict(more, against)]
+                for claim, more, against in cases if more]
+        return markdown([f"{FAMILIES[family]}: the paper's claim", "mean ± 95 %", "models", "so"],
+                        rows)
     return each_family(of_family)
 
 
@@ -522,10 +521,9 @@ def rates_table():
 
 
 SECTIONS = {
-    "primary": primary_table, "claims": claims_table, "arms": arms_table,
-    "equal rates": equal_rate_table, "gap": gap_table, "tokens": tokens_table,
-    "larger": larger_table, "levels": levels_table, "needle": needle_table,
-    "fine-tuned": fine_tuned_table, "pilot": pilot_table,
+    "primary": primary_table, "arms": arms_table, "tokens": tokens_table, "gap": gap_table,
+    "fine-tuned": fine_tuned_table, "claims": claims_table, "larger": larger_table,
+    "pilot": pilot_table, "levels": levels_table, "needle": needle_table,
     "recipe": recipe_table, "inits": inits_table, "mixture": mixture_table,
     "rates": rates_table,
 }
@@ -560,6 +558,13 @@ def pyplot():
     return plt
 
 
+def bar(more):
+    """The mean and half of its interval; of fewer than three models, whose interval would hide
+    the others, no interval."""
+    mean, half = interval(more)
+    return mean, half if len(more) > 2 else 0.0
+
+
 def draw_differences(path):
     """Paired differences to LPT, every arm, both families; and against post-training tokens."""
     plt = pyplot()
@@ -570,10 +575,9 @@ def draw_differences(path):
         arms = [arm for arm in arms_of(some) if differences(some, arm, repeats_loss)][::-1]
         for place, arm in enumerate(arms):
             more = differences(some, arm, repeats_loss)
-            mean, half = interval(more)
+            mean, half = bar(more)
             axis.plot(more, [place] * len(more), "o", ms=3, color="0.7")
-            axis.errorbar(mean, place, xerr=0 if math.isnan(half) else half, fmt="o", ms=5,
-                          capsize=3, color=COLORS[family])
+            axis.errorbar(mean, place, xerr=half, fmt="o", ms=5, capsize=3, color=COLORS[family])
         axis.axvline(0, color="0.4", lw=0.8)
         axis.set_yticks(range(len(arms)), arms)
         axis.set(title=FAMILIES[family], xlabel="loss on rare repeats, arm - LPT, nats")
@@ -581,12 +585,12 @@ def draw_differences(path):
     for family in found:
         points = by_tokens(family)
         points = [(0, [0.0]), *points]          # it starts as the same function
-        means = [interval(more) for _, more in points]
+        means = [bar(more) for _, more in points]
         for tokens, more in points:
             axis.plot([tokens / 1e6] * len(more), more, "o", ms=3, color="0.7")
         axis.errorbar([tokens / 1e6 for tokens, _ in points], [mean for mean, _ in means],
-                      [0 if math.isnan(half) else half for _, half in means], marker="o", ms=4,
-                      capsize=3, color=COLORS[family], label=FAMILIES[family])
+                      [half for _, half in means], marker="o", ms=4, capsize=3,
+                      color=COLORS[family], label=FAMILIES[family])
     axis.axhline(0, color="0.4", lw=0.8)
     axis.set(title=f"{PRIMARY} - LPT", xlabel="post-training tokens, millions", xlim=(-1, None))
     axis.legend(fontsize=8)
@@ -608,11 +612,10 @@ def draw_costs(path):
             if not more:
                 continue
             line = next(line for line in (model.get(arm) for model in some) if line)
-            mean, half = interval(more)
+            mean, half = bar(more)
             for axis, cost in zip(axes, (line["state_bytes"], line["flops"]), strict=True):
-                axis.errorbar(cost, mean, 0 if math.isnan(half) else half, marker=marker, ms=5,
-                              capsize=3, color=COLORS[family], ls="",
-                              label=f"{FAMILIES[family]}, {arm}")
+                axis.errorbar(cost, mean, half, marker=marker, ms=5, capsize=3, ls="",
+                              color=COLORS[family], label=f"{FAMILIES[family]}, {arm}")
     for axis, what in zip(axes, ("bytes of state per sequence", "post-training FLOPs"),
                           strict=True):
         axis.axhline(0, color="0.4", lw=0.8)
