@@ -4,11 +4,12 @@ Both model families are one recurrence. Per head, with a state S of K x V elemen
 
     S_t = diag(a_t) S_{t-1} + k_t v_t^T          o_t = S_t^T q_t
 
-    gla   Gated linear attention (Yang et al., arXiv 2312.06635, eq. 3): a_t in (0,1]^K,
+    gla   Gated linear attention (Yang et al., arXiv 2312.06635, eq. 3): a_t in [0,1]^K,
           one decay per key channel. Neighbouring heads may share their keys and decays.
     ssd   Mamba2's state space dual (Dao and Gu, arXiv 2405.21060, eq. 1): one a_t per
           head, k = B and q = C are shared by the heads of a group, v = dt x, and a
-          skip D x is added to the output.
+          skip D x is added to the output. As in mamba_ssm the state is kept the other
+          way round, V x K: S_t = a_t S_{t-1} + v_t k_t^T, o_t = S_t q_t.
 
     o, state = gla(q, k, v, g)           y, state = ssd(x, dt, A, B, C)
     python kernels.py                    checks all implementations, on a GPU times them
@@ -52,8 +53,8 @@ def gla(q, k, v, g, scale=None, state=None, impl="auto", gates=None):
     argument has more.
     gates (G,f,f) or None, f = H / G: each head may read the keys of all f heads of its
     group. k and g are then (B,T,G,f K), the state (B,H,f K,V), K channels for each of
-    the f heads, side by side. On the channels of head j head i asks with the query of
-    head j times gates[:,j,i].
+    the f heads, side by side. Head i reads its state at (m_1i q_1, ..., m_fi q_f): on
+    the channels with head j's keys the query is head j's, times m_ji = gates[:,j,i].
     scale multiplies q; K**-0.5 when None.
     impl: "recurrent" | "chunked" | "triton" | "auto", which is triton on a GPU that it
     supports, else chunked. float64 is chunked in place of triton.
@@ -112,192 +113,6 @@ def ssd(x, dt, A, B, C, D=None, state=None, impl="auto", first=None):
 
 
 # --------------------------------------------------------------------------------------
-# In front of every implementation: shapes, dtypes, devices, and which one it is
-
-
-SHAPES = {
-    "gla": {"q": "BTHK", "k": "BTGK", "v": "BTHV", "g": "BTGK", "state": "BHKV"},
-    "gates": {"q": "BTHK", "k": "BTGW", "v": "BTHV", "g": "BTGW", "state": "BHWV", "gates": "Gff"},
-    "ssd": {"x": "BTHP", "dt": "BTH", "A": "H", "B": "BTGN", "C": "BTGN", "D": "H",
-            "state": "BHPN", "first": "BT"},
-}
-
-
-def check_gla(q, k, v, g, state, gates):
-    """The arguments, broadcast; in a few microseconds where that changes nothing, for
-    in small layers the GPU waits for the host."""
-    try:
-        batch, T, H, K = q.shape
-        keys = k.shape
-        G = keys[2]
-        V = v.shape[3]
-        W = K if gates is None else H // G * K
-        plain = (
-            K and V and H % G == 0 and g.shape == keys == (batch, T, G, W)
-            and v.shape == (batch, T, H, V)
-            and (state is None or state.shape == (batch, H, W, V))
-            and (gates is None or gates.shape == (G, H // G, H // G))
-            and of_a_kind(q, k, v, g, state, gates))
-    except (AttributeError, IndexError, ValueError, ZeroDivisionError):
-        plain = False
-    if plain:
-        return q, k, v, g, state, gates
-    return broadcast("gla", q=q, k=k, v=v, g=g, state=state, gates=gates)
-
-
-def check_ssd(x, dt, A, B, C, D, state, first):
-    """As check_gla."""
-    try:
-        batch, T, H, P = x.shape
-        _, _, G, N = keys = B.shape
-        plain = (
-            P and N and H % G == 0 and first is None and keys == C.shape == (batch, T, G, N)
-            and dt.shape == (batch, T, H) and A.shape == (H,) and (D is None or D.shape == (H,))
-            and (state is None or state.shape == (batch, H, P, N))
-            and of_a_kind(x, dt, A, B, C, D, state))
-    except (AttributeError, IndexError, ValueError, ZeroDivisionError):
-        plain = False
-    if plain:
-        return x, dt, A, B, C, D, state, first
-    return broadcast("ssd", x=x, dt=dt, A=A, B=B, C=C, D=D, state=state, first=first)
-
-
-def of_a_kind(first, *others):
-    """Whether all have floating dtypes, on one device."""
-    device = first.get_device()
-    for x in others:
-        if x is not None and not (x.is_floating_point() and x.get_device() == device):
-            return False
-    return first.is_floating_point()
-
-
-def broadcast(op, **tensors):
-    """The tensors of `op`, expanded to the sizes that they share. Raises BadInput."""
-    sizes = {}  # letter: its size, and the argument that says so
-    layouts = {}
-    shapes = SHAPES["gates" if tensors.get("gates") is not None else op]
-
-    def misfit(name, more=""):
-        return BadInput(f"{op}: {name} has shape {tuple(tensors[name].shape)}; expected "
-                        f"({', '.join(layouts[name])}){more}")
-
-    for name, tensor in tensors.items():
-        if tensor is None and name in ("D", "state", "first", "gates"):
-            continue
-        check_kind(op, name, tensor, *next(iter(tensors.items())))
-        if name in "AD" and tensor.dim() == 0:
-            tensors[name] = tensor = tensor.reshape(1)
-        layouts[name] = "HP" if name == "D" and tensor.dim() == 2 else shapes[name]
-        if tensor.dim() != len(layouts[name]):
-            raise misfit(name)
-        for letter, size in zip(layouts[name], tensor.shape, strict=True):
-            known, source = sizes.setdefault(letter, (size, name))
-            if size == 0 and letter not in "BT":
-                raise misfit(name, f", {letter} at least 1")
-            if size != known and (letter == "T" or size != 1 != known):
-                raise misfit(name, f", {letter} = {known} as {source}")
-            if known == 1:
-                sizes[letter] = (size, name)
-    G, keys = sizes["G"]
-    H, queries = sizes["H"]
-    if op == "gla" and H == 1:
-        H = G
-    if H % G:
-        raise misfit(keys, f", G a divisor of the {H} heads of {queries}")
-    if "gates" in layouts:
-        f = H // G
-        if sizes["f"][0] != f:
-            raise misfit("gates", f", f = H / G = {f}")
-        W, wide = sizes["W"]
-        if W != f * sizes["K"][0]:
-            raise misfit(wide, f", W = f K = {f * sizes['K'][0]} as gates of {f} heads")
-    final = {letter: size for letter, (size, _) in sizes.items()} | {"H": H}
-    for name, layout in layouts.items():
-        tensors[name] = tensors[name].expand([final[letter] for letter in layout])
-    return tuple(tensors.values())
-
-
-def check_kind(op, name, tensor, first_name, first):
-    """That it is a tensor of the right dtype, on the device of the first one."""
-    if not isinstance(tensor, torch.Tensor):
-        raise BadInput(f"{op}: {name} is of type {type(tensor).__name__}; expected a tensor")
-    about = f"{op}: {name}, of shape {tuple(tensor.shape)}, is"
-    if name == "first" and tensor.dtype != torch.bool:
-        raise BadInput(f"{about} {tensor.dtype}; expected torch.bool")
-    if name != "first" and not tensor.is_floating_point():
-        raise BadInput(f"{about} {tensor.dtype}; expected a floating dtype")
-    if tensor.device != first.device:
-        raise BadInput(f"{about} on {tensor.device}; expected {first.device}, where "
-                       f"{first_name} is")
-
-
-def pick(impl, *tensors):
-    """The implementation that computes these tensors when `impl` is asked for."""
-    if impl not in ("recurrent", "chunked", "triton", "auto"):
-        raise BadInput(f"impl is {impl!r}; expected 'recurrent', 'chunked', 'triton' or 'auto'")
-    if impl == "triton" and not triton_installed:
-        raise BadInput("impl is 'triton', which is not installed here; pip install triton, or "
-                       "use impl='auto'")
-    if impl == "auto":
-        impl = "triton" if tensors[0].is_cuda and triton_supports(tensors[0].device) else "chunked"
-    if impl == "triton" and wide_dtype(tensors) == torch.float64:
-        return "chunked"
-    return impl
-
-
-@torch.compiler.assume_constant_result
-def triton_supports(device):
-    """Whether "auto" may take the Triton kernels there: NVIDIA from capability 8.0 on,
-    the first with bfloat16 matrix products. A constant for torch.compile."""
-    return triton_installed and torch.version.hip is None and capability(device) >= (8, 0)
-
-
-@functools.cache
-def capability(device):
-    """That of a GPU. Warns once where its compiler is known to make wrong code: ptxas
-    before 13.3 may reuse a register that a matrix product still reads (triton-lang/triton
-    issue 9433), and before pull request 11056 a wait did not span warp groups (11047).
-    Triton 3.9 has both mended. The largest layers were right on an H100 with 3.6."""
-    found = torch.cuda.get_device_capability(device)
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if found[0] == 9 and version < (3, 9):
-        warnings.warn(
-            f"Triton {triton.__version__} may miscompile for this GPU (triton-lang/triton issues "
-            "9433, 11047); `python kernels.py` checks, Triton 3.9 has them mended", stacklevel=2)
-    return found
-
-
-def without_autocast(device):
-    """A context in which the caller's autocast does not narrow our matrix products."""
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
-
-
-def wide_dtype(tensors):
-    """The dtype of the arithmetic: float64 if any tensor has it, else float32."""
-    if any(t is not None and t.dtype == torch.float64 for t in tensors):
-        return torch.float64
-    return torch.float32
-
-
-def widen(*tensors):
-    """The tensors in the dtype of the arithmetic. None stays None."""
-    dtype = wide_dtype(tensors)
-    return [None if t is None else t.to(dtype) for t in tensors]
-
-
-def no_tokens(v, state, sizes, others):
-    """The results where T or B is 0: no output, the state as it came, and by sums that
-    are zero every argument in the graph."""
-    dtype = wide_dtype((v, state, *others))
-    nothing = sum(t.to(dtype).sum() * 0 for t in (v, *others))
-    if state is None:
-        state = v.new_zeros(sizes, dtype=dtype)
-    return (v + nothing).to(v.dtype), state.to(dtype) + nothing
-
-
-# --------------------------------------------------------------------------------------
 # recurrent: the definition
 
 
@@ -310,7 +125,8 @@ def ask_the_group(q, gates):
 
 
 def gla_recurrent(q, k, v, g, scale, state):
-    """A group's heads stand beside each other, (G, H/G), and its keys are (G, 1)."""
+    """S_t = diag(exp g_t) S_{t-1} + k_t v_t^T, o_t = S_t^T (scale q_t), token by token. A
+    group's heads stand beside each other, (G, H/G), and its keys are (G, 1)."""
     q, k, v, g, S = widen(q, k, v, g, state)
     G = k.shape[2]
     q = q.unflatten(2, (G, -1))
@@ -328,6 +144,7 @@ def gla_recurrent(q, k, v, g, scale, state):
 
 
 def ssd_recurrent(x, dt, A, B, C, D, state, first):
+    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t, token by token."""
     x, dt, A, B, C, D, S = widen(x, dt, A, B, C, D, state)
     H = x.shape[2]
     G = B.shape[2]
@@ -373,7 +190,7 @@ def merge(x):
 def gla_chunked(q, k, v, g, scale, state, L=16):
     """In a chunk of L tokens (a power of two) o_i is the sum over j <= i of
     ((q_i * exp(g_{j+1} + ... + g_i)) . k_j) v_j, and what q_i * exp(g_1 + ... + g_i)
-    reads from the state before the chunk. There are n chunks, of T' = n L tokens.
+    reads from the state before the chunk. There are n chunks, T' = n L tokens.
     """
     q, k, v, g, S = widen(q, k, v, g, state)
     batch, T, H, K = q.shape
@@ -382,17 +199,18 @@ def gla_chunked(q, k, v, g, scale, state, L=16):
     L = min(L, 1 << (T - 1).bit_length())
     n = -(-T // L)
 
-    def blocks(x):
-        """(B,T,G or H,D) -> (B,G,T',heads,1,D), heads = H/G of a group, for k and g 1. The
+    def chunks(x):
+        """(B,T,G or H,D) -> (B,G,n,heads,L,D), heads = H/G of a group, for k and g 1. The
         padding has k = v = 0 and g = 0, which leaves the state alone."""
         x = F.pad(x, (0, 0, 0, 0, 0, n * L - T))
-        return x.unflatten(2, (G, -1)).transpose(1, 2).unsqueeze(-2)
+        x = x.unflatten(2, (G, -1)).transpose(1, 2)  # (B,G,T',heads,D)
+        return x.unflatten(2, (n, L)).transpose(3, 4)
 
-    q, k, v, g = blocks(q * scale), blocks(k), blocks(v), blocks(g.clamp_min(FORGOTTEN))
-    steep = torch.compiler.is_compiling() or g.is_meta      # no values to look at
-    steep = steep or bool((g.unflatten(2, (n, L)).sum(3) < -STEEP).any())
+    q, k, v, g = chunks(q * scale), chunks(k), chunks(v), chunks(g.clamp_min(FORGOTTEN))
+    no_values = torch.compiler.is_compiling() or g.is_meta
+    steep = no_values or bool((g.sum(4) < -STEEP).any())
     read_chunk = gla_inside_steep if steep else gla_inside
-    o, v, q_start, k_end, decay = read_chunk(q, k, v, g, L)
+    o, v, q_start, k_end, decay = read_chunk(q, k, v, g)
 
     # what a chunk adds to its group's states, (B,G,n,K,heads V)
     writes = k_end.mT @ v.transpose(3, 4).flatten(4, 5)
@@ -409,14 +227,13 @@ def gla_chunked(q, k, v, g, scale, state, L=16):
     return o, S.unflatten(3, (-1, V)).transpose(2, 3).flatten(1, 2)
 
 
-def gla_inside(q, k, v, g, L):
+def gla_inside(q, k, v, g):
     """What the tokens of a chunk read from each other, in one product: the decay between
     key j and query i is exp(upto_i) exp(-upto_j), upto_i = g_1 + ... + g_i >= -STEEP.
 
-    Arguments (B,G,T',heads,1,D). Returns o and v (B,G,n,heads,L,V), the queries with the
+    Arguments (B,G,n,heads,L,D). Returns o and v (B,G,n,heads,L,V), the queries with the
     decay since the chunk began (B,G,n,heads,L,K), the keys with that to its end
     (B,G,n,L,K), and the decay of whole chunks (B,G,n,K,1)."""
-    q, k, v, g = (x.unflatten(2, (-1, L)).squeeze(5).transpose(3, 4) for x in (q, k, v, g))
     # A token's own key has no decay, and stays out of the product: there the gradients of
     # its two factors would cancel but for rounding, which may drown the true ones. For the
     # same reason `after` is a sum of its own, not a difference.
@@ -428,11 +245,11 @@ def gla_inside(q, k, v, g, L):
     q_start = q * upto.exp().unsqueeze(3)
     # the queries of a group's heads are rows of one product with its keys
     scores = q_start.flatten(3, 4) @ (k * (-upto).exp()).mT
-    o = o + scores.unflatten(3, (-1, L)).tril(-1) @ v
+    o = o + scores.unflatten(3, o.shape[3:5]).tril(-1) @ v
     return o, v, q_start, k * after.exp(), upto[..., -1, :, None].exp()
 
 
-def gla_inside_steep(q, k, v, g, L):
+def gla_inside_steep(q, k, v, g):
     """As gla_inside, where exp(-upto_j) would be too large.
 
     Blocks of 1, 2, 4, ... L/2 tokens are merged in pairs. When two neighbours merge, the
@@ -441,6 +258,9 @@ def gla_inside_steep(q, k, v, g, L):
     and from the start of the right block to query i (`upto`). Both are sums of g over
     part of one block, so both are <= 0, whatever the decay elsewhere is.
     """
+    L = q.shape[4]
+    # blocks of one token, (B,G,T',heads,1,D)
+    q, k, v, g = (x.transpose(3, 4).flatten(2, 3).unsqueeze(-2) for x in (q, k, v, g))
     upto = g
     after = torch.zeros_like(upto)
     o = (q * k).sum(-1, keepdim=True) * v
@@ -510,6 +330,192 @@ def ssd_chunked(x, dt, A, B, C, D, state, first, L=64):
     y = y + upto.to(x.dtype).exp()[..., None] * carried
     y = y.permute(0, 2, 4, 1, 3, 5).reshape(batch, n * L, H, P)[:, :T]
     return y if D is None else y + D.view(H, -1) * x, S.flatten(1, 2)
+
+
+# --------------------------------------------------------------------------------------
+# In front of every implementation: shapes, dtypes, devices, and which one it is
+
+
+SHAPES = {
+    "gla": {"q": "BTHK", "k": "BTGK", "v": "BTHV", "g": "BTGK", "state": "BHKV"},
+    "gates": {"q": "BTHK", "k": "BTGW", "v": "BTHV", "g": "BTGW", "state": "BHWV", "gates": "Gff"},
+    "ssd": {"x": "BTHP", "dt": "BTH", "A": "H", "B": "BTGN", "C": "BTGN", "D": "H",
+            "state": "BHPN", "first": "BT"},
+}
+
+
+def check_gla(q, k, v, g, state, gates):
+    """The arguments, broadcast; in a few microseconds where that changes nothing, for
+    in small layers the GPU waits for the host."""
+    try:
+        batch, T, H, K = q.shape
+        keys = k.shape
+        G = keys[2]
+        V = v.shape[3]
+        W = K if gates is None else H // G * K
+        plain = (
+            K and V and H % G == 0 and g.shape == keys == (batch, T, G, W)
+            and v.shape == (batch, T, H, V)
+            and (state is None or state.shape == (batch, H, W, V))
+            and (gates is None or gates.shape == (G, H // G, H // G))
+            and of_a_kind(q, k, v, g, state, gates))
+    except (AttributeError, IndexError, ValueError, ZeroDivisionError):
+        plain = False
+    if plain:
+        return q, k, v, g, state, gates
+    return broadcast("gla", q=q, k=k, v=v, g=g, state=state, gates=gates)
+
+
+def check_ssd(x, dt, A, B, C, D, state, first):
+    """As check_gla."""
+    try:
+        batch, T, H, P = x.shape
+        _, _, G, N = keys = B.shape
+        plain = (
+            P and N and H % G == 0 and first is None and keys == C.shape == (batch, T, G, N)
+            and dt.shape == (batch, T, H) and A.shape == (H,) and (D is None or D.shape == (H,))
+            and (state is None or state.shape == (batch, H, P, N))
+            and of_a_kind(x, dt, A, B, C, D, state))
+    except (AttributeError, IndexError, ValueError, ZeroDivisionError):
+        plain = False
+    if plain:
+        return x, dt, A, B, C, D, state, first
+    return broadcast("ssd", x=x, dt=dt, A=A, B=B, C=C, D=D, state=state, first=first)
+
+
+def of_a_kind(*tensors):
+    """Whether all that are there have floating dtypes, on one device."""
+    device = tensors[0].get_device()
+    for x in tensors:
+        if x is not None and not (x.is_floating_point() and x.get_device() == device):
+            return False
+    return True
+
+
+def broadcast(op, **tensors):
+    """The tensors of `op`, expanded to the sizes that they share. Raises BadInput."""
+    sizes = {}  # letter: its size, and the argument that says so
+    layouts = {}
+    shapes = SHAPES["gates" if tensors.get("gates") is not None else op]
+
+    def misfit(name, more=""):
+        return BadInput(f"{op}: {name} has shape {tuple(tensors[name].shape)}; expected "
+                        f"({', '.join(layouts[name])}){more}")
+
+    for name, tensor in tensors.items():
+        if tensor is None and name in ("D", "state", "first", "gates"):
+            continue
+        check_kind(op, name, tensor, *next(iter(tensors.items())))
+        if name in "AD" and tensor.dim() == 0:
+            tensors[name] = tensor = tensor.reshape(1)
+        layouts[name] = "HP" if name == "D" and tensor.dim() == 2 else shapes[name]
+        if tensor.dim() != len(layouts[name]):
+            raise misfit(name)
+        for letter, size in zip(layouts[name], tensor.shape, strict=True):
+            known, source = sizes.setdefault(letter, (size, name))
+            if size == 0 and letter not in "BT":
+                raise misfit(name, f", {letter} at least 1")
+            if size != known and (letter == "T" or size != 1 != known):
+                raise misfit(name, f", {letter} = {known} as {source}")
+            if known == 1:
+                sizes[letter] = (size, name)
+    G, keys = sizes["G"]
+    H, queries = sizes["H"]
+    if H == 1:
+        H = G
+    if H % G:
+        raise misfit(keys, f", G a divisor of the {H} heads of {queries}")
+    if "gates" in layouts:
+        f = H // G
+        if sizes["f"][0] != f:
+            raise misfit("gates", f", f = H / G = {f}")
+        W, wide = sizes["W"]
+        if W != f * sizes["K"][0]:
+            raise misfit(wide, f", W = f K = {f * sizes['K'][0]} as gates of {f} heads")
+    final = {letter: size for letter, (size, _) in sizes.items()} | {"H": H}
+    for name, layout in layouts.items():
+        tensors[name] = tensors[name].expand([final[letter] for letter in layout])
+    return tuple(tensors.values())
+
+
+def check_kind(op, name, tensor, like_name, like):
+    """That it is a tensor of the right dtype, on the device of the one named like_name."""
+    if not isinstance(tensor, torch.Tensor):
+        raise BadInput(f"{op}: {name} is of type {type(tensor).__name__}; expected a tensor")
+    about = f"{op}: {name}, of shape {tuple(tensor.shape)}, is"
+    if name == "first" and tensor.dtype != torch.bool:
+        raise BadInput(f"{about} {tensor.dtype}; expected torch.bool")
+    if name != "first" and not tensor.is_floating_point():
+        raise BadInput(f"{about} {tensor.dtype}; expected a floating dtype")
+    if tensor.device != like.device:
+        raise BadInput(f"{about} on {tensor.device}; expected {like.device}, where "
+                       f"{like_name} is")
+
+
+def pick(impl, *tensors):
+    """The implementation that computes these tensors when `impl` is asked for."""
+    if impl not in ("recurrent", "chunked", "triton", "auto"):
+        raise BadInput(f"impl is {impl!r}; expected 'recurrent', 'chunked', 'triton' or 'auto'")
+    if impl == "triton" and not triton_installed:
+        raise BadInput("impl is 'triton', which is not installed here; pip install triton, or "
+                       "use impl='auto'")
+    if impl == "auto":
+        impl = "triton" if tensors[0].is_cuda and triton_supports(tensors[0].device) else "chunked"
+    if impl == "triton" and wide_dtype(tensors) == torch.float64:
+        return "chunked"
+    return impl
+
+
+@torch.compiler.assume_constant_result
+def triton_supports(device):
+    """Whether "auto" may take the Triton kernels there: NVIDIA from capability 8.0 on,
+    the first with bfloat16 matrix products. A constant for torch.compile."""
+    return triton_installed and torch.version.hip is None and capability(device) >= (8, 0)
+
+
+@functools.cache
+def capability(device):
+    """That of a GPU. Warns once where its compiler is known to make wrong code: ptxas
+    before 13.3 may reuse a register that a matrix product still reads (triton-lang/triton
+    issue 9433), and before pull request 11056 a wait did not span warp groups (11047).
+    Triton 3.9 has both mended. The largest layers were right on an H100 with 3.6."""
+    found = torch.cuda.get_device_capability(device)
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found[0] == 9 and version < (3, 9):
+        warnings.warn(
+            f"Triton {triton.__version__} may miscompile for this GPU (triton-lang/triton issues "
+            "9433, 11047); `python kernels.py` checks, Triton 3.9 has them mended", stacklevel=2)
+    return found
+
+
+def without_autocast(device):
+    """A context in which the caller's autocast does not narrow our matrix products."""
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def wide_dtype(tensors):
+    """The dtype of the arithmetic: float64 if any tensor has it, else float32."""
+    if any(t is not None and t.dtype == torch.float64 for t in tensors):
+        return torch.float64
+    return torch.float32
+
+
+def widen(*tensors):
+    """The tensors in the dtype of the arithmetic. None stays None."""
+    dtype = wide_dtype(tensors)
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def no_tokens(v, state, sizes, others):
+    """The results where T or B is 0: no output, the state as it came, and by sums that
+    are zero every argument in the graph."""
+    dtype = wide_dtype((v, state, *others))
+    nothing = sum(t.to(dtype).sum() * 0 for t in (v, *others))
+    if state is None:
+        state = v.new_zeros(sizes, dtype=dtype)
+    return (v + nothing).to(v.dtype), state.to(dtype) + nothing
 
 
 # --------------------------------------------------------------------------------------
