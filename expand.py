@@ -12,13 +12,14 @@ Every layer that is not chosen is kept bit for bit. What becomes of a chosen one
     groups                                               n_groups x f, rows of B and C tiled:
                                                          more parameters, the same state
 
-`preserve` (ours, the default) leaves the function as it was: in Mamba2 bit for bit, in GLA up
-to rounding. GLA's gates and Mamba2's new rows of C learn from the first step, B's new rows
-from the second, when C's are no longer zero. `reinit` is the paper's choice, `inherit` its
-ablation. In Mamba2 tiled rows get equal gradients for ever, so that `inherit` can use its
-larger state only where --noise breaks the tie. The state of a chosen layer grows by f in all
-but `groups`. An init of your own: its name in INITS, how sizes grow in `enlarged`, what every
-parameter is made of in `plan_gla` or `plan_mamba2`; `python train.py --init=NAME` runs it.
+`preserve` (ours, the default) leaves the function as it was, up to the rounding of longer
+sums. GLA's gates and Mamba2's new rows of C learn from the first step, B's new rows from the
+second, when C's are no longer zero. `reinit` is the paper's choice, `inherit` its ablation. In
+Mamba2 tiled rows get equal gradients for ever, so that `inherit` can use its larger state only
+where --noise breaks the tie. The state of a chosen layer grows by f in all but `groups`.
+
+An init of your own: (1) its name in INITS, (2) how sizes grow, in `enlarged`, (3) what every
+parameter is made of, in `plan_gla` or `plan_mamba2`. `python train.py --init=NAME` runs it.
 
     python expand.py --ckpt=out/recipe-gla/pretrained.pt --every=1 --out=out/expanded.pt
     python expand.py --ckpt=gla-1.3b --every=6 --dry-run     the report for a public size
@@ -197,8 +198,10 @@ def plan_rows(part, config, new_config, layer, init):
                 # neither would ever get a gradient.)
                 how = "zero" if letter == "C" and part != "mixer.conv1d.weight" else "fresh"
                 pieces += [Piece("kept", what, N, old), Piece(how, what, new_rows - N)]
-            else:
+            elif init in ("inherit", "groups"):
                 pieces.append(Piece("tiled", what, new_rows, old))
+            else:
+                raise BadInput(f"plan_rows does not say what becomes of B and C by init {init}")
     return [*pieces, Piece("kept", f"{part}, other rows", after, slice(end, end + after))]
 
 
@@ -208,7 +211,8 @@ def plan_rows(part, config, new_config, layer, init):
 
 def fresh_layers(new, layers, seed, paper):
     """The parameters of the chosen layers as a new model of this shape would start, by their
-    names in the state_dict. (`new` is on the meta device and stays there.)"""
+    names in the state_dict. (`new` is on the meta device and stays there. Mamba2's out_proj,
+    which no init draws anew, is not scaled here as the mixer's constructor does it.)"""
     fresh = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -212,7 +212,10 @@ def test_the_command_line():
     words = ["--block-size=3", "--lr", "1e-3", "--init_from=x", "--shard", "--compile=false"]
     assert command_line(train_script.Options, "", words) == {
         "block_size": 3, "lr": 1e-3, "ckpt": "x", "shard": True, "compile": False}
-    typed = train_script.resolve({"preset": "gla-1.3b", "lr": 1.0, "device": "cpu"})
+    mixed = command_line(prepare.Options, "", ["a.md", "--ext=.md", "b.md"])
+    assert mixed == {"words": ["a.md", "b.md"], "ext": ".md"}
+    typed = {"preset": "gla-1.3b", "ckpt": "scratch", "lr": 1.0, "device": "cpu"}
+    typed = train_script.resolve(typed)
     assert (typed.lr, typed.steps, typed.beta2) == (1.0, 30000, 0.95)  # typed, preset, default
 
 
@@ -1227,6 +1230,8 @@ def test_controls():
     assert gap(groups(idx)[0], lm(idx)[0]) < 1e-12
     assert report["state_elements_after"] == report["state_elements_before"]
     assert report["params_after"] == expand(lm, [0, 1, 2], 4, "preserve")[1]["params_after"]
+    with raises_one_line("norm has 1 groups and B and C have 4"):
+        public.uniform(asdict(groups.config), groups.state_dict())
     for block in ("gla", "mamba2"):
         new, report = expand(small(block), [1], None, "reinit", same_state=True, paper=True)
         assert report["state_elements_after"] == report["state_elements_before"]
@@ -2424,6 +2429,8 @@ def test_a_folder_goes_on_with_its_run_or_is_left_alone(corpus, tmp_path):
             says="run with ckpt = scratch")
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     ran(train_script, *args, "--steps=20", "--overwrite")
+    steps = [line["step"] for line in logged(tmp_path) if "val_loss" in line]
+    assert steps == [10, 20]                            # those of the run before are gone
     process = start(train_quietly, *args, "--steps=100000", "--overwrite")
     wait_for(lambda: 30 in losses(tmp_path), process)
     refused(train_script, *args, "--steps=10", says="another process is writing")
@@ -2729,6 +2736,8 @@ BAD = (
     (train_script, ("--seed=99999999999999999999",), "is not a whole number"),
     (train_script, ("scratch",), "unknown option scratch"),
     (train_script, ("--preset=paper",), "paper-gla"),
+    (train_script, ("--preset=paper-gla",), "add --ckpt=scratch, or the checkpoint"),
+    (train_script, ("--size=gla-340m", "--block=mamba2"), "is a gla model"),
     (train_script, ("--block=gru",), "invalid choice: 'gru'"),
     (train_script, ("--lr=-1",), "-1 is not a number from 0 up"),
     (model_script, ("--temperature=nan",), "nan is not a number from 0 up"),
@@ -2775,6 +2784,7 @@ BAD = (
     (prepare, ("--ext=.md", "--out={tmp}/t"), "--ext chooses among"),
     (prepare, ("fineweb", "--out={tmp}/t"), "did you mean fineweb-edu?"),
     (prepare, ("{tmp}/short.txt", "--site-packages"), "name one source"),
+    (prepare, ("slimpajama", "--train_bpe=x.tiktoken"), "reads a source to its end"),
     (prepare, ("{tmp}/short.txt", "--out={tmp}/t", "--tokenizer=gpt3"), "no tokenizer 'gpt3'"),
     (prepare, ("{tmp}/short.txt", "--out={tmp}/t", "--tokenizer=x.tiktoken"), "no tokenizer in"),
     (prepare, ("{tmp}/short.txt", "--out={tmp}/t", "--tokenizer={tmp}/odd.tiktoken"),
@@ -2796,7 +2806,9 @@ BAD = (
     # training
     (train_script, (*SCRATCH, "--beta2=1"), "must be below 1"),
     (train_script, (*SCRATCH, "--name=a/b"), "the folder is --out_dir"),
-    (train_script, (*SCRATCH, "--pretrain_steps=0"), "expected 1 or more"),
+    (train_script, (*SCRATCH, "--pretrain_steps=9"), "is for the recipe"),
+    (train_script, ("--pretrain_steps=0", "--out_dir={tmp}/o"), "expected 1 or more"),
+    (train_script, (*SCRATCH, "--curriculum=5"), "a share, 0 to 1"),
     (train_script, (*SCRATCH, "--recall_tokens=1e15"), "out of memory on cpu"),
     (train_script, (*SCRATCH, "--d_model=1e14"), "out of memory on cpu"),
     (train_script, (*SCRATCH, "--n_head=3"), "n_head 3 does not divide"),

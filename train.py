@@ -120,7 +120,7 @@ class Options:
     carry_state: bool = option(False, "read text in order, from the state of the slice before")
     documents: bool = option(False, "forget the state where a document ends")
     # the optimizer: AdamW, linear warm-up, cosine to 0
-    steps: int = option(800, "optimizer steps")
+    steps: int = option(800, "optimizer steps; of the recipe, of either arm")
     lr: float = option(1e-2, "highest learning rate")
     warmup: int = option(50, "steps of linear warm-up")
     weight_decay: float = option(0.1, "of matrices")
@@ -167,6 +167,8 @@ def check(options, processes):
     if options.batch_size % parts:
         raise BadInput(f"batch_size {options.batch_size} cannot be shared out: accumulate "
                        f"{options.accumulate} on {processes.size} processes makes {parts} passes")
+    if options.curriculum > 1:
+        raise BadInput(f"--curriculum={options.curriculum:g}; expected a share, 0 to 1")
     most = recall.SYMBOLS // 2
     if not pair_sizes(options) or max(pair_sizes(options)) > most:
         raise BadInput(f"--pairs={options.pairs}; expected numbers from 1 to {most}")
@@ -185,7 +187,7 @@ def check(options, processes):
 
 
 def pair_sizes(options):
-    return number_list("pairs", options.pairs)
+    return sorted(number_list("pairs", options.pairs))
 
 
 # ---------------------------------------------------------------------------------------
@@ -629,6 +631,21 @@ def peak_memory(cuda):
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
+def drop_later(path, name, step):
+    """Drop the lines of a run after this step: it begins anew, or was killed since."""
+    kept = []
+    with open(path, "a+") as f:
+        f.seek(0)
+        lines = f.readlines()
+    for line in lines:
+        with contextlib.suppress(ValueError):           # a line that was cut off
+            entry = json.loads(line)
+            if entry.get("run") != name or entry["step"] <= step:
+                kept.append(line)
+    if len(kept) < len(lines):
+        write_file(path, lambda file: file.write("".join(kept).encode()))
+
+
 class Log:
     """log.jsonl, and on request TensorBoard; a progress bar in a terminal, lines elsewhere."""
 
@@ -637,6 +654,8 @@ class Log:
         first = run.processes.first
         self.run = run
         path = f"{options.out_dir}/log.jsonl" if first else os.devnull
+        if first:
+            drop_later(path, options.name, run.step)
         self.file = open(path, "a", buffering=1)
         self.board = tensorboard(options.out_dir) if options.tensorboard and first else None
         self.every = max(1, until // 8)
@@ -927,8 +946,10 @@ def one_run(options, processes, stop):
     if held is None and options.ckpt == "scratch":
         lm = new_model(options, corpus.meta)
     elif held is None:
-        block = PRESETS[options.preset]["block"] if options.preset else None
-        lm = LM.from_pretrained(options.ckpt, block)
+        lm = LM.from_pretrained(options.ckpt)
+        if options.preset and lm.config.block != options.block:
+            raise BadInput(f"{options.ckpt} holds a {lm.config.block} model, and --preset="
+                           f"{options.preset} is for {options.block}; take that family's preset")
     check_corpus(lm, options, corpus.meta)
     print_banner(lm, options, corpus, options.steps - (held["step"] if held else 0))
     if held and held["step"] == options.steps:
@@ -1047,13 +1068,28 @@ def presets_text():
         for name, preset in PRESETS.items())
 
 
+# Of no use to one run.
+RECIPE_ALONE = ("pretrain_steps", "every", "layers", "factor", "init", "post_lr")
+
+
 def resolve(given):
     """Defaults, then the preset, then what was typed."""
     recipe_of = f"recipe-{given.get('block', 'gla')}"
     name = given.get("preset") or ("" if given.get("ckpt") else recipe_of)
     if name and name not in PRESETS:
         raise BadInput(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    if name and not name.startswith("recipe-") and not given.get("ckpt"):
+        raise BadInput(f"--preset={name} is of one run; add --ckpt=scratch, or the checkpoint that "
+                       "it goes on from")
     options = Options(**PRESETS.get(name, {}) | given)
+    idle = [name for name in RECIPE_ALONE if name in given]
+    if options.ckpt not in ("", "resume") and idle:
+        raise BadInput(f"--{idle[0]} is for the recipe, and --ckpt asks for one run; expand.py "
+                       "makes the checkpoint of an expanded model")
+    if options.size in SIZES and {"block", "size"} <= set(given) and (
+            SIZES[options.size].block != options.block):
+        raise BadInput(f"--size={options.size} is a {SIZES[options.size].block} model; take "
+                       "another --size, or no --block")
     shaped = [name for name in (*SHAPE[1:], "size") if name in given]
     if shaped and options.ckpt not in ("", "scratch", "resume"):
         say(f"train.py: --{shaped[0]} is for a model from scratch; the one in {options.ckpt} "

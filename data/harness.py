@@ -6,7 +6,7 @@ The harness's class for Hugging Face models does the work: it cuts texts into to
 batches, and scores. Here it gets an LM of ours instead of a model of theirs, so a model
 that a public format holds has the same numbers here and, exported, in the harness itself:
 
-    python model.py --ckpt=out/recipe-gla/statex.pt --export=FOLDER
+    python model.py --ckpt=out/recipe-mamba2/statex.pt --export=FOLDER
     lm_eval run --model hf --model_args pretrained=FOLDER --tasks swde fda squad_completion
 
 An exported GLA is read by flash-linear-attention, which the harness has to import first:
@@ -83,29 +83,13 @@ class HarnessModel(torch.nn.Module):
         end-of-text. stopping_criteria: of all rows' tokens, whether all may end."""
         if do_sample:
             raise BadInput("a task draws its answers at random; only greedy ones are built")
-        rows = [self.lm.features(row[mask.bool()][None])
-                for row, mask in zip(input_ids, attention_mask, strict=True)]
-        x = torch.cat([features[:, -1:] for features, _ in rows])
-        state = join([state for _, state in rows])
-        ended = torch.zeros(len(input_ids), 1, dtype=torch.bool, device=input_ids.device)
-        while True:
-            logits = self.lm.lm_head(x)[:, -1, :self.lm.config.vocab_size]
-            token = logits.argmax(-1, keepdim=True).masked_fill(ended, self.end_of_text)
-            ended = ended | (token == self.end_of_text)
-            input_ids = torch.cat((input_ids, token), dim=1)
-            stop = torch.as_tensor(stopping_criteria(input_ids, None)).all()
-            if stop or ended.all() or input_ids.shape[1] >= max_length:
-                return input_ids
-            x, state = self.lm.features(token, state)
-
-
-def join(states):
-    """The states of several sequences, nested alike -> that of their batch."""
-    if isinstance(states[0], torch.Tensor):
-        return torch.cat(states)
-    if states[0] is None:
-        return None
-    return type(states[0])(join(parts) for parts in zip(*states, strict=True))
+        prompts = [row[mask.bool()] for row, mask in zip(input_ids, attention_mask, strict=True)]
+        for token in self.lm.stream(prompts, max(1, max_length - input_ids.shape[1]),
+                                    temperature=0, stop=self.end_of_text):
+            input_ids = torch.cat((input_ids, token[:, None]), dim=1)
+            if torch.as_tensor(stopping_criteria(input_ids, None)).all():
+                break
+        return input_ids
 
 
 def evaluate(lm, options):

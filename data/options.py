@@ -60,9 +60,10 @@ def command_line(Options, doc, arguments=None):
             parser.add_argument(*names, type=kind, choices=field.metadata["choices"],
                                 metavar=field.name.upper(), help=about + shown)
     words = sys.argv[1:] if arguments is None else arguments
-    given, unknown = parser.parse_known_args([underscored(word) for word in words])
+    given, unknown = parser.parse_known_intermixed_args([underscored(word) for word in words])
     if unknown:
-        names = [f"--{field.name}" for field in dataclasses.fields(Options)]
+        names = [f"--{field.name}" for field in dataclasses.fields(Options)
+                 if not field.metadata["words"]]
         nearest = difflib.get_close_matches(unknown[0].partition("=")[0], names, 1, 0)[0]
         raise BadInput(f"unknown option {unknown[0]}; the nearest known one is {nearest}; "
                        "--help lists them all")

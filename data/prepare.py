@@ -592,6 +592,10 @@ def main():
     options = Options(**command_line(Options, __doc__))
     tokenizer = options.tokenizer
     if options.train_bpe:
+        if len(options.words) == 1 and options.words[0] in DATASETS:
+            raise BadInput(f"--train_bpe reads a source to its end, and {options.words[0]} has "
+                           "hundreds of gigabytes; learn from files of yours, and name the result "
+                           "with --tokenizer")
         documents, _ = source(options, [])
         train_bpe(documents, options.train_bpe)
         tokenizer = options.train_bpe

@@ -515,6 +515,9 @@ def uniform(config, tensors):
     sizes = per_layer(config, field)
     way_out = "keep the .pt checkpoint, which data/harness.py scores with the same tasks"
     if config["block"] == "mamba2":
+        if config.get("norm_groups", 0) not in (0, config["n_groups"]):
+            raise BadInput(f"the gated norm has {config['norm_groups']} groups and B and C have "
+                           f"{config['n_groups']}, which the public formats cannot say; {way_out}")
         return pad_states(config, tensors, sizes)
     if len(set(sizes)) > 1:
         raise BadInput(f"the layers' heads are merged unevenly (n_head is {sizes}) and the public "

@@ -255,12 +255,15 @@ CHANCE = {"mqar": lambda pairs: 1 / pairs, "fewshot": lambda shots: 1 / LABELS,
 
 def sequences(task, rng, n, size, vocab_size, text, tokenizer):
     """n sequences of a made-up task -> idx, targets. For a task of your own: a case here, its
-    chance above, its sizes in Sizes, a name for its rows in data/report.py's TASKS."""
+    chance above, its sizes in Sizes and Sizes.by_task, a name for its rows in data/report.py's
+    TASKS."""
     if task == "mqar":
         return mqar(rng, n, size, vocab_size)
     if task == "fewshot":
         return fewshot(rng, n, size, vocab_size)
-    return passkey(rng, n, size, text, tokenizer)
+    if task == "passkey":
+        return passkey(rng, n, size, text, tokenizer)
+    raise BadInput(f"there is no task {task}")
 
 
 def score(lm, text, tokenizer, **sizes):

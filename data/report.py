@@ -71,7 +71,7 @@ def closing(results):
     text, text_error = difference(results, "text")
     times = statex["state_elements"] / lpt["state_elements"]
     share = {arm: f"{results[arm]['recall']['mqar'][size]:.1%}" for arm in ("statex", "lpt")}
-    return (f"With {times:.0f} times the state, StateX recalls {share['statex']} of {size} pairs, "
+    return (f"With {times:.3g} times the state, StateX recalls {share['statex']} of {size} pairs, "
             f"LPT {share['lpt']}: {100 * recalled:+.1f} ± {100 * recall_error:.1f} points.\n"
             f"Held-out text, StateX - LPT: {text:+.3f} ± {text_error:.3f} nats per token.\n(± is "
             "the 95 % interval over the sequences asked; another seed makes another model.)")
