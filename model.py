@@ -52,7 +52,7 @@ class Config:
     d_model: int = 1024
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    conv_size: int = 0               # taps of the causal convolution; GLA: 0 for none, Mamba2: 4
+    conv_size: int | None = None     # taps of the causal convolution; None: GLA 0 (none), Mamba2 4
     # GLA
     n_head: int | list = 4
     n_key_head: int | list | None = None    # of keys and decays; fewer than n_head: shared
@@ -72,6 +72,8 @@ class Config:
     def __post_init__(self):
         if self.block not in ("gla", "mamba2"):
             raise BadInput(f"block is {self.block!r}; expected 'gla' or 'mamba2'")
+        if self.conv_size is None:
+            self.conv_size = 0 if self.block == "gla" else 4
         for name in ("vocab_size", "n_layer", "d_model", "headdim", "expand", "n_groups",
                      "norm_groups", "pad_vocab", "conv_size", "d_mlp"):
             value = getattr(self, name)
@@ -169,10 +171,8 @@ def channels(d_model, ratio):
 SIZES = {
     "gla-340m": Config("gla", 32000, 24, 1024, norm_eps=1e-6),
     "gla-1.3b": Config("gla", 32000, 24, 2048, norm_eps=1e-6),
-    "mamba2-370m": Config("mamba2", 50277, 48, 1024, tie_embeddings=True, conv_size=4,
-                          pad_vocab=16),
-    "mamba2-1.3b": Config("mamba2", 50277, 48, 2048, tie_embeddings=True, conv_size=4,
-                          pad_vocab=16),
+    "mamba2-370m": Config("mamba2", 50277, 48, 1024, tie_embeddings=True, pad_vocab=16),
+    "mamba2-1.3b": Config("mamba2", 50277, 48, 2048, tie_embeddings=True, pad_vocab=16),
 }
 
 
@@ -240,7 +240,8 @@ class GLA(nn.Module):
         self.k_proj = nn.Linear(c.d_model, c.d_k, bias=False)
         self.v_proj = nn.Linear(c.d_model, c.d_v, bias=False)
         self.g_proj = nn.Linear(c.d_model, c.d_v, bias=False)
-        self.gk_proj = nn.Sequential(nn.Linear(c.d_model, 16, bias=False), nn.Linear(16, c.d_k))
+        self.gk_proj = nn.Sequential(                           # of rank 16
+            nn.Linear(c.d_model, 16, bias=False), nn.Linear(16, c.d_k))
         self.g_norm_swish_gate = nn.RMSNorm(c.d_v // self.n_head, eps=c.norm_eps)
         self.o_proj = nn.Linear(c.d_v, c.d_model, bias=False)
         self.conv_size = c.conv_size
@@ -280,7 +281,7 @@ class GLA(nn.Module):
             document = None if first is None else first.cumsum(1)
             (q, k, v), before = causal_conv(
                 torch.cat((q, k, v), dim=-1), weight, None, before, sizes, document)
-        g = F.logsigmoid(at_least_float32(self.gk_proj(x))) / 16        # log decay per key channel
+        g = F.logsigmoid(at_least_float32(self.gk_proj(x))) / 16        # log decays, near 0
         q = q.unflatten(-1, (self.n_head, -1))                          # (B,T,H,K)
         k = k.unflatten(-1, (self.n_key_head, -1))
         v = v.unflatten(-1, (self.n_head, -1))                          # (B,T,H,V)

@@ -541,7 +541,6 @@ def save(run):
         meta = run.corpus.meta
         train = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds,
                  "evaluations": run.evaluations, "carried": carried,
-                 "best": min((text + asked for _, text, asked in run.evaluations), default=None),
                  "options": asdict(run.options), "optimizer": optimizer,
                  "corpus": {"sha256": meta.get("sha256"), "tokenizer": meta.get("tokenizer")}}
         save_checkpoint(run.path, run.lm, train, weights)
@@ -624,7 +623,8 @@ def peak_memory(cuda):
         return round(torch.cuda.max_memory_allocated() / 2**20)
     if resource is None:
         return None
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    unit = 1 if sys.platform == "darwin" else 2**10         # bytes; elsewhere KiB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
 
 
 # FLOP/s in bfloat16, dense, of the SXM cards by NVIDIA's data sheets; for MFU

@@ -123,17 +123,16 @@ def pick_device(name):
     return name
 
 
-def number_list(name, text, kind=int):
-    """The value of an option that is a list: "4,8" -> [4, 8], "" -> []. Numbers above 0, no
-    two alike. Raises BadInput."""
+def number_list(name, text):
+    """The value of an option that is a list: "4,8" -> [4, 8], "" -> []. Whole numbers above 0,
+    no two alike. Raises BadInput."""
     try:
-        listed = [kind(word) for word in text.split(",")] if text else []
+        listed = [int(word) for word in text.split(",")] if text else []
     except ValueError:
-        listed = [math.nan]
-    if len(set(listed)) < len(listed) or not all(0 < x < math.inf for x in listed):
-        what = "whole numbers" if kind is int else "numbers"
-        raise BadInput(f"--{name}={text} is not a list of {what} above 0, no two alike; "
-                       "expected such as " + ("4,8" if kind is int else "1e-2,2e-2"))
+        listed = [0]
+    if len(set(listed)) < len(listed) or not all(x > 0 for x in listed):
+        raise BadInput(f"--{name}={text} is not a list of whole numbers above 0, no two alike; "
+                       "expected such as 4,8")
     return listed
 
 

@@ -55,9 +55,9 @@ def table(results):
         for size, chance in results["lpt"]["chance"][task].items():
             row(what.format(size), "{:.3f}", lambda r, t=task, s=size: r["recall"][t][s],
                 "{:+.3f} ± {:.3f}".format(*difference(results, task, size)), f"{chance:.3f}")
-    width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, width, strict=True)) + " |"
-             for row in rows]
+    width = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)) + " |"
+             for line in rows]
     rule = "|" + "|".join("-" * (w + 2) for w in width) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
