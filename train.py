@@ -30,6 +30,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -446,35 +447,37 @@ def learning_rate(options, step):
 def forward_backward(run):
     """Add up the gradients of this step. Returns a tensor: loss of text, loss of recall,
     tokens, 1 if a signal asked to stop; each summed over the processes."""
-    options = run.options
-    size = run.processes.size
-    count = passes(options, run.processes)
-    sums = torch.zeros(4, dtype=torch.float64, device=options.device)
-    begins = options.carry_state and run.step % slices_per_row(run) == 0
-    data = ((k, *entry) for k in range(count)
-            for entry in enumerate(batches(run, run.processes.rank * count + k)))
-
-    def one_pass(entry):
-        k, i, (idx, targets, first, weight) = entry
-        carries = options.carry_state and i == 0
-        state = run.carried[k] if carries and not begins else None
-        last = k == count - 1 and i == bool(options.recall_tokens)     # text, then recall if any
-        with exchange_gradients(run, last):             # once per step
-            with precision(options):
-                _, loss, state = run.model(idx, targets, state, first)
-            loss = loss * weight
-            (loss * size).backward()                    # averaged over the processes
-        if carries:
-            run.carried[k] = on_device(state, options.device)
-        return i, loss.detach(), idx.numel()
-
-    for i, loss, tokens in run.each(one_pass, data):
-        sums[i] += loss
-        sums[2] += tokens
+    count = passes(run.options, run.processes)
+    sums = torch.zeros(4, dtype=torch.float64, device=run.options.device)
+    for k in range(count):
+        parts = batches(run, run.processes.rank * count + k)    # text, and recall if any
+        done = run.each(functools.partial(one_pass, run, k), (0, 1), parts)
+        for i, (loss, tokens) in enumerate(done):
+            sums[i] += loss
+            sums[2] += tokens
     sums[3] += bool(run.stop.signal)
-    if size > 1:
+    if run.processes.size > 1:
         dist.all_reduce(sums)
     return sums
+
+
+def one_pass(run, k, i, batch):
+    """Forward and backward of this process's k-th part of the step's text (i = 0) or of its
+    recall sequences (i = 1). -> its share of the loss, its tokens"""
+    options = run.options
+    idx, targets, first, weight = batch
+    carries = options.carry_state and i == 0
+    restarts = carries and run.step % slices_per_row(run) == 0
+    state = run.carried[k] if carries and not restarts else None
+    last = k == passes(options, run.processes) - 1 and i == bool(options.recall_tokens)
+    with exchange_gradients(run, last):             # once per step
+        with precision(options):
+            _, loss, state = run.model(idx, targets, state, first)
+        loss = loss * weight
+        (loss * run.processes.size).backward()      # averaged over the processes
+    if carries:
+        run.carried[k] = on_device(state, options.device)
+    return loss.detach(), idx.numel()
 
 
 def exchange_gradients(run, last):
