@@ -7,10 +7,11 @@
     python data/results/block.py --family=gla --seed=0 --phase=zero      a larger state alone
 
 A small model is pre-trained on text, and each arm goes on from it with the same tokens in the
-same order and schedule. Nothing made up is in training. The runs stand side by side on one GPU,
---jobs at a time. When all that have to be there are, every run is appended to --out as one line
-of JSON; a block that was killed or had no time to end appends nothing. The arms' learning rates
-come from the pilot's lines, of models that no block uses.
+same order and schedule. Nothing made up is in training, but for a last short one that is there
+for one score. The runs stand side by side on one GPU, --jobs at a time. When all that have to
+be there are, every run is appended to --out as one line of JSON; a block that was killed or had
+no time to end appends nothing. The arms' learning rates come from the pilot's lines, of models
+that no block uses.
 
 tables.py makes tables and figures of the lines. What is measured is said in README.md here.
 """

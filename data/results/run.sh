@@ -23,6 +23,7 @@ round() {
 
 corpus() { python data/prepare.py --packages=data/packages.txt --tokens=1.05e8; }
 pilot() { round 100 --phase=pilot; }
+# Which of the runs that a block need not have it had was chosen by hand, see README.md here.
 blocks() { for seed in 0 2 4 6 8; do round $seed; done; }
 long() { round 20 --phase=long; }
 
