@@ -1007,7 +1007,9 @@ def recipe(options, processes, stop):
     tokenizer = prepare.load_tokenizer(corpus.meta["tokenizer"])
     recall.check_text(corpus.val, tokenizer, pairs=pair_sizes(options), T=options.block_size)
     folder = open_folder(options, processes)
-    print_banner(small, options, corpus, options.pretrain_steps + 2 * options.steps)
+    steps = options.pretrain_steps + 2 * options.steps
+    steps -= sum(steps_done(options, name) for name in ("pretrained", "lpt", "statex"))
+    print_banner(small, options, corpus, steps)
 
     def phase(lm, name, **changes):
         """Train lm, or go on where an earlier start of this recipe stopped."""
@@ -1032,6 +1034,15 @@ def recipe(options, processes, stop):
     if processes.first:
         finish_recipe(results, options)
     del folder
+
+
+def steps_done(options, name):
+    """Of one phase, by an earlier start of the recipe in this folder."""
+    path = f"{options.out_dir}/{name}.pt"
+    if options.overwrite or not os.path.exists(path):
+        return 0
+    held = load_run(path)[1]
+    return held["step"] if held else 0
 
 
 def already_done(options, meta):
