@@ -544,6 +544,7 @@ def save(run):
         meta = run.corpus.meta
         train = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds,
                  "evaluations": run.evaluations, "carried": carried,
+                 "best": min((text + asked for _, text, asked in run.evaluations), default=None),
                  "options": asdict(run.options), "optimizer": optimizer,
                  "corpus": {"sha256": meta.get("sha256"), "tokenizer": meta.get("tokenizer")}}
         save_checkpoint(run.path, run.lm, train, weights)
