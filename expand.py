@@ -18,8 +18,9 @@ second, when C's are no longer zero. `reinit` is the paper's choice, `inherit` i
 Mamba2 tiled rows get equal gradients for ever, so that `inherit` can use its larger state only
 where --noise breaks the tie. The state of a chosen layer grows by f in all but `groups`.
 
-An init of your own: (1) its name in INITS, (2) how sizes grow, in `enlarged`, (3) what every
-parameter is made of, in `plan_gla` or `plan_mamba2`. `python train.py --init=NAME` runs it.
+An init of your own: (1) its name in INITS, (2) where sizes grow otherwise than by merging heads
+(GLA, which adds no rows) or by d_state (Mamba2), `enlarged`, (3) what every parameter is made of,
+in `plan_gla` or `plan_mamba2`. `python train.py --init=NAME --out_dir=out/NAME` runs it.
 
     python expand.py --ckpt=out/recipe-gla/pretrained.pt --every=1 --out=out/expanded.pt
     python expand.py --ckpt=gla-1.3b --every=6 --dry-run     the report for a public size
@@ -33,9 +34,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from model import LM, SIZES, save_checkpoint
+from model import LM, SIZES, load_checkpoint, save_checkpoint
 
-INITS = ("preserve", "inherit", "reinit", "reinit-keys", "groups")
+INITS = ("preserve", "inherit", "reinit", "reinit-keys", "groups")     # groups: Mamba2 alone
 
 
 def expand(lm, layers, factor=None, init="preserve", seed=0, noise=0.0, same_state=False,
@@ -100,6 +101,8 @@ def enlarged(config, layers, factor, init, same_state):
         f = factor or (n_key_head[i] if config.block == "gla" else 4)
         if f < 2 or config.block == "gla" and n_key_head[i] % f:
             expected = "a whole number above 1"
+            if config.block == "gla" and n_key_head[i] == 1:
+                raise BadInput(f"layer {i} has one head of keys already, and cannot merge more")
             if config.block == "gla":
                 expected = f"a divisor of its {n_key_head[i]} heads, above 1"
             raise BadInput(f"factor {f} cannot enlarge layer {i}; expected {expected}")
@@ -160,6 +163,8 @@ def plan_gla(part, config, new_config, layer, init):
     keys = ("attn.q_", "attn.k_", "attn.gk_proj")
     if init == "reinit-keys" and part.startswith(keys):
         return [Piece("fresh", part)]
+    if init not in ("preserve", "inherit", "reinit", "reinit-keys"):
+        raise BadInput(f"plan_gla does not say what becomes of a layer by init {init}")
     if part == "attn.g_norm_swish_gate.weight":
         return [Piece("tiled", part, config.d_v // new_config.n_head[layer])]
     return [Piece("kept", part)]
@@ -387,6 +392,14 @@ def choose_layers(n_layer, every, listed):
     return list(range(0, n_layer, every))
 
 
+def is_run(path):
+    """Whether training is in this checkpoint. Other files may be overwritten."""
+    try:
+        return load_checkpoint(path)[1] is not None
+    except BadInput:
+        return False
+
+
 def main():
     options = Options(**command_line(Options, __doc__))
     if not options.ckpt:
@@ -413,6 +426,8 @@ def main():
         os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
     except OSError as e:
         raise BadInput(f"cannot make the folder of {options.out}: {e.strerror}") from e
+    if os.path.isfile(options.out) and is_run(options.out):
+        raise BadInput(f"{options.out} holds a trained run; name another file with --out")
     save_checkpoint(options.out, new)
     print(f"\nwritten: {options.out}")
 

@@ -25,6 +25,7 @@ from data.options import (
 )
 
 import contextlib
+import glob
 import itertools
 import math
 import numbers
@@ -655,6 +656,9 @@ class LM(nn.Module):
         BadInput."""
         name = str(name)
         a_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".pt")
+        runs = sorted(glob.glob("*.pt", root_dir=name)) if os.path.isdir(name) else []
+        if runs and not os.path.exists(f"{name}/config.json"):
+            raise BadInput(f"{name} is the folder of a run; name a file in it: {', '.join(runs)}")
         if os.path.isdir(name) or a_hub_id and not os.path.exists(name):
             return build(*public.read_folder(name), name)
         return load_checkpoint(name)[0]

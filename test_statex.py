@@ -2427,9 +2427,22 @@ def test_a_folder_goes_on_with_its_run_or_is_left_alone(corpus, tmp_path):
     refused(train_script, *args, "--steps=10", f"--data={tmp_path}/other", says="run with data =")
     refused(train_script, *args, "--steps=10", f"--ckpt={tmp_path}/ckpt.pt",
             says="run with ckpt = scratch")
+    expand = (f"--ckpt={tmp_path}/ckpt.pt", "--every=1")
+    refused(expand_script, *expand, f"--out={tmp_path}/ckpt.pt", says="holds a trained run")
+    ran(expand_script, *expand, f"--out={tmp_path}/x.pt")
+    onward = (*args[:1], *TINY[:1], "--batch_size=4", "--block_size=32", "--recall_tokens=64",
+              "--pairs=2,4", f"--ckpt={tmp_path}/x.pt", "--steps=2", "--name=onward", args[-1])
+    ran(train_script, *onward)
+    assert "all steps are done" in ran(train_script, *onward)
+    ran(expand_script, *expand, f"--out={tmp_path}/x.pt", "--init=reinit")
+    refused(train_script, *onward, says="began with other weights")
+    (tmp_path / "x.pt").unlink()                        # not needed any more
+    assert "all steps are done" in ran(train_script, *onward)
+    refused(train_script, "--ckpt=resume", f"--ckpt={tmp_path}", says="is the folder of a run")
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     ran(train_script, *args, "--steps=20", "--overwrite")
-    steps = [line["step"] for line in logged(tmp_path) if "val_loss" in line]
+    steps = [line["step"] for line in logged(tmp_path) if "val_loss" in line and
+             line["run"] == "ckpt"]
     assert steps == [10, 20]                            # those of the run before are gone
     process = start(train_quietly, *args, "--steps=100000", "--overwrite")
     wait_for(lambda: 30 in losses(tmp_path), process)

@@ -31,6 +31,7 @@ import concurrent.futures
 import contextlib
 import copy
 import functools
+import hashlib
 import json
 import math
 import os
@@ -119,7 +120,7 @@ class Options:
     pairs: str = option("2,4,8,16,32", "key-value pairs of a recall sequence, one of these a step")
     curriculum: float = option(0.0, "share of the steps over which these sizes join in")
     carry_state: bool = option(False, "read text in order, from the state of the slice before")
-    documents: bool = option(False, "forget the state where a document ends")
+    documents: bool = option(False, "forget the state where a document ends (scores do not)")
     # the optimizer: AdamW, linear warm-up, cosine to 0
     steps: int = option(800, "optimizer steps; of the recipe, of either arm")
     lr: float = option(1e-2, "highest learning rate")
@@ -297,6 +298,7 @@ class Run:
     tokens: int = 0
     seconds: float = 0.0            # of training
     evaluations: list = field(default_factory=list)     # [tokens, text loss, recall loss]
+    start: str = ""                 # fingerprint of the weights it began with
     carried: list = field(default_factory=list)         # with --carry_state: per pass
     recent: collections.deque = field(default_factory=lambda: collections.deque(maxlen=20))
 
@@ -545,7 +547,7 @@ def save(run):
         train = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds,
                  "evaluations": run.evaluations, "carried": carried,
                  "best": min((text + asked for _, text, asked in run.evaluations), default=None),
-                 "options": asdict(run.options), "optimizer": optimizer,
+                 "options": asdict(run.options), "optimizer": optimizer, "start": run.start,
                  "corpus": {"sha256": meta.get("sha256"), "tokenizer": meta.get("tokenizer")}}
         save_checkpoint(run.path, run.lm, train, weights)
     if run.processes.size > 1:
@@ -579,6 +581,7 @@ def restore(run, train):
         full = sharded.StateDictOptions(full_state_dict=True)
         sharded.set_optimizer_state_dict(run.lm, run.optimizer, saved, options=full)
         run.step = train["step"]
+        run.start = train.get("start", "")
         run.tokens = train["tokens"]
         run.seconds = train["seconds"]
         run.evaluations = list(train["evaluations"])
@@ -727,7 +730,9 @@ def train(lm, options, corpus, resume=None, until=None, processes=Processes(), s
     checkpoint to go on from. Saves out_dir/NAME.pt. Returns {"tokens", "tokens_per_s",
     "val_loss", "recall_loss", "peak_mem_mib", "evaluations"}. Raises BadInput."""
     corpus = prepare.Corpus(*corpus)
+    start = "" if resume else fingerprint(lm)
     run = start_run(lm, options, corpus, processes, stop or Stop())
+    run.start = start
     if resume:
         restore(run, resume)
     until = until or options.steps
@@ -824,6 +829,20 @@ FREE = {"ckpt", "preset", "device", "out_dir", "overwrite", "plot", "accumulate"
         "checkpoint_activations", "shard", "tensorboard", "eval_interval", "data"}
 
 
+def fingerprint(lm):
+    """Of all weights: their shapes, and sums of their bits, which are the same in any order."""
+    sums = [(name, tuple(t.shape), t.float().view(torch.int32).sum(dtype=torch.int64).item())
+            for name, t in lm.state_dict().items()]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()
+
+
+def same_start(path, held, lm):
+    """Raises BadInput where the run in path began with other weights than lm's."""
+    if held.get("start") and held["start"] != fingerprint(lm):
+        raise BadInput(f"{path} holds a run that began with other weights: the checkpoint or the "
+                       "transplant has changed since; take another --out_dir, or --overwrite")
+
+
 def held_run(options, meta):
     """The run that options.out_dir holds under options.name with the same options and the
     corpus of this meta, to go on with. -> (its model, its "train" entry), or (None, None) for
@@ -844,8 +863,9 @@ def held_run(options, meta):
              if name not in free and kept.get(name, value) != value]
     if other:
         had = ", ".join(f"{name} = {kept[name]}" for name in other)
-        raise BadInput(f"{path} holds a run with {had}; go on with it: --ckpt=resume; or take "
-                       "another --out_dir, or --overwrite")
+        how = "go on with it: --ckpt=resume; or " if options.ckpt else ""
+        raise BadInput(f"{path} holds a run with {had}; {how}take another --out_dir, or "
+                       "--overwrite")
     return lm, held
 
 
@@ -949,6 +969,8 @@ def one_run(options, processes, stop):
     lm, held = held_run(options, corpus.meta)
     if held is None and options.ckpt == "scratch":
         lm = new_model(options, corpus.meta)
+    elif held and os.path.isfile(options.ckpt):
+        same_start(f"{options.out_dir}/{options.name}.pt", held, LM.from_pretrained(options.ckpt))
     elif held is None:
         lm = LM.from_pretrained(options.ckpt)
         if options.preset and lm.config.block != options.block:
@@ -999,6 +1021,8 @@ def recipe(options, processes, stop):
     """Pre-train a small model; LPT and StateX go on from it, alike in all but the state."""
     corpus = prepared(options, processes)
     if already_done(options, corpus.meta):
+        print(f"{options.out_dir} holds the results of this recipe; --overwrite makes them anew, "
+              "as after a change of the code")
         return print_report(options.out_dir)
     small = new_model(options, corpus.meta)
     check_corpus(small, options, corpus.meta)
@@ -1016,7 +1040,9 @@ def recipe(options, processes, stop):
         """Train lm, or go on where an earlier start of this recipe stopped."""
         of_phase = replace(options, name=name, **changes)
         held_lm, held = held_run(of_phase, corpus.meta)
-        lm = held_lm if held else lm
+        if held:
+            same_start(f"{options.out_dir}/{name}.pt", held, lm)
+            lm = held_lm
         trained = train(lm, of_phase, corpus, held, processes=processes, stop=stop)
         return lm, report(lm, trained, of_phase, corpus, tokenizer)
 
@@ -1090,6 +1116,7 @@ RECIPE_ALONE = ("pretrain_steps", "every", "layers", "factor", "init", "post_lr"
 def resolve(given):
     """Defaults, then the preset, then what was typed."""
     recipe_of = f"recipe-{given.get('block', 'gla')}"
+    recipe_of = recipe_of if recipe_of in PRESETS else ""       # a block of your own
     name = given.get("preset") or ("" if given.get("ckpt") else recipe_of)
     if name and name not in PRESETS:
         raise BadInput(f"no preset {name!r}; there are {', '.join(PRESETS)}")
@@ -1106,9 +1133,11 @@ def resolve(given):
         raise BadInput(f"--size={options.size} is a {SIZES[options.size].block} model; take "
                        "another --size, or no --block")
     shaped = [name for name in (*SHAPE[1:], "size") if name in given]
-    if shaped and options.ckpt not in ("", "scratch", "resume"):
-        say(f"train.py: --{shaped[0]} is for a model from scratch; the one in {options.ckpt} "
-            "keeps its shape")
+    if options.ckpt not in ("", "scratch", "resume"):
+        for name in shaped or ["block"] * ("block" in given):
+            say(f"train.py: --{name} is for a model from scratch; the one in {options.ckpt} keeps "
+                "its shape")
+            break
     if options.size and shaped[:-1]:
         raise BadInput(f"--{shaped[0]} is part of the shape that --size={options.size} names")
     if not options.out_dir:

@@ -64,9 +64,11 @@ def command_line(Options, doc, arguments=None):
     if unknown:
         names = [f"--{field.name}" for field in dataclasses.fields(Options)
                  if not field.metadata["words"]]
-        nearest = difflib.get_close_matches(unknown[0].partition("=")[0], names, 1, 0)[0]
-        raise BadInput(f"unknown option {unknown[0]}; the nearest known one is {nearest}; "
-                       "--help lists them all")
+        nearest = difflib.get_close_matches(unknown[0].partition("=")[0], names, 1, 0.7)
+        hint = f"the nearest known one is {nearest[0]}; " if nearest else ""
+        if not unknown[0].startswith("-"):
+            hint = "expected --name=value; "
+        raise BadInput(f"unknown option {unknown[0]}; {hint}--help lists them all")
     return vars(given)
 
 

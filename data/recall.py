@@ -78,7 +78,9 @@ def symbols(vocab_size):
 
 
 def draw(rng, n, count, pool):
-    """n rows of `count` distinct entries of pool."""
+    """n rows of `count` distinct entries of pool. Raises BadInput."""
+    if count > len(pool):
+        raise BadInput(f"{count} different symbols are asked for, and there are {len(pool)}")
     return pool[np.argsort(rng.random((n, len(pool))), axis=1)[:, :count]]
 
 
@@ -256,7 +258,7 @@ CHANCE = {"mqar": lambda pairs: 1 / pairs, "fewshot": lambda shots: 1 / LABELS,
 def sequences(task, rng, n, size, vocab_size, text, tokenizer):
     """n sequences of a made-up task -> idx, targets. For a task of your own: a case here, its
     chance above, its sizes in Sizes and Sizes.by_task, a name for its rows in data/report.py's
-    TASKS."""
+    TASKS. Training has mqar alone: train.py's recall_batch."""
     if task == "mqar":
         return mqar(rng, n, size, vocab_size)
     if task == "fewshot":
@@ -305,6 +307,8 @@ def check_text(text, tokenizer, **sizes):
     rng = np.random.default_rng(0)
     for task, of_task in sizes.by_task().items():
         for size in of_task:
+            if task not in CHANCE:
+                raise BadInput(f"CHANCE does not say how often {task} is right by chance")
             sequences(task, rng, 1, size, tokenizer.n_vocab, text, tokenizer)
     text_windows(text, min(sizes.T, len(text) - 1), 1)
 

@@ -52,7 +52,7 @@ def table(results):
     row("held-out text, nats per token", "{:.3f}", lambda r: r["val_loss"],
         "{:+.3f} ± {:.3f}".format(*difference(results, "text")))
     for task, what in TASKS.items():
-        for size, chance in results["lpt"]["chance"][task].items():
+        for size, chance in results["lpt"]["chance"].get(task, {}).items():
             row(what.format(size), "{:.3f}", lambda r, t=task, s=size: r["recall"][t][s],
                 "{:+.3f} ± {:.3f}".format(*difference(results, task, size)), f"{chance:.3f}")
     width = [max(map(len, column)) for column in zip(*rows, strict=True)]
