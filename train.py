@@ -640,9 +640,10 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 def drop_later(path, name, step):
     """Drop the lines of a run after this step: it begins anew, or was killed since."""
+    if not os.path.isfile(path):                        # none yet, or a device, without an end
+        return
     kept = []
-    with open(path, "a+") as f:
-        f.seek(0)
+    with open(path) as f:
         lines = f.readlines()
     for line in lines:
         with contextlib.suppress(ValueError):           # a line that was cut off
