@@ -1134,11 +1134,10 @@ def resolve(given):
         raise BadInput(f"--size={options.size} is a {SIZES[options.size].block} model; take "
                        "another --size, or no --block")
     shaped = [name for name in (*SHAPE[1:], "size") if name in given]
-    if options.ckpt not in ("", "scratch", "resume"):
-        for name in shaped or ["block"] * ("block" in given):
-            say(f"train.py: --{name} is for a model from scratch; the one in {options.ckpt} keeps "
-                "its shape")
-            break
+    no_use = shaped or [name for name in ("block",) if name in given]
+    if no_use and options.ckpt not in ("", "scratch", "resume"):
+        say(f"train.py: --{no_use[0]} is for a model from scratch; the one in {options.ckpt} keeps "
+            "its shape")
     if options.size and shaped[:-1]:
         raise BadInput(f"--{shaped[0]} is part of the shape that --size={options.size} names")
     if not options.out_dir:
