@@ -105,6 +105,7 @@ ARMS = {
     "lpt-quarter": Arm(length=0.25, like="lpt"),
     "preserve-x16-quarter": Arm("preserve", factor=16, length=0.25, like="preserve-x16"),
     "lpt-half-rate": Arm(like="lpt", rate=0.5),
+    "lpt-8x-rate": Arm(like="lpt", rate=8),
     "preserve-x4-later": Arm("preserve", "later half", like="preserve-x4"),
     "reinit-paper": Arm("reinit", "four", 0, {"paper": True}, like="reinit"),
     "ceiling-x4": Arm(start="pre-x4", like="lpt"),
