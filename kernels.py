@@ -459,6 +459,9 @@ def pick(impl, *tensors):
     if impl == "triton" and not triton_installed:
         raise BadInput("impl is 'triton', which is not installed here; pip install triton, or "
                        "use impl='auto'")
+    if impl == "triton" and tensors[0].device.type == "cpu" and not triton.knobs.runtime.interpret:
+        raise BadInput("impl is 'triton', and the tensors are on the CPU; move them to a GPU, use "
+                       "impl='auto', or set TRITON_INTERPRET=1 before the start")
     if impl == "auto":
         impl = "triton" if tensors[0].is_cuda and triton_supports(tensors[0].device) else "chunked"
     if impl == "triton" and wide_dtype(tensors) == torch.float64:

@@ -715,11 +715,14 @@ def test_auto_is_triton_where_it_computes(monkeypatch):
             ((9, 0), torch.float32, "triton"), ((8, 0), torch.float16, "triton"),
             ((7, 5), torch.float32, "chunked"), ((9, 0), torch.float64, "chunked")):
         monkeypatch.setattr(kernels, "capability", lambda device, found=capability: found)
-        tensor = SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype)
+        tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype)
         assert kernels.pick("auto", tensor) == expected
     assert kernels.pick("auto", torch.ones(1)) == "chunked"
     with raises_one_line("impl is 'cuda'; expected"):
         kernels.pick("cuda", torch.ones(1))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with raises_one_line("impl is 'triton', and the tensors are on the CPU"):
+        kernels.pick("triton", torch.ones(1))
 
 
 @needs_triton

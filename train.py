@@ -129,6 +129,7 @@ class Options:
     beta1: float = option(0.9, "of AdamW")
     beta2: float = option(0.95, "of AdamW")
     clip: float = option(1.0, "largest norm of the gradient")
+    gates_rate: float = option(1.0, "GLA's gates learn at this many times the rate")
     # speed and memory: none of these changes what is computed
     accumulate: int = option(1, "passes that a step is cut into, over all processes together")
     compile: bool = option(False, "torch.compile every layer: for GPUs, a minute at the start")
@@ -360,11 +361,16 @@ def make_optimizer(lm, options):
     GLA's gates."""
     matrices = []
     others = []
+    gates = []
     for name, p in lm.named_parameters():
-        if p.requires_grad:
-            (matrices if p.dim() >= 2 and not name.endswith("gates") else others).append(p)
+        if name.endswith("gates"):
+            gates.append(p)
+        else:
+            (matrices if p.dim() >= 2 else others).append(p)
     groups = [{"params": matrices, "weight_decay": options.weight_decay},
               {"params": others, "weight_decay": 0.0}]
+    if gates:
+        groups.append({"params": gates, "weight_decay": 0.0, "times": options.gates_rate})
     return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2),
                              fused=options.device.startswith("cuda"))
 
@@ -743,7 +749,7 @@ def train(lm, options, corpus, resume=None, until=None, processes=Processes(), s
     while run.step < until:
         begin = time.time()
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(options, run.step)
+            group["lr"] = learning_rate(options, run.step) * group.get("times", 1.0)
         sums = forward_backward(run)
         norm = clip_and_step(run)
         summed = torch.cat((sums, norm.double()[None])).tolist()       # waits for the GPU

@@ -90,6 +90,7 @@ class Arm:
     length: float = 1.0         # post-training steps over the usual; 0: as many FLOPs as x16
     like: str = ""              # it takes this arm's learning rate; empty: its own
     rate: float = 1.0           # its learning rate over that one
+    gates_rate: float = 1.0     # GLA's gates: their learning rate over the arm's
     core: bool = False          # a block without it is not whole
     family: str = ""            # the only one; empty: both
 
@@ -126,6 +127,19 @@ LONG_ARMS = {
     "preserve-x16": ARMS["preserve-x16"],
     "preserve-x4": ARMS["preserve-x4"],
 }
+# --phase=gates: GLA's gates at higher learning rates.
+GATES_ARMS = {
+    "lpt": ARMS["lpt"],
+    "preserve-x16": ARMS["preserve-x16"],
+    "preserve-x16-gates-10x": Arm("preserve", factor=16, like="preserve-x16", gates_rate=10,
+                                  core=True),
+    "preserve-x16-gates-30x": Arm("preserve", factor=16, like="preserve-x16", gates_rate=30,
+                                  core=True),
+    "preserve-x16-gates-3x": Arm("preserve", factor=16, like="preserve-x16", gates_rate=3,
+                                 core=True),
+    "preserve-x4-gates-10x": Arm("preserve", like="preserve-x4", gates_rate=10),
+    "inherit": replace(ARMS["inherit"], core=False),
+}
 # Pre-trained models; one that others need is started first.
 STARTS = {"pre": 1, "pre-x4": 4}        # times the state
 
@@ -152,7 +166,8 @@ def layers_of(choice, n_layer):
 class Options:
     family: str = option("gla", "gla or mamba2", choices=tuple(SHAPES))
     seed: int = option(0, "of the pre-trained model")
-    phase: str = option("block", "which runs", choices=("zero", "pilot", "block", "long"))
+    phase: str = option("block", "which runs", choices=("zero", "pilot", "block", "long",
+                                                     "gates"))
     data: str = option(f"{ROOT}/data/packages", "folder of token files, see data/prepare.py")
     out: str = option("", "file that the lines are appended to; empty: runs.jsonl here, of the "
                           "pilot and phase zero pilot.jsonl")
@@ -211,7 +226,7 @@ def plan(options):
             starts = starts[:1]
         return starts + [arm_job(name, ARMS[name], lr, options, PILOT_LENGTH)
                          for lr in RATES for name in TUNED]
-    arms = LONG_ARMS if options.phase == "long" else ARMS
+    arms = {"long": LONG_ARMS, "gates": GATES_ARMS}.get(options.phase, ARMS)
     arms = {name: arm for name, arm in arms.items() if arm.family in ("", options.family)}
     if options.optional:
         arms = {name: arm for name, arm in arms.items() if arm.core} | named(options, arms)
@@ -259,7 +274,7 @@ def arm_job(name, arm, lr, options, length=None):
     training = POST | (TINY if options.tiny else {})
     length = options.share * (length or arm.length or equal_flops(options))
     training |= dict(steps=max(1, round(training["steps"] * length)), lr=lr,
-                     seed=options.seed + 1000)
+                     seed=options.seed + 1000, gates_rate=arm.gates_rate)
     expansion = None
     if arm.init:
         expansion = dict(layers=layers_of(arm.layers, shape["n_layer"]), init=arm.init,
