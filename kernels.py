@@ -39,6 +39,7 @@ try:
     import triton
     import triton.language as tl
     triton_installed = True
+    interpreted = triton.knobs.runtime.interpret    # on the CPU; TRITON_INTERPRET=1
 except ImportError:  # recurrent and chunked still work
     triton = types.SimpleNamespace(jit=lambda f=None, **options: f or (lambda g: g))
     triton_installed = False
@@ -459,7 +460,7 @@ def pick(impl, *tensors):
     if impl == "triton" and not triton_installed:
         raise BadInput("impl is 'triton', which is not installed here; pip install triton, or "
                        "use impl='auto'")
-    if impl == "triton" and tensors[0].device.type == "cpu" and not triton.knobs.runtime.interpret:
+    if impl == "triton" and tensors[0].device.type == "cpu" and not interpreted:
         raise BadInput("impl is 'triton', and the tensors are on the CPU; move them to a GPU, use "
                        "impl='auto', or set TRITON_INTERPRET=1 before the start")
     if impl == "auto":

@@ -720,7 +720,7 @@ def test_auto_is_triton_where_it_computes(monkeypatch):
     assert kernels.pick("auto", torch.ones(1)) == "chunked"
     with raises_one_line("impl is 'cuda'; expected"):
         kernels.pick("cuda", torch.ones(1))
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(kernels, "interpreted", False)
     with raises_one_line("impl is 'triton', and the tensors are on the CPU"):
         kernels.pick("triton", torch.ones(1))
 
