@@ -14,9 +14,10 @@ Every layer that is not chosen is kept bit for bit. What becomes of a chosen one
 
 `preserve` (ours, the default) leaves the function as it was, up to the rounding of longer
 sums. GLA's gates and Mamba2's new rows of C learn from the first step, B's new rows from the
-second, when C's are no longer zero. `reinit` is the paper's choice, `inherit` its ablation. In
-Mamba2 tiled rows get equal gradients for ever, so that `inherit` can use its larger state only
-where --noise breaks the tie. The state of a chosen layer grows by f in all but `groups`.
+second, when C's are no longer zero; `train.py --gates_rate` lets gates learn faster. `reinit`
+is the paper's choice, `inherit` its ablation. In Mamba2 tiled rows get equal gradients for
+ever, so that `inherit` can use its larger state only where --noise breaks the tie. The state of
+a chosen layer grows by f in all but `groups`.
 
 An init of your own: (1) its name in INITS, (2) where sizes grow otherwise than by merging heads
 (GLA, which adds no rows) or by d_state (Mamba2), `enlarged`, (3) what every parameter is made of,

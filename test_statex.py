@@ -2479,6 +2479,26 @@ def test_train_stops_at_a_step_and_goes_on_from_python(tmp_path):
     assert same_weights(whole, half)
 
 
+def test_gates_learn_at_a_rate_of_their_own(tmp_path):
+    """AdamW's first step is as long as the learning rate; nothing else learns faster."""
+    tokens = np.random.default_rng(0).integers(61, size=2000).astype(np.uint16)
+    corpus = tokens, tokens[:200], {"tokenizer": ""}
+    steps = {}
+    for rate in (1, 10):
+        options = train_script.Options(block_size=16, batch_size=2, recall_tokens=0, steps=1,
+                                       device="cpu", ckpt="x", name=f"x{rate}", gates_rate=rate,
+                                       warmup=0, lr=1e-3, weight_decay=0, out_dir=str(tmp_path))
+        lm, _ = expand(small("gla"), [0, 1], 2)
+        before = {name: p.detach().clone() for name, p in lm.named_parameters()}
+        train_script.train(lm, options, corpus)
+        steps[rate] = {name: (p - before[name]).abs().max().item()
+                       for name, p in lm.named_parameters()}
+    for name, step in steps[1].items():
+        times = 10 if name.endswith("gates") else 1
+        assert steps[10][name] == pytest.approx(times * step, rel=1e-3), name
+    assert steps[1]["layers.0.attn.gates"] == pytest.approx(1e-3, rel=0.01)
+
+
 def test_a_run_goes_on_in_any_number_of_passes(corpus, tmp_path):
     """Carried states are cut anew; activations may be computed twice."""
     args = [f"--data={corpus}", "--ckpt=scratch", "--steps=10", *TINY, "--carry_state"]

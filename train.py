@@ -359,16 +359,11 @@ def side_by_side(options):
 def make_optimizer(lm, options):
     """AdamW without weight decay on vectors (norm gains, biases, A_log, D, dt_bias) and on
     GLA's gates."""
-    matrices = []
-    others = []
-    gates = []
-    for name, p in lm.named_parameters():
-        if name.endswith("gates"):
-            gates.append(p)
-        else:
-            (matrices if p.dim() >= 2 else others).append(p)
-    groups = [{"params": matrices, "weight_decay": options.weight_decay},
-              {"params": others, "weight_decay": 0.0}]
+    learnt = [(name, p) for name, p in lm.named_parameters() if p.requires_grad]
+    gates = [p for name, p in learnt if name.endswith("gates")]
+    rest = [p for name, p in learnt if not name.endswith("gates")]
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": options.weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     if gates:
         groups.append({"params": gates, "weight_decay": 0.0, "times": options.gates_rate})
     return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2),

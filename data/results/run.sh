@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The commands that made the runs in this folder. Each part can be run by itself:
-#     bash data/results/run.sh corpus|pilot|blocks|long|larger|recipe|speed|gpus|tables
-# pilot, blocks, long and gpus want four GPUs, larger two; each of their rounds takes at most
-# ten minutes.
+#     bash data/results/run.sh corpus|pilot|blocks|long|gates|larger|recipe|speed|gpus|tables
+# pilot, blocks, long and gpus want four GPUs, gates three, larger two; each of their rounds
+# takes about ten minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -24,8 +24,15 @@ round() {
 corpus() { python data/prepare.py --packages=data/packages.txt --tokens=1.05e8; }
 pilot() { round 100 --phase=pilot; }
 # Which of the runs that a block need not have it had was chosen by hand, see README.md here.
-blocks() { for seed in 0 2 4 6 8; do round $seed; done; }
+blocks() { for seed in 0 2 4 6 8 10; do round $seed; done; }
 long() { round 20 --phase=long; }
+gates() {
+    for gpu in 0 1 2; do
+        CUDA_VISIBLE_DEVICES=$gpu python data/results/block.py --family=gla --phase=gates \
+            --seed=$((30 + gpu)) &
+    done
+    wait
+}
 
 # Arguments: a family, its shape. What it prints last is in larger.jsonl.
 one_larger() {
@@ -89,9 +96,10 @@ gpus() {
 tables() { python data/results/tables.py; }
 
 case "${1:-}" in
-    corpus | pilot | blocks | long | larger | recipe | speed | gpus | tables) "$1" ;;
+    corpus | pilot | blocks | long | gates | larger | recipe | speed | gpus | tables) "$1" ;;
     *)
-        echo "run.sh: name a part: corpus, pilot, blocks, long, larger, recipe, speed, gpus or tables" >&2
+        echo "run.sh: name a part: corpus, pilot, blocks, long, gates, larger, recipe, speed, gpus," \
+            "tables" >&2
         exit 2
         ;;
 esac

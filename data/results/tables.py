@@ -303,6 +303,19 @@ def needle_table():
     return each_family(of_family)
 
 
+def gates_table():
+    """GLA's gates at higher learning rates than the rest of the model."""
+    some = models("runs.jsonl", ("gates",))["gla"]
+    rows = []
+    for arm in (PRIMARY, *(f"{PRIMARY}-gates-{times}x" for times in (3, 10, 30))):
+        more = [differences(some, arm, measure, control) for control in ("lpt", PRIMARY)
+                for measure in (repeats_loss, other_loss) if arm != control]
+        rows.append([arm, *map(cell, more), *[""] * (4 - len(more)), len(some)])
+    head = ["GLA", "rare repeats, more than LPT", "everything else",
+            f"rare repeats, more than {PRIMARY}", "everything else", "models"]
+    return markdown(head, rows) if some else "No runs yet."
+
+
 def fine_tuned_table():
     """Made-up recall after the same short fine-tuning of every core arm: LPT, and what the
     others have more."""
@@ -364,10 +377,11 @@ def larger_table():
         cells = [""] * (1 + len(MEASURES))
         if "rare_repeats" in line:
             cells = [f"{measure(line):.4f}" for measure in (repeats_loss, *MEASURES.values())]
-        rows.append([FAMILIES[line["family"]], f"{line['params'] / 1e6:.0f}", line["arm"],
+        rows.append([FAMILIES[line["family"]], f"{line['params'] / 1e6:.0f}",
+                     f"{line['pretraining_tokens'] / 1e6:.0f}", line["arm"],
                      f"{line['state_elements']:,}", f"{line['loss']:.4f}", *cells])
-    head = ["", "M parameters", "arm", "state elements", "loss on all text", "rare repeats",
-            *MEASURES]
+    head = ["", "M parameters", "M tokens before", "arm", "state elements", "loss on all text",
+            "rare repeats", *MEASURES]
     return markdown(head, rows) if rows else "No runs yet."
 
 
@@ -521,7 +535,8 @@ def rates_table():
 
 
 SECTIONS = {
-    "primary": primary_table, "arms": arms_table, "tokens": tokens_table, "gap": gap_table,
+    "primary": primary_table, "arms": arms_table, "gates": gates_table,
+    "tokens": tokens_table, "gap": gap_table,
     "fine-tuned": fine_tuned_table, "claims": claims_table, "larger": larger_table,
     "pilot": pilot_table, "levels": levels_table, "needle": needle_table,
     "recipe": recipe_table, "inits": inits_table, "mixture": mixture_table,
