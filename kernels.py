@@ -39,7 +39,6 @@ try:
     import triton
     import triton.language as tl
     triton_installed = True
-    interpreted = triton.knobs.runtime.interpret    # on the CPU; TRITON_INTERPRET=1
 except ImportError:  # recurrent and chunked still work
     triton = types.SimpleNamespace(jit=lambda f=None, **options: f or (lambda g: g))
     triton_installed = False
@@ -460,9 +459,6 @@ def pick(impl, *tensors):
     if impl == "triton" and not triton_installed:
         raise BadInput("impl is 'triton', which is not installed here; pip install triton, or "
                        "use impl='auto'")
-    if impl == "triton" and tensors[0].device.type == "cpu" and not interpreted:
-        raise BadInput("impl is 'triton', and the tensors are on the CPU; move them to a GPU, use "
-                       "impl='auto', or set TRITON_INTERPRET=1 before the start")
     if impl == "auto":
         impl = "triton" if tensors[0].is_cuda and triton_supports(tensors[0].device) else "chunked"
     if impl == "triton" and wide_dtype(tensors) == torch.float64:
@@ -767,11 +763,10 @@ def scan_states(
     BK: tl.constexpr, BV: tl.constexpr,
     PER_CHANNEL: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr,
 ):
-    """S = decay_c S + sum of weight_t x_t y_t^T over chunk c, chunk after chunk. dS
-    obeys the same equation from the last chunk to the first: REVERSE. Stored are S
-    before, and dS after every chunk. One program owns BK x BV elements of one head's S,
-    in registers from end to end, and adds a piece of R tokens at a time (R is of this
-    launch: a block or less)."""
+    """S = decay_c S + sum of weight_t x_t y_t^T over chunk c, chunk after chunk; dS the
+    same from the last chunk to the first (REVERSE). Stored are S before, and dS after
+    every chunk. One program owns BK x BV elements of one head's S, in registers from end
+    to end, and adds a piece of R tokens at a time (of this launch: a block or less)."""
     k_block, rest = split(tl.program_id(0), K // BK)
     v_block, rest = split(rest, V // BV)
     head, batch = split(rest, H)
@@ -784,8 +779,6 @@ def scan_states(
     x_ptr += (batch * n * L * HX + head // (H // HX)) * K
     y_ptr += (batch * n * L * HY + head // (H // HY)) * V
     states_ptr += (batch * H + head) * n * K * V
-    if weight_ptr is not None:
-        weight_ptr += (batch * H + head) * n * L
     decay_head = (batch * HD + head // (H // HD)) * n
     if gates_ptr is not None:
         gate = load_gate(gates_ptr, k_block * BK, head, K, H // HX)
@@ -805,7 +798,7 @@ def scan_states(
         x = tl.load(x_ptr + token * HX * K + (i[None, :] * (HX * K) + k[:, None]))  # (BK,R)
         y = tl.load(y_ptr + token * HY * V + (i[:, None] * (HY * V) + v[None, :]))
         if weight_ptr is not None:
-            weight = tl.load(weight_ptr + token + i)
+            weight = tl.load(weight_ptr + (batch * H + head) * n * L + token + i)
             x = (x.to(tl.float32) * weight[None, :]).to(y.dtype)
 
         # Forget once, on entering the chunk: x or weight has the decays inside it.

@@ -715,14 +715,11 @@ def test_auto_is_triton_where_it_computes(monkeypatch):
             ((9, 0), torch.float32, "triton"), ((8, 0), torch.float16, "triton"),
             ((7, 5), torch.float32, "chunked"), ((9, 0), torch.float64, "chunked")):
         monkeypatch.setattr(kernels, "capability", lambda device, found=capability: found)
-        tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype)
+        tensor = SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype)
         assert kernels.pick("auto", tensor) == expected
     assert kernels.pick("auto", torch.ones(1)) == "chunked"
     with raises_one_line("impl is 'cuda'; expected"):
         kernels.pick("cuda", torch.ones(1))
-    monkeypatch.setattr(kernels, "interpreted", False)
-    with raises_one_line("impl is 'triton', and the tensors are on the CPU"):
-        kernels.pick("triton", torch.ones(1))
 
 
 @needs_triton
@@ -801,7 +798,6 @@ def compile_for_an_absent_gpu(capability, shared, dtype, layers):
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime import driver
-    kernels.interpreted = True                              # lets tensors on the CPU pass
     make_ttgir = CUDABackend.make_ttgir
     made, overwritten = [], []
 
@@ -2309,6 +2305,30 @@ def test_rare_repeats_by_definition(monkeypatch):
         assert group["accuracy_se_documents"] == pytest.approx(recall.cluster_error(hit, document))
 
 
+def test_rare_repeats_against_a_control():
+    """The errors are of the differences token by token."""
+    tokens = np.random.default_rng(0).integers(8, size=900)
+    counts = recall.BigramCounts.of(tokens[:300], 8)
+    args = dict(text=tokens, counts=counts, eot=3, T=60, n=9)
+    lm, other = small("gla", vocab_size=8), small("mamba2", vocab_size=8)
+    alone = recall.rare_repeats(lm, **args)["groups"]
+    control = recall.rare_repeats(other, **args)["groups"]
+    more = recall.rare_repeats(lm, **args, control=other)["groups"]
+    same = recall.rare_repeats(lm, **args, control=lm)["groups"]
+    assert {name: group["loss"] for name, group in more.items()} == {
+        name: group["loss"] for name, group in alone.items()}
+    for name, group in more.items():
+        for measure in ("loss", "accuracy"):
+            difference = alone[name][measure] - control[name][measure]
+            assert group[f"{measure}_more"] == pytest.approx(difference, abs=1e-6)
+            assert same[name][f"{measure}_more"] == same[name][f"{measure}_more_se"] == 0
+    windows = recall.text_windows(tokens, 60, 9)[0]
+    off = recall.token_scores(lm, windows)[0] - recall.token_scores(other, windows)[0]
+    all_tokens = recall.rare_repeats(lm, **args, at_most=-1, control=other)["groups"]["other"]
+    error = recall.cluster_error(off.ravel(), np.repeat(np.arange(9), 60))
+    assert all_tokens["loss_more_se"] == pytest.approx(error, rel=1e-5)
+
+
 def test_rare_repeats_separate_memories_by_their_size(corpus):
     """Natural text: a memory four times as large recalls more, and none nothing."""
     train, val, _ = prepare.load_corpus(corpus)
@@ -2348,6 +2368,9 @@ def test_the_script_prints_the_scores_of_the_run(corpus, text, tmp_path):
     assert np.mean(samples["mqar"]["8"]) == pytest.approx(expected["recall"]["mqar"]["8"])
     assert len(samples["fewshot"]["1"]) == 8
     assert np.mean(samples["text"]) == pytest.approx(expected["val_loss"])
+    said = ran(recall, *args, f"--control={tmp_path}/model.pt")
+    assert f"more than {tmp_path}/model.pt" in said and "+0.0000 +- 0.0000, 0.0000" in said
+    refused(recall, *args, f"--control={tmp_path}/none.pt", says="no checkpoint at")
 
 
 # ---------------------------------------------------------------------------------------

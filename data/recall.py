@@ -1,6 +1,7 @@
 """Recall: what a model can still use of its context, in made-up sequences and in text.
 
     python data/recall.py --ckpt=out/recipe-gla/statex.pt      the recipe's own numbers
+    python data/recall.py --ckpt=out/recipe-gla/statex.pt --control=out/recipe-gla/lpt.pt
     python data/recall.py --ckpt=fla-hub/gla-1.3B-100B --data=data/text --json=gla.json
 
 Made-up sequences: nothing but the context tells the answer. A generator returns idx and
@@ -463,7 +464,7 @@ def repeat_distance(pairs):
     return distance
 
 
-def rare_repeats(lm, text, counts, eot, T=4096, n=1024, at_most=RARE):
+def rare_repeats(lm, text, counts, eot, T=4096, n=1024, at_most=RARE, control=None):
     """Loss and accuracy of lm on the second token of bigrams that are in the training
     text at most at_most times and were before in the window, on at most n windows of T
     tokens.
@@ -478,9 +479,16 @@ def rare_repeats(lm, text, counts, eot, T=4096, n=1024, at_most=RARE):
         far      more
         repeats  all of these
         new      bigrams as rare, new to the window: what is known without a memory
-        other    every token that is not in `repeats`"""
+        other    every token that is not in `repeats`
+    control, another LM: also what lm has more, "loss_more" and "accuracy_more", with the
+    errors of the differences token by token, far smaller than those of either."""
     windows, starts = text_windows(text, T, n)
     losses, hits = token_scores(lm, windows)
+    measures = {"loss": losses, "accuracy": hits}
+    if control is not None:
+        others = token_scores(control, windows)
+        measures |= {"loss_more": losses - others[0],
+                     "accuracy_more": hits.astype(np.int8) - others[1]}
     pairs = bigrams(windows, counts.vocab_size)
     rare = counts.times_seen(pairs) <= at_most
     distance = repeat_distance(pairs)
@@ -499,10 +507,10 @@ def rare_repeats(lm, text, counts, eot, T=4096, n=1024, at_most=RARE):
         if not mask.any():
             continue
         group = {"tokens": int(mask.sum())}
-        for measure, values in (("loss", losses[mask]), ("accuracy", hits[mask])):
-            group[measure] = float(values.mean(dtype=np.float64))
-            group[f"{measure}_se"] = cluster_error(values, window[mask])
-            group[f"{measure}_se_documents"] = cluster_error(values, document[mask])
+        for measure, values in measures.items():
+            group[measure] = float(values[mask].mean(dtype=np.float64))
+            group[f"{measure}_se"] = cluster_error(values[mask], window[mask])
+            group[f"{measure}_se_documents"] = cluster_error(values[mask], document[mask])
         groups[name] = group
     return {"T": T, "windows": len(windows), "documents": len(np.unique(document)),
             "at_most": at_most, "groups": groups}
@@ -563,6 +571,7 @@ def answer_likelihood(lm, idx, targets, choices):
 @dataclass
 class Options:
     ckpt: str = option("", "the checkpoint to score: a .pt, a folder or a hub id")
+    control: str = option("", "another one: on rare repeats what --ckpt has more, token by token")
     data: str = option(f"{HERE}/python", "folder of token files, see data/prepare.py")
     T: int = option(0, "tokens of a window of text; 0: as the checkpoint was trained, else 4096")
     pairs: str = option("", "of mqar; empty: as the checkpoint was trained, else 4,8,16,32; "
@@ -589,8 +598,11 @@ def main():
     if not options.n or not options.windows:
         raise BadInput("--n and --windows must be at least 1")
     lm, trained = read_checkpoint(options.ckpt)
+    control = read_checkpoint(options.control)[0] if options.control else None
     train, text, meta = load_corpus(options.data)
-    check_tokens(lm.config, text, meta, options.data)
+    for each in (lm, control) if control else (lm,):
+        check_tokens(each.config, text, meta, options.data)
+        each.to(device).eval()
     tokenizer = load_tokenizer(meta["tokenizer"])
     sizes = chosen_sizes(options, trained, text)
     check_text(text, tokenizer, **sizes)
@@ -600,23 +612,22 @@ def main():
         contexts = [sizes["T"]]
     for length in contexts:
         needle.room(length, text)
-    lm.to(device).eval()
     print(f"{options.ckpt} on the held-out text of {options.data}; +- is one standard error")
     with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
         result = score(lm, text, tokenizer, **sizes)
         print_scores(result, sizes["T"])
         counts = bigram_counts(options.data, train, meta)
         repeats = rare_repeats(lm, text, counts, tokenizer.eot_token, sizes["T"],
-                               options.windows, options.rare)
-        print_repeats(repeats)
+                               options.windows, options.rare, control)
+        print_repeats(repeats, options.control)
         gains = {}
         for length in contexts:
             gains[str(length)] = needle_gain(lm, text, tokenizer, length, options.n, options.seed)
         print_gains(gains)
     if options.json:
-        result = {"ckpt": options.ckpt, "data": options.data, "corpus": meta.get("sha256"),
-                  "T": sizes["T"], "n": options.n, "seed": options.seed, **result,
-                  "rare_repeats": repeats, "needle_gain": gains}
+        result = {"ckpt": options.ckpt, "control": options.control, "data": options.data,
+                  "corpus": meta.get("sha256"), "T": sizes["T"], "n": options.n,
+                  "seed": options.seed, **result, "rare_repeats": repeats, "needle_gain": gains}
         encoded = json.dumps(without_nan(result), indent=1).encode()
         write_file(options.json, lambda file: file.write(encoded))
         print(options.json)
@@ -672,17 +683,24 @@ def print_scores(result, T):
             print(f"{task:8s}", "   ".join(cells))
 
 
-def print_repeats(repeats):
-    labels = {"near": f"under {NEAR} tokens ago", "middle": f"{NEAR} to {FAR - 1}",
-              "far": f"{FAR} or more", "repeats": "all repeats", "new": "as rare, but new",
-              "other": "everything else"}
+def print_repeats(repeats, control):
     print(f"\nrare repeats: bigrams that training has at most {repeats['at_most']} times; "
           f"{repeats['windows']} windows of {repeats['T']} tokens, "
           f"{repeats['documents']} documents")
     print(f"  {'':23s}{'tokens':>9s}   {'loss +- over windows, documents':34s}accuracy, likewise")
-    for name, group in repeats["groups"].items():
-        cells = [f"{group[m]:.4f} +- {group[m + '_se']:.4f}, {group[m + '_se_documents']:.4f}"
-                 for m in ("loss", "accuracy")]
+    print_groups(repeats["groups"], ("loss", "accuracy"))
+    if control:
+        print(f"more than {control}, token by token")
+        print_groups(repeats["groups"], ("loss_more", "accuracy_more"), sign="+")
+
+
+def print_groups(groups, measures, sign=""):
+    labels = {"near": f"under {NEAR} tokens ago", "middle": f"{NEAR} to {FAR - 1}",
+              "far": f"{FAR} or more", "repeats": "all repeats", "new": "as rare, but new",
+              "other": "everything else"}
+    for name, group in groups.items():
+        cells = [f"{group[m]:{sign}.4f} +- {group[m + '_se']:.4f}, {group[m + '_se_documents']:.4f}"
+                 for m in measures]
         print(f"  {labels[name]:23s}{group['tokens']:9d}   {cells[0]:34s}{cells[1]}")
 
 
