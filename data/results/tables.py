@@ -30,7 +30,7 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 FAMILIES = {"gla": "GLA", "mamba2": "Mamba2"}
 PRIMARY = "preserve-x16"
-BEST_RATE = 4e-3        # LPT's, by its loss on rare repeats, of those that it ran at
+BEST_RATE = 4e-3        # LPT's, by its loss on rare repeats, of those that all blocks ran
 
 
 # ----------------------------------------------------------------------------------------
