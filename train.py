@@ -40,7 +40,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -92,7 +92,8 @@ class Options:
     # what to run
     ckpt: str = option("", "scratch | resume | the checkpoint, folder or hub id to start from; "
                        "empty: the recipe", alias="init_from")
-    preset: str = option("", "other values for the options below; they are listed above")
+    preset: str = option("", "other values for the options below; they are listed above",
+                         choices=tuple(PRESETS))
     block: str = option("gla", "of the recipe or from scratch", choices=("gla", "mamba2"))
     data: str = option(f"{HERE}/data/python", "folder of token files, see data/prepare.py")
     out_dir: str = option("", "empty: out/recipe-BLOCK for the recipe, out/run for one run")
@@ -102,7 +103,8 @@ class Options:
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: the GPU if there is one")
     plot: str = option("", "make the table and the picture of the recipe in this folder, only")
     # the model, from scratch
-    size: str = option("", f"a public shape: {', '.join(SIZES)}; empty: the shape below")
+    size: str = option("", f"a public shape: {', '.join(SIZES)}; empty: the shape below",
+                       choices=tuple(SIZES))
     vocab_size: int = option(0, "0: the corpus's")
     n_layer: int = option(2, "layers")
     d_model: int = option(64, "channels of the residual stream")
@@ -147,6 +149,15 @@ class Options:
                        alias="expand_init")
     post_lr: float = option(1e-2, "highest learning rate of post-training, of both arms")
 
+    @property
+    def path(self):
+        """Of the run's checkpoint."""
+        return f"{self.out_dir}/{self.name}.pt"
+
+    @property
+    def cuda(self):
+        return self.device.startswith("cuda")
+
 
 # The shape of a model from scratch without --size.
 SHAPE = ("block", "n_layer", "d_model", "tie_embeddings", "norm_eps", "conv_size", "n_head",
@@ -164,18 +175,15 @@ def check(options, processes):
                        f"clip {options.clip} above 0")
     if not options.name or os.path.basename(options.name) != options.name:
         raise BadInput(f"--name={options.name} is not a file's name; the folder is --out_dir")
-    if options.size and options.size not in SIZES:
-        raise BadInput(f"no size {options.size!r}; there are {', '.join(SIZES)}")
     parts = passes(options, processes) * processes.size
     if options.batch_size % parts:
         raise BadInput(f"batch_size {options.batch_size} cannot be shared out: accumulate "
                        f"{options.accumulate} on {processes.size} processes makes {parts} passes")
     if options.curriculum > 1:
         raise BadInput(f"--curriculum={options.curriculum:g}; expected a share, 0 to 1")
-    most = recall.SYMBOLS // 2
-    if not pair_sizes(options) or max(pair_sizes(options)) > most:
-        raise BadInput(f"--pairs={options.pairs}; expected numbers from 1 to {most}")
-    largest = max(pair_sizes(options))
+    if not options.pairs:
+        raise BadInput("--pairs is empty; expected a list such as 2,4,8")
+    largest = pair_sizes(options)[-1]
     if options.recall_tokens and -(-options.recall_tokens // (4 * largest)) < parts:
         raise BadInput(f"recall_tokens {options.recall_tokens} are fewer than {parts} sequences of "
                        f"{largest} pairs, one for each pass of a step")
@@ -303,18 +311,9 @@ class Run:
     carried: list = field(default_factory=list)         # with --carry_state: per pass
     recent: collections.deque = field(default_factory=lambda: collections.deque(maxlen=20))
 
-    @property
-    def path(self):
-        return f"{self.options.out_dir}/{self.options.name}.pt"
-
-    @property
-    def cuda(self):
-        return self.options.device.startswith("cuda")
-
 
 def start_run(lm, options, corpus, processes, stop):
     """A Run at step 0: lm on its device, compiled, and shared out over the processes."""
-    cuda = options.device.startswith("cuda")
     lm.to(options.device).train()
     lm.checkpoint_activations = options.checkpoint_activations
     if options.compile:
@@ -331,7 +330,7 @@ def start_run(lm, options, corpus, processes, stop):
             fully_shard(module, mesh=mesh, reshard_after_forward=False)     # twice takes longer
         register_fsdp_forward_method(lm, "features")        # scores call it, not forward
     elif processes.size > 1:
-        device_ids = [processes.local] if cuda else None
+        device_ids = [processes.local] if options.cuda else None
         model = torch.nn.parallel.DistributedDataParallel(
             lm, device_ids=device_ids, gradient_as_bucket_view=True)    # one copy less
     run = Run(lm, model, make_optimizer(lm, options), options, corpus, processes, stop)
@@ -367,13 +366,13 @@ def make_optimizer(lm, options):
     if gates:
         groups.append({"params": gates, "weight_decay": 0.0, "times": options.gates_rate})
     return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2),
-                             fused=options.device.startswith("cuda"))
+                             fused=options.cuda)
 
 
 def precision(options):
     """bfloat16 matrix products on a GPU; parameters, residuals, norms and states stay in
     float32."""
-    if options.device.startswith("cuda"):
+    if options.cuda:
         return torch.autocast("cuda", torch.bfloat16)
     return contextlib.nullcontext()
 
@@ -405,8 +404,8 @@ def text_batch(run, rng, rows):
     tokens = run.corpus.train
     if options.carry_state:                 # row r reads the r-th stretch of the text
         slices = slices_per_row(run)
-        starts = np.arange(options.batch_size) * slices * options.block_size
-        starts = starts + run.step % slices * options.block_size
+        starts = np.arange(options.batch_size) * slices + run.step % slices
+        starts = starts * options.block_size
     else:
         starts = rng.integers(len(tokens) - options.block_size, size=options.batch_size)
     text = np.stack([tokens[start:start + options.block_size + 1] for start in starts[rows]])
@@ -470,33 +469,27 @@ def one_pass(run, k, i, batch):
     options = run.options
     idx, targets, first, weight = batch
     carries = options.carry_state and i == 0
-    restarts = carries and run.step % slices_per_row(run) == 0
-    state = run.carried[k] if carries and not restarts else None
+    state = None
+    if carries and run.step % slices_per_row(run):      # at 0 the text begins again
+        state = run.carried[k]
     last = k == passes(options, run.processes) - 1 and i == bool(options.recall_tokens)
-    with exchange_gradients(run, last):             # once per step
-        with precision(options):
-            _, loss, state = run.model(idx, targets, state, first)
-        loss = loss * weight
-        (loss * run.processes.size).backward()      # averaged over the processes
+    if options.shard:                               # gradients are exchanged once per step
+        run.model.set_requires_gradient_sync(last)
+    elif run.processes.size > 1:
+        run.model.require_backward_grad_sync = last     # what DDP's no_sync() sets
+    with precision(options):
+        _, loss, state = run.model(idx, targets, state, first)
+    loss = loss * weight
+    (loss * run.processes.size).backward()          # averaged over the processes
     if carries:
         run.carried[k] = on_device(state, options.device)
     return loss.detach(), idx.numel()
 
 
-def exchange_gradients(run, last):
-    """A context for the backward pass, which exchanges gradients between processes only if
-    `last`. (FSDP has a switch in its place.)"""
-    if run.options.shard:
-        run.model.set_requires_gradient_sync(last)
-    elif run.processes.size > 1 and not last:
-        return run.model.no_sync()
-    return contextlib.nullcontext()
-
-
 def on_device(states, device):
-    """The states of all layers, or None, on a device and cut off from the graph."""
-    return states and [tuple(None if t is None else t.detach().to(device) for t in layer)
-                       for layer in states]
+    """The states of all layers on a device, cut off from the graph."""
+    return [tuple(None if t is None else t.detach().to(device) for t in layer)
+            for layer in states]
 
 
 def clip_and_step(run):
@@ -539,7 +532,7 @@ def evaluate(run):
 
 
 def save(run):
-    """One whole model in run.path, however it is cut over processes."""
+    """One whole model in run.options.path, however it is cut over processes."""
     full = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, optimizer = sharded.get_state_dict(run.lm, run.optimizer, options=full)
     carried = gather_carried(run)
@@ -550,14 +543,14 @@ def save(run):
                  "best": min((text + asked for _, text, asked in run.evaluations), default=None),
                  "options": asdict(run.options), "optimizer": optimizer, "start": run.start,
                  "corpus": {"sha256": meta.get("sha256"), "tokenizer": meta.get("tokenizer")}}
-        save_checkpoint(run.path, run.lm, train, weights)
+        save_checkpoint(run.options.path, run.lm, train, weights)
     if run.processes.size > 1:
         dist.barrier()
 
 
 def gather_carried(run):
     """The carried states of all rows of the batch, in order, on the CPU; None without any."""
-    if not run.options.carry_state or run.carried[0] is None:
+    if run.carried[0] is None:
         return None
     parts = [on_device(state, "cpu") for state in run.carried]
     if run.processes.size > 1:
@@ -578,7 +571,7 @@ def restore(run, train):
         for group in saved["param_groups"]:
             for key in set(group) - kept:
                 del group[key]
-            group["fused"] = run.cuda
+            group["fused"] = run.options.cuda
         full = sharded.StateDictOptions(full_state_dict=True)
         sharded.set_optimizer_state_dict(run.lm, run.optimizer, saved, options=full)
         run.step = train["step"]
@@ -588,7 +581,7 @@ def restore(run, train):
         run.evaluations = list(train["evaluations"])
         carried = train["carried"]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-        raise other_version(run.path, f"{type(e).__name__}: {one_line(e, 100)}") from e
+        raise other_version(run.options.path, f"{type(e).__name__}: {one_line(e, 100)}") from e
     if carried:
         count = passes(run.options, run.processes)
         for k in range(count):
@@ -601,10 +594,11 @@ def restore(run, train):
 def load_run(path):
     """load_checkpoint, for a run that is to go on. Raises BadInput."""
     lm, held = load_checkpoint(path)
-    if held is not None:
-        fits = isinstance(held, dict) and isinstance(held.get("options"), dict)
-        if not fits or not isinstance(held.get("step"), int):
-            raise other_version(path, "its options or its step are not there")
+    if held is None:
+        raise BadInput(f"{path} holds a model and no run to go on with; start one from it by "
+                       f"--ckpt={path}, in another --out_dir or by another --name, or --overwrite")
+    if not isinstance(held.get("options"), dict) or not isinstance(held.get("step"), int):
+        raise other_version(path, "its options or its step are not there")
     return lm, held
 
 
@@ -645,14 +639,12 @@ def drop_later(path, name, step):
         return
     kept = []
     with open(path) as f:
-        lines = f.readlines()
-    for line in lines:
-        with contextlib.suppress(ValueError):           # a line that was cut off
-            entry = json.loads(line)
-            if entry.get("run") != name or entry["step"] <= step:
-                kept.append(line)
-    if len(kept) < len(lines):
-        write_file(path, lambda file: file.write("".join(kept).encode()))
+        for line in f:
+            with contextlib.suppress(ValueError):       # a line that was cut off
+                entry = json.loads(line)
+                if entry.get("run") != name or entry["step"] <= step:
+                    kept.append(line)
+    write_file(path, lambda file: file.write("".join(kept).encode()))
 
 
 class Log:
@@ -663,8 +655,7 @@ class Log:
         first = run.processes.first
         self.run = run
         path = f"{options.out_dir}/log.jsonl" if first else os.devnull
-        if first:
-            drop_later(path, options.name, run.step)
+        drop_later(path, options.name, run.step)
         self.file = open(path, "a", buffering=1)
         self.board = tensorboard(options.out_dir) if options.tensorboard and first else None
         self.every = max(1, until // 8)
@@ -672,26 +663,22 @@ class Log:
                         mininterval=1, dynamic_ncols=True,
                         disable=not first or not sys.stderr.isatty())
         peaks = [f for card, f in PEAK.items()
-                 if run.cuda and card in torch.cuda.get_device_name()]
+                 if options.cuda and card in torch.cuda.get_device_name()]
         self.peak_flops = peaks[0] * run.processes.size if peaks else None
         self.work = flops_per_token(run.lm)
 
     def speed(self):
-        """Of the last steps: tokens per second, and as a dict the share of the peak FLOP/s."""
+        """Of the last steps: tokens per second, and where it is known the share of the peak."""
         recent = self.run.recent
         rate = sum(count for count, _ in recent) / sum(seconds for _, seconds in recent)
-        if not self.peak_flops:
-            return rate, {}
-        return rate, {"mfu": round(self.work * rate / self.peak_flops, 4)}
+        mfu = {"mfu": round(self.work * rate / self.peak_flops, 4)} if self.peak_flops else {}
+        return {"tokens_per_s": round(rate), **mfu}
 
     def write(self, **line):
         run = self.run
-        left = 0.0
-        if run.recent:
-            mean = sum(seconds for _, seconds in run.recent) / len(run.recent)
-            left = mean * (run.options.steps - run.step)
+        mean = sum(seconds for _, seconds in run.recent) / len(run.recent)
         line = {"run": run.options.name, "step": run.step, "tokens": run.tokens, **line,
-                "seconds_left": round(left, 1)}
+                "seconds_left": round(mean * (run.options.steps - run.step), 1)}
         self.file.write(json.dumps(line) + "\n")
         for key, value in line.items() if self.board else ():
             if isinstance(value, (int, float)):
@@ -700,11 +687,13 @@ class Log:
     def show(self, text_loss, recall_loss):
         """After every step: the bar in a terminal, elsewhere a line now and then."""
         run = self.run
-        rate, mfu = self.speed()
+        speed = self.speed()
         text = f"loss {text_loss:.3f}"
         if run.options.recall_tokens:
             text += f" recall {recall_loss:.3f}"
-        text += f" {rate:,.0f} tokens/s" + "".join(f" MFU {share:.0%}" for share in mfu.values())
+        text += f" {speed['tokens_per_s']:,} tokens/s"
+        if "mfu" in speed:
+            text += f" MFU {speed['mfu']:.0%}"
         self.bar.update()
         self.bar.set_postfix_str(text, refresh=False)
         if self.bar.disable and run.processes.first and run.step % self.every == 0:
@@ -739,19 +728,22 @@ def train(lm, options, corpus, resume=None, until=None, processes=Processes(), s
         restore(run, resume)
     until = until or options.steps
     log = Log(run, until)
-    if run.cuda:
+    if options.cuda:
         torch.cuda.reset_peak_memory_stats()
     while run.step < until:
         begin = time.time()
+        lr = learning_rate(options, run.step)
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(options, run.step) * group.get("times", 1.0)
+            group["lr"] = lr * group.get("times", 1.0)
         sums = forward_backward(run)
         norm = clip_and_step(run)
         summed = torch.cat((sums, norm.double()[None])).tolist()       # waits for the GPU
         text_loss, recall_loss, count, stopping, norm = summed
         if not math.isfinite(text_loss + recall_loss + norm):
             log.close()
-            raise BadInput(not_finite(run, text_loss + recall_loss, norm))
+            raise BadInput(f"step {run.step}: the loss is {text_loss + recall_loss:.4g} and the "
+                           f"gradient's norm {norm:.4g}; what was saved before is kept; try a "
+                           "smaller --lr or a longer --warmup")
         run.step += 1
         run.tokens += int(count)
         run.recent.append((count, time.time() - begin))
@@ -759,44 +751,26 @@ def train(lm, options, corpus, resume=None, until=None, processes=Processes(), s
         run.stop.agreed = bool(stopping)
         log.show(text_loss, recall_loss)
         if run.step % 10 == 0 or run.step == until:
-            rate, mfu = log.speed()
-            log.write(loss=text_loss, recall_loss=recall_loss, grad_norm=norm,
-                      lr=learning_rate(options, run.step - 1), tokens_per_s=round(rate), **mfu)
+            log.write(loss=text_loss, recall_loss=recall_loss, grad_norm=norm, lr=lr,
+                      **log.speed())
         if run.step % options.eval_interval == 0 or run.step == until:
             evaluate(run)
             log.write(val_loss=run.evaluations[-1][1], val_recall_loss=run.evaluations[-1][2],
-                      peak_mem_mib=peak_memory(run.cuda))
+                      peak_mem_mib=peak_memory(options.cuda))
             save(run)
         elif stopping:
             save(run)
         if stopping and run.step < options.steps:
             log.close()
-            print_stopped(run)
+            print(f"stopped by a signal: {options.path} holds step {run.step}; the same command, "
+                  "without --overwrite, goes on, or for this run alone --ckpt=resume "
+                  f"--out_dir={options.out_dir} --name={options.name}", flush=True)
             raise SystemExit(128 + (run.stop.signal or signal.SIGTERM))
     log.close()
-    if not run.evaluations:
-        evaluate(run)
     _, text_loss, recall_loss = run.evaluations[-1]
     return {"tokens": run.tokens, "tokens_per_s": round(run.tokens / max(run.seconds, 1e-9)),
             "val_loss": text_loss, "recall_loss": recall_loss,
-            "peak_mem_mib": peak_memory(run.cuda), "evaluations": run.evaluations}
-
-
-def not_finite(run, loss, norm):
-    kept = "nothing was saved yet"
-    if os.path.exists(run.path):
-        kept = f"{run.path} holds the last good step"
-    return (f"step {run.step}: the loss is {loss:.4g} and the gradient's norm {norm:.4g}; {kept}; "
-            "try a smaller --lr or a longer --warmup")
-
-
-def print_stopped(run):
-    how = "the same command goes on"
-    if run.options.overwrite:
-        how = "the same command without --overwrite goes on"
-    if run.options.ckpt:
-        how += f", or --ckpt=resume --out_dir={run.options.out_dir} --name={run.options.name}"
-    print(f"stopped by a signal: {run.path} holds step {run.step}; {how}", flush=True)
+            "peak_mem_mib": peak_memory(options.cuda), "evaluations": run.evaluations}
 
 
 # ---------------------------------------------------------------------------------------
@@ -810,7 +784,6 @@ def open_folder(options, processes):
         if not processes.first:
             return None
         lock = open(f"{options.out_dir}/.lock", "w")
-        open(f"{options.out_dir}/log.jsonl", "a").close()
     except OSError as e:
         raise BadInput(f"cannot write in out_dir {options.out_dir}: {e.strerror}") from e
     try:
@@ -827,8 +800,8 @@ def open_folder(options, processes):
 
 # What may differ between a run and its continuation: it changes nothing that is computed.
 # A folder's run that goes on without being asked to resume keeps its start and its text, too.
-FREE = {"ckpt", "preset", "device", "out_dir", "overwrite", "plot", "accumulate", "compile",
-        "checkpoint_activations", "shard", "tensorboard", "eval_interval", "data"}
+FREE = {"ckpt", "preset", "device", "out_dir", "name", "overwrite", "plot", "accumulate",
+        "compile", "checkpoint_activations", "shard", "tensorboard", "eval_interval", "data"}
 
 
 def fingerprint(lm):
@@ -838,45 +811,44 @@ def fingerprint(lm):
     return hashlib.sha256(repr(sums).encode()).hexdigest()
 
 
-def same_start(path, held, lm):
-    """Raises BadInput where the run in path began with other weights than lm's."""
+def same_start(options, held, lm):
+    """Raises BadInput where the held run began with other weights than lm's."""
     if held.get("start") and held["start"] != fingerprint(lm):
-        raise BadInput(f"{path} holds a run that began with other weights: the checkpoint or the "
-                       "transplant has changed since; take another --out_dir, or --overwrite")
+        raise BadInput(f"{options.path} holds a run that began with other weights: the checkpoint "
+                       "or the transplant has changed since; take another --out_dir, or "
+                       "--overwrite")
 
 
 def held_run(options, meta):
-    """The run that options.out_dir holds under options.name with the same options and the
-    corpus of this meta, to go on with. -> (its model, its "train" entry), or (None, None) for
-    none. Raises BadInput for another run."""
-    path = f"{options.out_dir}/{options.name}.pt"
-    if options.overwrite or not os.path.exists(path):
+    """The run in options.path with the same options and the corpus of this meta, to go on
+    with. -> (its model, its "train" entry), or (None, None) for none. Raises BadInput for
+    another run."""
+    if options.overwrite or not os.path.exists(options.path):
         return None, None
-    lm, held = load_run(path)
-    if held is None:
-        raise BadInput(f"{path} is there and holds no run; take another --out_dir or --name, or "
-                       "--overwrite")
-    kept = held["options"]
+    lm, held = load_run(options.path)
+    kept = asdict(Options()) | held["options"]
     free = FREE
     if options.ckpt != "resume":
-        free = FREE - {"data"} if kept.get("ckpt") == "resume" else FREE - {"data", "ckpt"}
-        same_text(path, held, options, meta)
+        free = FREE - {"data"} if kept["ckpt"] == "resume" else FREE - {"data", "ckpt"}
+        same_text(held, options, meta)
     other = [name for name, value in asdict(options).items()
-             if name not in free and kept.get(name, value) != value]
+             if name not in free and kept[name] != value]
     if other:
         had = ", ".join(f"{name} = {kept[name]}" for name in other)
-        how = "go on with it: --ckpt=resume; or " if options.ckpt else ""
-        raise BadInput(f"{path} holds a run with {had}; {how}take another --out_dir, or "
+        how = ""
+        if options.ckpt:
+            how = f"--ckpt=resume goes on with that and may change {', '.join(sorted(FREE))}; or "
+        raise BadInput(f"{options.path} holds a run with {had}; {how}take another --out_dir, or "
                        "--overwrite")
     return lm, held
 
 
-def same_text(path, held, options, meta):
-    """Raises BadInput where the run in path began with another text than is there now."""
+def same_text(held, options, meta):
+    """Raises BadInput where the held run began with another text than is there now."""
     saved = held.get("corpus", {}).get("sha256")
     if saved and meta.get("sha256") != saved:
-        raise BadInput(f"the text in {options.data} has changed since the run in {path} began "
-                       "(another sha256); make it as it was, or go on with this one: "
+        raise BadInput(f"the text in {options.data} has changed since the run in {options.path} "
+                       "began (another sha256); make it as it was, or go on with this one: "
                        f"--ckpt=resume --out_dir={options.out_dir} --data={options.data}")
 
 
@@ -892,14 +864,12 @@ def prepared(options, processes):
             dist.barrier()
     corpus = prepare.load_corpus(options.data)
     tokens, val, _ = corpus
-    if len(tokens) <= options.block_size:
+    read = options.block_size * (options.batch_size if options.carry_state else 1)
+    if len(tokens) <= read:
         raise BadInput(f"{options.data} has {len(tokens)} tokens to train on; expected more than "
-                       f"block_size = {options.block_size}")
+                       f"{read}: block_size, of which --carry_state reads batch_size side by side")
     if len(val) < 64:
         raise BadInput(f"{options.data} has {len(val)} held-out tokens; expected at least 64")
-    if options.carry_state and len(tokens) <= options.batch_size * options.block_size:
-        raise BadInput(f"{options.data} has {len(tokens)} tokens; --carry_state reads batch_size x "
-                       f"block_size = {options.batch_size * options.block_size} per step")
     return corpus
 
 
@@ -909,9 +879,9 @@ def check_corpus(lm, options, meta):
     prepare.same_tokenizer(c.tokenizer, meta)
     prepare.check_vocabulary(c, meta, options.data)
     half = min(recall.SYMBOLS, c.vocab_size) // 2
-    if options.recall_tokens and max(pair_sizes(options)) > half:
-        raise BadInput(f"--pairs={options.pairs} needs more symbols than a vocabulary of "
-                       f"{c.vocab_size} has; expected at most {half}")
+    if options.recall_tokens and pair_sizes(options)[-1] > half:
+        raise BadInput(f"--pairs={options.pairs}; expected at most {half}, as a vocabulary of "
+                       f"{c.vocab_size} has {2 * half} symbols for recall")
 
 
 def new_model(options, meta):
@@ -932,15 +902,14 @@ def print_banner(lm, options, corpus, steps):
     c = lm.config
     params = sum(p.numel() for p in lm.parameters())
     where = options.device
-    if where.startswith("cuda"):
+    if options.cuda:
         where = torch.cuda.get_device_name(where)
     if where == "cpu":
         where = f"a CPU with {torch.get_num_threads()} threads (OMP_NUM_THREADS sets them)"
-    tokens, val, meta = corpus
     print(f"{c.block}, {c.n_layer} layers, {params:,} parameters, {c.total_state():,} elements "
           f"of state per sequence\non {where}\n"
-          f"text: {options.data}, {len(tokens):,} tokens to train on, {len(val):,} held out, "
-          f"tokenizer {meta['tokenizer']}", flush=True)
+          f"text: {options.data}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} "
+          f"held out, tokenizer {corpus.meta['tokenizer']}", flush=True)
     if options.device == "cpu" and params > 1e8:
         print("this is a model for GPUs", flush=True)
     elif options.device == "cpu" and steps:
@@ -972,7 +941,7 @@ def one_run(options, processes, stop):
     if held is None and options.ckpt == "scratch":
         lm = new_model(options, corpus.meta)
     elif held and os.path.isfile(options.ckpt):
-        same_start(f"{options.out_dir}/{options.name}.pt", held, LM.from_pretrained(options.ckpt))
+        same_start(options, held, LM.from_pretrained(options.ckpt))
     elif held is None:
         lm = LM.from_pretrained(options.ckpt)
         if options.preset and lm.config.block != options.block:
@@ -983,35 +952,23 @@ def one_run(options, processes, stop):
     if held and held["step"] == options.steps:
         print("all steps are done already")
     r = train(lm, options, corpus, held, processes=processes, stop=stop)
-    print(f"{options.out_dir}/{options.name}.pt: {r['tokens']:,} tokens, val loss "
-          f"{r['val_loss']:.4f}, {r['tokens_per_s']:,} tokens/s")
+    print(f"{options.path}: {r['tokens']:,} tokens, val loss {r['val_loss']:.4f}, "
+          f"{r['tokens_per_s']:,} tokens/s")
     del folder
 
 
 def resumed(options, given):
-    """The options of the run in out_dir, with what may change and was typed."""
-    path = f"{options.out_dir}/{options.name}.pt"
-    _, held = load_run(path)
-    if held is None:
-        raise BadInput(f"{path} holds no run to resume; start one with --ckpt={path} and another "
-                       "--out_dir")
-    kept = held["options"]
-    unknown = set(kept) - {f.name for f in fields(Options)}
-    if unknown:
-        raise BadInput(f"the run in {path} has options that this version does not know "
-                       f"({', '.join(sorted(unknown))}); start one from its weights: --ckpt={path} "
-                       "with another --out_dir")
-    other = [name for name in set(given) - FREE - {"name"} if given[name] != kept.get(name)]
-    if other:
-        had = ", ".join(f"{name} = {kept.get(name)}" for name in sorted(other))
-        raise BadInput(f"the run in {path} has {had} and goes on with that; resume can change "
-                       f"{', '.join(sorted(FREE))}. For another run from its weights: "
-                       f"--ckpt={path} with another --out_dir")
-    free = {name: value for name, value in given.items() if name in FREE}
-    options = Options(**kept | free | {"device": options.device, "out_dir": options.out_dir,
-                                       "overwrite": False})     # the run may have begun with it
+    """The options of the run in options.path, and over them what was typed. held_run says
+    whether it may change."""
+    _, held = load_run(options.path)
+    here = {"out_dir": options.out_dir, "name": options.name, "device": options.device,
+            "overwrite": False}                     # the run may have begun with it
+    try:
+        options = Options(**held["options"] | given | here)
+    except TypeError as e:                          # an option that this version does not know
+        raise other_version(options.path, one_line(e)) from e
     if "data" not in given:
-        same_text(path, held, options, prepare.load_corpus(options.data).meta)
+        same_text(held, options, prepare.load_corpus(options.data).meta)
     return options
 
 
@@ -1035,7 +992,10 @@ def recipe(options, processes, stop):
     recall.check_text(corpus.val, tokenizer, pairs=pair_sizes(options), T=options.block_size)
     folder = open_folder(options, processes)
     steps = options.pretrain_steps + 2 * options.steps
-    steps -= sum(steps_done(options, name) for name in ("pretrained", "lpt", "statex"))
+    for name in ("pretrained", "lpt", "statex"):    # what an earlier start has done
+        path = replace(options, name=name).path
+        if os.path.exists(path) and not options.overwrite:
+            steps -= load_run(path)[1]["step"]
     print_banner(small, options, corpus, steps)
 
     def phase(lm, name, **changes):
@@ -1043,7 +1003,7 @@ def recipe(options, processes, stop):
         of_phase = replace(options, name=name, **changes)
         held_lm, held = held_run(of_phase, corpus.meta)
         if held:
-            same_start(f"{options.out_dir}/{name}.pt", held, lm)
+            same_start(of_phase, held, lm)
             lm = held_lm
         trained = train(lm, of_phase, corpus, held, processes=processes, stop=stop)
         return lm, report(lm, trained, of_phase, corpus, tokenizer)
@@ -1061,17 +1021,10 @@ def recipe(options, processes, stop):
     results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__,
                            "numpy": np.__version__, "threads": torch.get_num_threads()}
     if processes.first:
-        finish_recipe(results, options)
+        encoded = json.dumps(results, indent=1).encode()
+        write_file(f"{options.out_dir}/results.json", lambda file: file.write(encoded))
+        print_report(options.out_dir)
     del folder
-
-
-def steps_done(options, name):
-    """Of one phase, by an earlier start of the recipe in this folder."""
-    path = f"{options.out_dir}/{name}.pt"
-    if options.overwrite or not os.path.exists(path):
-        return 0
-    held = load_run(path)[1]
-    return held["step"] if held else 0
 
 
 def already_done(options, meta):
@@ -1082,12 +1035,6 @@ def already_done(options, meta):
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return not options.overwrite and config == asdict(options) | {"corpus": meta}
-
-
-def finish_recipe(results, options):
-    encoded = json.dumps(results, indent=1).encode()
-    write_file(f"{options.out_dir}/results.json", lambda file: file.write(encoded))
-    print_report(options.out_dir)
 
 
 def report(lm, trained, options, corpus, tokenizer):
@@ -1104,43 +1051,33 @@ def report(lm, trained, options, corpus, tokenizer):
 # run as a script
 
 
-def presets_text():
-    """PRESETS as lines for --help."""
-    return "presets:\n" + "\n".join(
-        f"  {name}: " + " ".join(f"{k}={v}" for k, v in preset.items())
-        for name, preset in PRESETS.items())
-
-
 # Of no use to one run.
 RECIPE_ALONE = ("pretrain_steps", "every", "layers", "factor", "init", "post_lr")
 
 
 def resolve(given):
     """Defaults, then the preset, then what was typed."""
-    recipe_of = f"recipe-{given.get('block', 'gla')}"
-    recipe_of = recipe_of if recipe_of in PRESETS else ""       # a block of your own
-    name = given.get("preset") or ("" if given.get("ckpt") else recipe_of)
-    if name and name not in PRESETS:
-        raise BadInput(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-    if name and not name.startswith("recipe-") and not given.get("ckpt"):
-        raise BadInput(f"--preset={name} is of one run; add --ckpt=scratch, or the checkpoint that "
-                       "it goes on from")
-    options = Options(**PRESETS.get(name, {}) | given)
+    name = given.get("preset")
+    if not given.get("ckpt"):
+        name = name or f"recipe-{given.get('block', 'gla')}"
+        if not name.startswith("recipe-"):
+            raise BadInput(f"--preset={name} is of one run; add --ckpt=scratch, or the checkpoint "
+                           "that it goes on from")
+    options = Options(**PRESETS.get(name, {}) | given)      # a block of your own has no preset
     idle = [name for name in RECIPE_ALONE if name in given]
     if options.ckpt not in ("", "resume") and idle:
         raise BadInput(f"--{idle[0]} is for the recipe, and --ckpt asks for one run; expand.py "
                        "makes the checkpoint of an expanded model")
-    if options.size in SIZES and {"block", "size"} <= set(given) and (
-            SIZES[options.size].block != options.block):
+    if options.size and "block" in given and SIZES[options.size].block != options.block:
         raise BadInput(f"--size={options.size} is a {SIZES[options.size].block} model; take "
                        "another --size, or no --block")
-    shaped = [name for name in (*SHAPE[1:], "size") if name in given]
-    no_use = shaped or [name for name in ("block",) if name in given]
-    if no_use and options.ckpt not in ("", "scratch", "resume"):
-        say(f"train.py: --{no_use[0]} is for a model from scratch; the one in {options.ckpt} keeps "
-            "its shape")
-    if options.size and shaped[:-1]:
+    shaped = [name for name in SHAPE[1:] if name in given]
+    if options.size and shaped:
         raise BadInput(f"--{shaped[0]} is part of the shape that --size={options.size} names")
+    shaped += [name for name in ("size", "block") if name in given]
+    if shaped and options.ckpt not in ("", "scratch", "resume"):
+        say(f"train.py: --{shaped[0]} is for a model from scratch; the one in {options.ckpt} keeps "
+            "its shape")
     if not options.out_dir:
         options.out_dir = "out/run" if options.ckpt else f"out/recipe-{options.block}"
     options.device = pick_device(options.device)
@@ -1152,13 +1089,14 @@ def resolve(given):
 
 
 def main(stop=None):
-    given = command_line(Options, f"{__doc__}\n{presets_text()}")
+    presets = [f"  {name}: " + " ".join(f"{k}={v}" for k, v in preset.items())
+               for name, preset in PRESETS.items()]
+    given = command_line(Options, "\n".join([__doc__, "presets:", *presets]))
     options = resolve(given)
     if options.plot:
         return print_report(options.plot)
     processes, options.device = join(options.device)
     check(options, processes)
-    stop = stop or Stop()
     try:
         if options.ckpt:
             one_run(options, processes, stop)
