@@ -51,9 +51,8 @@ def expand(lm, layers, factor=None, init="preserve", seed=0, noise=0.0, same_sta
     paper: start afresh as the paper does, not as our models start (see paper_init).
 
     Returns (lm, report); `describe` prints the report. Raises BadInput."""
-    check_numbers(layers, factor, seed, noise)
+    check(lm.config, layers, factor, init, seed, noise, same_state, paper)
     layers = sorted(set(layers))
-    check(lm.config, layers, init, noise, same_state, paper)
     config = enlarged(lm.config, layers, factor, init, same_state)
     with torch.device("meta"):
         new = LM(config)
@@ -65,25 +64,22 @@ def expand(lm, layers, factor=None, init="preserve", seed=0, noise=0.0, same_sta
     return new, changes(lm, new, plan, layers, init, seed)
 
 
-def check_numbers(layers, factor, seed, noise):
+def check(config, layers, factor, init, seed, noise, same_state, paper):
     if not isinstance(layers, (list, tuple, set, range)) or any(type(i) is not int for i in layers):
         raise BadInput(f"layers is {layers!r}; expected a list of layers' indices")
     if not isinstance(factor, (int, type(None))) or not isinstance(seed, int):
         raise BadInput(f"factor is {factor!r} and seed {seed!r}; expected whole numbers")
     if not 0 <= noise < math.inf:
         raise BadInput(f"noise is {noise}; expected a number from 0 up")
-
-
-def check(config, layers, init, noise, same_state, paper):
     if init not in INITS:
         raise BadInput(f"init is {init!r}; expected one of {', '.join(INITS)}")
-    if not layers or layers[0] < 0 or layers[-1] >= config.n_layer:
+    if not layers or min(layers) < 0 or max(layers) >= config.n_layer:
         raise BadInput(f"layers {layers} are out of range; this model has layers 0 to "
                        f"{config.n_layer - 1}")
     if init == "groups" and config.block == "gla":
         raise BadInput("init groups is a control for Mamba2; GLA has no groups of heads that "
                        "share B and C")
-    if init == "groups" and len(layers) < config.n_layer:
+    if init == "groups" and len(set(layers)) < config.n_layer:
         raise BadInput("init groups takes every layer, because n_groups is one number for all: "
                        "--every=1")
     if noise and (init != "inherit" or config.block == "gla"):
@@ -100,12 +96,12 @@ def enlarged(config, layers, factor, init, same_state):
     d_state = list(config.d_state)
     for i in layers:
         f = factor or (n_key_head[i] if config.block == "gla" else 4)
-        if f < 2 or config.block == "gla" and n_key_head[i] % f:
-            expected = "a whole number above 1"
-            if config.block == "gla" and n_key_head[i] == 1:
+        expected = "a whole number above 1"
+        if config.block == "gla":
+            expected = f"a divisor of its {n_key_head[i]} heads, above 1"
+            if n_key_head[i] == 1:
                 raise BadInput(f"layer {i} has one head of keys already, and cannot merge more")
-            if config.block == "gla":
-                expected = f"a divisor of its {n_key_head[i]} heads, above 1"
+        if f < 2 or config.block == "gla" and n_key_head[i] % f:
             raise BadInput(f"factor {f} cannot enlarge layer {i}; expected {expected}")
         if same_state:
             continue                    # the control: the factor is looked at, nothing grows
@@ -349,7 +345,7 @@ def describe(r):
     before = r["state_elements_before"]
     after = r["state_elements_after"]
     lines += ["",
-              f"parameters      {millions(params)} -> {millions(params + more)}   "
+              f"parameters      {millions(params)} -> {millions(r['params_after'])}   "
               f"+{more / 1e6:.1f}M ({more:,d}, {100 * more / params:+.4f} %)",
               f"state elements  {millions(before)} -> {millions(after)}   x {after / before:.2f}",
               f"state bytes     {4 * before:,d} -> {4 * after:,d} per sequence, in float32"]
@@ -421,13 +417,11 @@ def main():
     if options.dry_run:
         print("\nnothing written (dry run)")
         return
-    if os.path.isdir(options.out):
-        raise BadInput(f"{options.out} is a folder; --out names the file to write")
     try:
         os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
     except OSError as e:
         raise BadInput(f"cannot make the folder of {options.out}: {e.strerror}") from e
-    if os.path.isfile(options.out) and is_run(options.out):
+    if is_run(options.out):
         raise BadInput(f"{options.out} holds a trained run; name another file with --out")
     save_checkpoint(options.out, new)
     print(f"\nwritten: {options.out}")

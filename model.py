@@ -26,7 +26,6 @@ from data.options import (
 
 import contextlib
 import glob
-import itertools
 import math
 import numbers
 import os
@@ -185,24 +184,24 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def causal_conv(x, weight, bias, before, sizes, document=None):
+def causal_conv(x, weight, bias, before, sizes, first=None):
     """Depthwise convolution over time, then silu.
 
     x (B,T,D); weight (D,1,taps); bias (D,) or None; before (B,taps-1,D): the inputs before
-    x, None for zeros; document (B,T): ids of packed documents, which see nothing of each
-    other, None for one document. Returns y (B,T,D) split into channels of `sizes`, and the
-    inputs that the next call needs before its own.
+    x, None for zeros; first (B,T) bool: a packed document begins here and sees nothing of
+    what came before, None for one document. Returns y (B,T,D) split into channels of
+    `sizes`, and the inputs that the next call needs before its own.
 
     On a GPU each part of y is made by one kernel, so that nothing is copied. For a single
     token, and on a CPU, y is a sum of shifted copies: faster there than conv1d."""
     batch, T, D = x.shape
     taps = weight.shape[-1]
-    if before is not None and before.shape != (batch, taps - 1, D):
-        raise BadInput(f"the convolution's state has shape {tuple(before.shape)}; expected "
-                       f"{(batch, taps - 1, D)}")
     if before is not None:
+        if before.shape != (batch, taps - 1, D):
+            raise BadInput(f"the convolution's state has shape {tuple(before.shape)}; expected "
+                           f"{(batch, taps - 1, D)}")
         x = torch.cat((before.to(x.dtype), x), dim=1)
-    if T > 1 and document is None and conv_fits(x):
+    if T > 1 and first is None and conv_fits(x):
         last = x[:, max(0, x.shape[1] - taps + 1):]
         last = F.pad(last, (0, 0, taps - 1 - last.shape[1], 0))
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
@@ -211,10 +210,10 @@ def causal_conv(x, weight, bias, before, sizes, document=None):
     if before is None:
         x = F.pad(x, (0, 0, taps - 1, 0))
     last = x[:, T:]
-    if document is None or not T:
+    if first is None or not T:
         y = sum(x[:, i:i + T] * weight[:, 0, i] for i in range(taps))
     else:
-        ids = F.pad(document, (taps - 1, 0))                # what came before is document 0
+        ids = F.pad(first.cumsum(1), (taps - 1, 0))     # of documents; what came before is in 0
         alike = ids.unfold(1, taps, 1) == ids[:, taps - 1:, None]           # (B,T,taps)
         y = sum(x[:, i:i + T] * alike[..., i, None] * weight[:, 0, i] for i in range(taps))
         last = last * (ids[:, T:] == ids[:, -1:])[..., None]    # the next call sees one document
@@ -279,9 +278,8 @@ class GLA(nn.Module):
         if self.conv_size:
             weight = torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight))
             sizes = (q.shape[-1], k.shape[-1], v.shape[-1])
-            document = None if first is None else first.cumsum(1)
             (q, k, v), before = causal_conv(
-                torch.cat((q, k, v), dim=-1), weight, None, before, sizes, document)
+                torch.cat((q, k, v), dim=-1), weight, None, before, sizes, first)
         g = F.logsigmoid(at_least_float32(self.gk_proj(x))) / 16        # log decays, near 0
         q = q.unflatten(-1, (self.n_head, -1))                          # (B,T,H,K)
         k = k.unflatten(-1, (self.n_key_head, -1))
@@ -336,9 +334,8 @@ class Mamba2(nn.Module):
         N = self.n_groups * self.d_state
         sizes = (self.d_inner, N, N)
         z, xBC, dt = self.in_proj(x).split((self.d_inner, sum(sizes), len(self.D)), dim=-1)
-        document = None if first is None else first.cumsum(1)
         (x, B, C), before = causal_conv(
-            xBC, self.conv1d.weight, self.conv1d.bias, before, sizes, document)
+            xBC, self.conv1d.weight, self.conv1d.bias, before, sizes, first)
         x = x.unflatten(-1, (-1, self.headdim))                         # (B,T,H,P)
         B = B.unflatten(-1, (self.n_groups, -1))                        # (B,T,G,N)
         C = C.unflatten(-1, (self.n_groups, -1))
@@ -603,26 +600,22 @@ class LM(nn.Module):
     def read_prompts(self, idx):
         """idx as in `generate` -> features of every prompt's last token (B,d_model), and
         the state after it."""
-        device = self.embeddings.weight.device
         if torch.is_tensor(idx):
-            if idx.dim() != 2 or not idx.shape[1]:
-                raise BadInput(f"the prompts have shape {tuple(idx.shape)}, which is empty or not "
-                               "(batch, length); begin at least with the end-of-text token")
-            check_ids("idx", idx, self.config.vocab_size, idx.device)   # while they are on a CPU
-            x, state = self.features(idx.to(device))
-            return x[:, -1], state
-        if not isinstance(idx, (list, tuple)) or any(isinstance(p, (int, str)) for p in idx):
+            batches = [idx]
+        elif isinstance(idx, (list, tuple)) and not any(isinstance(p, (int, str)) for p in idx):
+            try:
+                batches = [torch.as_tensor(prompt)[None] for prompt in idx]
+            except (TypeError, ValueError, RuntimeError) as e:      # no numbers, or too large ones
+                raise BadInput(f"a prompt is no list of token ids: {e}") from e
+        else:
             raise BadInput("the prompts are not token ids; expected a tensor (batch, length), or a "
                            "list of prompts, each a list of token ids")
-        try:
-            prompts = [torch.as_tensor(prompt)[None] for prompt in idx]
-        except (TypeError, ValueError, RuntimeError) as e:      # no numbers, or too large ones
-            raise BadInput(f"a prompt is no list of token ids: {e}") from e
-        if not all(prompt.numel() for prompt in prompts) or not prompts:
+        if not batches or any(0 in batch.shape[1:] for batch in batches):
             raise BadInput("a prompt is empty; begin at least with the end-of-text token")
-        for prompt in prompts:
-            check_ids("a prompt", prompt, self.config.vocab_size, prompt.device)
-        read = [self.features(prompt.to(device)) for prompt in prompts]
+        for batch in batches:                                       # while they are on a CPU
+            check_ids("a prompt", batch, self.config.vocab_size, batch.device)
+        device = self.embeddings.weight.device
+        read = [self.features(batch.to(device)) for batch in batches]
         state = [tuple(None if parts[0] is None else torch.cat(parts)
                        for parts in zip(*layer, strict=True))
                  for layer in zip(*(state for _, state in read), strict=True)]
@@ -712,27 +705,24 @@ def check_sampling(n, temperature, top_k, top_p, stop, seed):
         if value is not None and (not isinstance(value, numbers.Integral)
                                   or not -2**63 <= value < 2**63):
             raise BadInput(f"{name} is {value!r}; expected a whole number below 2^63")
-    for name, value in (("temperature", temperature), ("top_p", 1 if top_p is None else top_p)):
-        if not isinstance(value, numbers.Real):
-            raise BadInput(f"{name} is {value!r}; expected a number")
     if n is None or n < 0:
         raise BadInput(f"n is {n}; expected a number of tokens, 0 or more")
-    if not 0 <= temperature < math.inf:
-        raise BadInput(f"temperature is {temperature}; expected 0 (the likeliest token) or more")
+    if not isinstance(temperature, numbers.Real) or not 0 <= temperature < math.inf:
+        raise BadInput(f"temperature is {temperature!r}; expected 0 (the likeliest token) or more")
     if top_k is not None and top_k < 1:
         raise BadInput(f"top_k is {top_k}; expected 1 or more, or None for no limit")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise BadInput(f"top_p is {top_p}; expected a probability above 0, or None for no limit")
+    if top_p is not None and not (isinstance(top_p, numbers.Real) and 0 < top_p <= 1):
+        raise BadInput(f"top_p is {top_p!r}; expected a probability above 0, or None for no limit")
 
 
 def random_numbers(batch, n, seed):
     """(batch,n) in [0,1), in float64; row i from a generator of its own, seeded seed + i."""
     if seed is None:
         return torch.rand(batch, n, dtype=torch.float64)
-    rows = [torch.rand(n, dtype=torch.float64,
-                       generator=torch.Generator().manual_seed(int(seed) + i))
-            for i in range(batch)]
-    return torch.stack(rows) if rows else torch.zeros(0, n)
+    chances = torch.empty(batch, n, dtype=torch.float64)
+    for i in range(batch):
+        torch.rand(n, generator=torch.Generator().manual_seed(int(seed) + i), out=chances[i])
+    return chances
 
 
 def choose(logits, temperature, top_k, top_p, chance):
@@ -848,17 +838,11 @@ def main():
     prompt = torch.tensor([ids or [tokenizer.eot_token]])
     tokens = lm.to(device).stream(prompt, options.n, options.temperature, options.top_k or None,
                                   options.top_p, tokenizer.eot_token, options.seed)
-    print_as_it_comes(tokenizer, ids, (token.item() for token in tokens))
-
-
-def print_as_it_comes(tokenizer, ids, tokens):
-    """Print the text of ids and of the tokens after them. A character may take several
-    tokens: what does not decode yet waits for the next one."""
-    ids = list(ids)
-    printed = ""
-    for token in itertools.chain([None], tokens):
-        if token is not None:
-            ids.append(token)
+    # A character may take several tokens: what does not decode yet waits for the next one.
+    text = printed = tokenizer.decode(ids)
+    print(printed, end="", flush=True)
+    for token in tokens:
+        ids.append(token.item())
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):
             print(text[len(printed):], end="", flush=True)

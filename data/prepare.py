@@ -204,6 +204,15 @@ def check_vocabulary(config, meta, folder):
                        "text with the model's tokenizer")
 
 
+def byte_letters():
+    """How byte-level tokenizers spell each byte as one printable character: those of latin-1
+    as themselves, the others from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
 def train_bpe(documents, path):
     """Learn 4,095 byte-level BPE tokens from (text, share) documents, and write them to path,
     as `read_ranks` reads them."""
@@ -218,17 +227,12 @@ def train_bpe(documents, path):
     words = pre_tokenizers.Split(Regex(WORDS), "isolated")
     spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     learner.pre_tokenizer = pre_tokenizers.Sequence([words, spelled])
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    byte_of = {letter: byte for byte, letter in byte_letters().items()}
+    alphabet = sorted(byte_of)
     trainer = trainers.BpeTrainer(vocab_size=4095, initial_alphabet=alphabet, show_progress=False)
     learner.train_from_iterator((text for text, _ in documents), trainer)
     if learner.get_vocab_size() == len(alphabet):
         raise BadInput("no text in there to learn tokens from: every file is empty or not UTF-8")
-    # The library spells a byte as one printable character: a printable byte of latin-1 as
-    # itself, the others in their order from U+0100 on.
-    printable = [byte for byte in range(256) if chr(byte) in alphabet]
-    others = [byte for byte in range(256) if chr(byte) not in alphabet]
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
     lines = []
     for token, rank in sorted(learner.get_vocab().items(), key=lambda item: item[1]):
         spelling = base64.b64encode(bytes(byte_of[letter] for letter in token))

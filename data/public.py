@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data.prepare import load_tokenizer
+from data.prepare import byte_letters, load_tokenizer
 
 # ---------------------------------------------------------------------------------------
 # configurations
@@ -238,14 +238,11 @@ def take(options, names, kind, default, where):
     value = given[name]
     if any(given[other] != value for other in others):
         raise BadInput(f"{where} says {given}; expected one value for the same thing")
-    expected = {int: "a whole number from 1 up", float: "a number above 0", bool: "true or false"}
-    if kind is bool:
-        right = isinstance(value, bool)
-    else:
-        types = (int,) if kind is int else (int, float)
-        right = isinstance(value, types) and not isinstance(value, bool) and 0 < value < math.inf
-    if not right:
-        raise BadInput(f"{where}: {name} is {value!r}; expected {expected[kind]}")
+    types, expected = {int: ((int,), "a whole number from 1 up"),
+                       float: ((int, float), "a number above 0"),
+                       bool: ((bool,), "true or false")}[kind]
+    if type(value) not in types or kind is not bool and not 0 < value < math.inf:
+        raise BadInput(f"{where}: {name} is {value!r}; expected {expected}")
     return value
 
 
@@ -495,35 +492,34 @@ def public_tensors(config, tensors):
     they would be tokens. Tied, the head is left out."""
     public = {}
     for name, tensor in tensors.items():
+        if name == "lm_head.weight" and config["tie_embeddings"]:
+            continue
         if name in ("embeddings.weight", "lm_head.weight"):
             tensor = tensor[:config["vocab_size"]]
-        if config["block"] == "gla":
-            outer = f"model.{name}"
-        else:
-            outer = f"backbone.{re.sub('^norm', 'norm_f', name)}"
-        if name == "lm_head.weight":
-            outer = name
-        if name != "lm_head.weight" or not config["tie_embeddings"]:
-            public[outer] = tensor.detach().cpu().contiguous()
+        if name != "lm_head.weight" and config["block"] == "gla":
+            name = f"model.{name}"
+        elif name != "lm_head.weight":
+            name = f"backbone.{re.sub('^norm', 'norm_f', name)}"
+        public[name] = tensor.detach().cpu().contiguous()
     return public
 
 
 def uniform(config, tensors):
     """config and tensors of the same function, with one size for all layers. Raises BadInput
     where there is none."""
-    field = "n_head" if config["block"] == "gla" else "d_state"
-    sizes = per_layer(config, field)
     way_out = "keep the .pt checkpoint, which data/harness.py scores with the same tasks"
     if config["block"] == "mamba2":
-        if config.get("norm_groups", 0) not in (0, config["n_groups"]):
+        if config["norm_groups"] != config["n_groups"]:
             raise BadInput(f"the gated norm has {config['norm_groups']} groups and B and C have "
                            f"{config['n_groups']}, which the public formats cannot say; {way_out}")
-        return pad_states(config, tensors, sizes)
-    if len(set(sizes)) > 1:
-        raise BadInput(f"the layers' heads are merged unevenly (n_head is {sizes}) and the public "
-                       f"format has one n_head; {way_out}, or expand with --init=preserve")
-    config = config | {"n_head": sizes[0]}
-    shared = [sizes[0] // keys for keys in per_layer(config, "n_key_head")]
+        return pad_states(config, tensors)
+    heads = config["n_head"][0]
+    if set(config["n_head"]) != {heads}:
+        raise BadInput(f"the layers' heads are merged unevenly (n_head is {config['n_head']}) and "
+                       f"the public format has one n_head; {way_out}, or expand with "
+                       "--init=preserve")
+    config = config | {"n_head": heads}
+    shared = [heads // key_heads for key_heads in config["n_key_head"]]
     if max(shared) == 1:
         return config, tensors
     if config["conv_size"]:
@@ -532,20 +528,14 @@ def uniform(config, tensors):
     return fold_keys(config, tensors, shared)
 
 
-def per_layer(config, field):
-    """A list of sizes, one per layer; without n_key_head every head has keys of its own."""
-    value = config.get(field) or config["n_head"]
-    return list(value) if isinstance(value, (list, tuple)) else [value] * config["n_layer"]
-
-
-def pad_states(config, tensors, sizes):
+def pad_states(config, tensors):
     """Mamba2 with unlike d_state -> with the largest. A new row of B and C is zero, and so are
     its taps and its bias: the convolution gives silu(0) = 0, and nothing enters the state."""
     inner = config["d_model"] * config["expand"]
     groups = config["n_groups"]
-    width = max(sizes)
+    width = max(config["d_state"])
     tensors = dict(tensors)
-    for layer, size in enumerate(sizes):
+    for layer, size in enumerate(config["d_state"]):
         if size == width:
             continue
         for name, before in (("in_proj.weight", 2 * inner), ("conv1d.weight", inner),
@@ -636,7 +626,8 @@ def byte_pair_tokenizer(encoding):
         raise BadInput("the tokenizer is written by the tokenizers library: "
                        "pip install tokenizers") from e
     ranks = encoding._mergeable_ranks
-    spelled = {token: "".join(BYTES[byte] for byte in token) for token in ranks}
+    letters = byte_letters()
+    spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.get):
         cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
@@ -653,15 +644,3 @@ def byte_pair_tokenizer(encoding):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     return tokenizer
-
-
-def byte_alphabet():
-    """How byte-level tokenizers spell each byte as one printable character: those of latin-1
-    as themselves, the others from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {
-        byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-BYTES = byte_alphabet()

@@ -79,9 +79,7 @@ def symbols(vocab_size):
 
 
 def draw(rng, n, count, pool):
-    """n rows of `count` distinct entries of pool. Raises BadInput."""
-    if count > len(pool):
-        raise BadInput(f"{count} different symbols are asked for, and there are {len(pool)}")
+    """n rows of `count` distinct entries of pool."""
     return pool[np.argsort(rng.random((n, len(pool))), axis=1)[:, :count]]
 
 
@@ -202,12 +200,12 @@ def needle_pairs(rng, n, length, text, tokenizer):
 
 
 @torch.no_grad()
-def asked_logits(lm, idx, targets, batch_tokens=16384):
-    """Run lm over idx, batch_tokens at a time. Yields per batch: asked (rows, T), where
+def asked_logits(lm, idx, targets):
+    """Run lm over idx, 16,384 tokens at a time. Yields per batch: asked (rows, T), where
     a target counts; and for those positions, in order, the logits (answers, vocab_size)
     and the targets (answers,)."""
     device = next(lm.parameters()).device
-    rows = max(1, batch_tokens // idx.shape[1])
+    rows = max(1, 16384 // idx.shape[1])
     for start in range(0, len(idx), rows):
         tokens = torch.from_numpy(idx[start:start + rows]).to(device)
         expected = torch.from_numpy(targets[start:start + rows]).to(device)
@@ -279,21 +277,20 @@ def score(lm, text, tokenizer, **sizes):
     window of text, {"text": list}, for differences between models on the same ones.
     Raises BadInput."""
     sizes = Sizes(**sizes)
-    samples = {}
-    means = {}
-    errors = {}
-    chance = {}
-    for task, of_task in sizes.by_task().items():
-        scores = {}
+    tasks = sizes.by_task()
+    means = {task: {} for task in tasks}
+    errors = {task: {} for task in tasks}
+    chance = {task: {} for task in tasks}
+    samples = {task: {} for task in tasks}
+    for task, of_task in tasks.items():
         for size in of_task:
             rng = np.random.default_rng([sizes.seed, size])
             idx, targets = sequences(task, rng, sizes.n, size, lm.config.vocab_size, text,
                                      tokenizer)
-            scores[str(size)] = answered(lm, idx, targets, all_right=task == "passkey")
-        samples[task] = {size: x.tolist() for size, x in scores.items()}
-        means[task] = {size: mean_and_error(x)[0] for size, x in scores.items()}
-        errors[task] = {size: mean_and_error(x)[1] for size, x in scores.items()}
-        chance[task] = {str(size): CHANCE[task](size) for size in of_task}
+            scores = answered(lm, idx, targets, all_right=task == "passkey")
+            means[task][str(size)], errors[task][str(size)] = mean_and_error(scores)
+            chance[task][str(size)] = CHANCE[task](size)
+            samples[task][str(size)] = scores.tolist()
     losses = text_losses(lm, text, sizes.T)
     samples["text"] = losses.mean(1).tolist()
     loss, loss_error, in_context = summary(losses)
@@ -620,9 +617,8 @@ def main():
         repeats = rare_repeats(lm, text, counts, tokenizer.eot_token, sizes["T"],
                                options.windows, options.rare, control)
         print_repeats(repeats, options.control)
-        gains = {}
-        for length in contexts:
-            gains[str(length)] = needle_gain(lm, text, tokenizer, length, options.n, options.seed)
+        gains = {str(length): needle_gain(lm, text, tokenizer, length, options.n, options.seed)
+                 for length in contexts}
         print_gains(gains)
     if options.json:
         result = {"ckpt": options.ckpt, "control": options.control, "data": options.data,
