@@ -74,7 +74,7 @@ def gla(q, k, v, g, scale=None, state=None, impl="auto", gates=None):
     scale = float(scale)
     if v.numel() == 0:
         sizes = (v.shape[0], v.shape[2], k.shape[3], v.shape[3])
-        return no_tokens(v, state, sizes, [t for t in (q, k, g, gates) if t is not None])
+        return no_tokens(v, state, sizes, q, k, g, gates)
     if impl == "triton":
         o, state = gla_triton(q, k, v, g, scale, state, gates)
     else:
@@ -102,7 +102,7 @@ def ssd(x, dt, A, B, C, D=None, state=None, impl="auto", first=None):
     impl = pick(impl, x, dt, A, B, C, D, state)
     if x.numel() == 0:
         sizes = (x.shape[0], x.shape[2], x.shape[3], B.shape[3])
-        return no_tokens(x, state, sizes, [t for t in (dt, A, B, C, D) if t is not None])
+        return no_tokens(x, state, sizes, dt, A, B, C, D)
     if impl == "triton":
         y, state = ssd_triton(x, dt, A, B, C, D, state, first)
     else:
@@ -177,6 +177,14 @@ FORGOTTEN = -1000.0
 STEEP = 30.0
 
 
+def chunks(x, G, L):
+    """x (B,T,H,D) -> (B,G,n,heads,L,D), n chunks of the H/G heads of every group. Zeros
+    after the end (k = v = 0 and g = 0) leave the state alone."""
+    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % L))
+    x = x.unflatten(2, (G, -1)).transpose(1, 2)  # (B,G,n L,heads,D)
+    return x.unflatten(2, (-1, L)).transpose(3, 4)
+
+
 def halves(x):
     """The left and the right blocks of all pairs of neighbours, x (B,G,blocks,...)."""
     return x.unflatten(2, (-1, 2)).unbind(3)
@@ -190,23 +198,15 @@ def merge(x):
 def gla_chunked(q, k, v, g, scale, state, L=16):
     """In a chunk of L tokens (a power of two) o_i is the sum over j <= i of
     ((q_i * exp(g_{j+1} + ... + g_i)) . k_j) v_j, and what q_i * exp(g_1 + ... + g_i)
-    reads from the state before the chunk. There are n chunks, T' = n L tokens.
+    reads from the state before the chunk.
     """
     q, k, v, g, S = widen(q, k, v, g, state)
     batch, T, H, K = q.shape
     G = k.shape[2]
     V = v.shape[3]
     L = min(L, 1 << (T - 1).bit_length())
-    n = -(-T // L)
 
-    def chunks(x):
-        """(B,T,G or H,D) -> (B,G,n,heads,L,D), heads = H/G of a group, for k and g 1. The
-        padding has k = v = 0 and g = 0, which leaves the state alone."""
-        x = F.pad(x, (0, 0, 0, 0, 0, n * L - T))
-        x = x.unflatten(2, (G, -1)).transpose(1, 2)  # (B,G,T',heads,D)
-        return x.unflatten(2, (n, L)).transpose(3, 4)
-
-    q, k, v, g = chunks(q * scale), chunks(k), chunks(v), chunks(g.clamp_min(FORGOTTEN))
+    q, k, v, g = (chunks(x, G, L) for x in (q * scale, k, v, g.clamp_min(FORGOTTEN)))
     no_values = torch.compiler.is_compiling() or g.is_meta
     steep = no_values or bool((g.sum(4) < -STEEP).any())
     read_chunk = gla_inside_steep if steep else gla_inside
@@ -259,7 +259,7 @@ def gla_inside_steep(q, k, v, g):
     part of one block, so both are <= 0, whatever the decay elsewhere is.
     """
     L = q.shape[4]
-    # blocks of one token, (B,G,T',heads,1,D)
+    # blocks of one token, (B,G,n L,heads,1,D)
     q, k, v, g = (x.transpose(3, 4).flatten(2, 3).unsqueeze(-2) for x in (q, k, v, g))
     upto = g
     after = torch.zeros_like(upto)
@@ -294,20 +294,17 @@ def ssd_chunked(x, dt, A, B, C, D, state, first, L=64):
     G, N = B.shape[2:]
     heads = H // G
     L = min(L, T)
-    n = -(-T // L)
-    padding = n * L - T
 
     g = dt * A
     if first is not None:
         g = g.masked_fill(first[..., None], FORGOTTEN)
-    g = F.pad(g, (0, 0, 0, padding)).double().view(batch, n, L, G, heads)
-    g = g.permute(0, 3, 1, 4, 2).contiguous().clamp_min(FORGOTTEN)  # (B,G,n,heads,L)
+    g = chunks(g[..., None], G, L).squeeze(5)  # (B,G,n,heads,L)
+    g = g.double().contiguous().clamp_min(FORGOTTEN)
     upto = g.cumsum(-1)
     to_end = F.pad(g[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
-    v = F.pad(x * dt[..., None], (0, 0, 0, 0, 0, padding))
-    v = v.view(batch, n, L, G, heads, P).permute(0, 3, 1, 4, 2, 5)  # (B,G,n,heads,L,P)
-    B, C = (F.pad(t, (0, 0, 0, 0, 0, padding)).view(batch, n, L, G, N).permute(0, 3, 1, 2, 4)
-            for t in (B, C))  # (B,G,n,L,N)
+    v = chunks(x * dt[..., None], G, L)  # (B,G,n,heads,L,P)
+    B, C = (chunks(t, G, L).squeeze(3) for t in (B, C))  # (B,G,n,L,N)
+    n = v.shape[2]
 
     # Keys after the query are not seen. Its own key, on the diagonal, has no decay: it
     # is kept out of the exponentials, where its gradient would cancel only to rounding.
@@ -353,16 +350,14 @@ def check_gla(q, k, v, g, state, gates):
         G = keys[2]
         V = v.shape[3]
         W = K if gates is None else H // G * K
-        plain = (
-            K and V and H % G == 0 and g.shape == keys == (batch, T, G, W)
-            and v.shape == (batch, T, H, V)
-            and (state is None or state.shape == (batch, H, W, V))
-            and (gates is None or gates.shape == (G, H // G, H // G))
-            and of_a_kind(q, k, v, g, state, gates))
+        if (K and V and H % G == 0 and g.shape == keys == (batch, T, G, W)
+                and v.shape == (batch, T, H, V)
+                and (state is None or state.shape == (batch, H, W, V))
+                and (gates is None or gates.shape == (G, H // G, H // G))
+                and of_a_kind(q, k, v, g, state, gates)):
+            return q, k, v, g, state, gates
     except (AttributeError, IndexError, ValueError, ZeroDivisionError):
-        plain = False
-    if plain:
-        return q, k, v, g, state, gates
+        pass  # broadcast says what is wrong
     return broadcast("gla", q=q, k=k, v=v, g=g, state=state, gates=gates)
 
 
@@ -371,25 +366,21 @@ def check_ssd(x, dt, A, B, C, D, state, first):
     try:
         batch, T, H, P = x.shape
         _, _, G, N = keys = B.shape
-        plain = (
-            P and N and H % G == 0 and first is None and keys == C.shape == (batch, T, G, N)
-            and dt.shape == (batch, T, H) and A.shape == (H,) and (D is None or D.shape == (H,))
-            and (state is None or state.shape == (batch, H, P, N))
-            and of_a_kind(x, dt, A, B, C, D, state))
+        if (P and N and H % G == 0 and first is None and keys == C.shape == (batch, T, G, N)
+                and dt.shape == (batch, T, H) and A.shape == (H,)
+                and (D is None or D.shape == (H,))
+                and (state is None or state.shape == (batch, H, P, N))
+                and of_a_kind(x, dt, A, B, C, D, state)):
+            return x, dt, A, B, C, D, state, first
     except (AttributeError, IndexError, ValueError, ZeroDivisionError):
-        plain = False
-    if plain:
-        return x, dt, A, B, C, D, state, first
+        pass  # as above
     return broadcast("ssd", x=x, dt=dt, A=A, B=B, C=C, D=D, state=state, first=first)
 
 
 def of_a_kind(*tensors):
     """Whether all that are there have floating dtypes, on one device."""
     device = tensors[0].get_device()
-    for x in tensors:
-        if x is not None and not (x.is_floating_point() and x.get_device() == device):
-            return False
-    return True
+    return all(x is None or x.is_floating_point() and x.get_device() == device for x in tensors)
 
 
 def broadcast(op, **tensors):
@@ -508,11 +499,11 @@ def widen(*tensors):
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
-def no_tokens(v, state, sizes, others):
+def no_tokens(v, state, sizes, *others):
     """The results where T or B is 0: no output, the state as it came, and by sums that
     are zero every argument in the graph."""
     dtype = wide_dtype((v, state, *others))
-    nothing = sum(t.to(dtype).sum() * 0 for t in (v, *others))
+    nothing = sum(t.to(dtype).sum() * 0 for t in (v, *others) if t is not None)
     if state is None:
         state = v.new_zeros(sizes, dtype=dtype)
     return (v + nothing).to(v.dtype), state.to(dtype) + nothing
@@ -906,12 +897,6 @@ def multiply_rows(
     tl.store(scores_ptr + at, scores.to(scores_ptr.dtype.element_ty))
 
 
-# Both families launch them by names of their own, as their other kernels.
-gla_scan_states = ssd_scan_states = scan_states
-gla_step_state = ssd_step_state = step_state
-gla_grad_scores = ssd_scores = multiply_rows
-
-
 # --------------------------------------------------------------------------------------
 # Triton: how kernels are launched
 
@@ -998,9 +983,9 @@ def operator(results):
     return make
 
 
-def one_step(kernel, q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None, D=None):
-    """The output and the new state of one token, by step_state under either name, whose
-    arguments these are, in tiles of BK x BV at most."""
+def one_step(q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None, D=None):
+    """The output and the new state of one token, by step_state, whose arguments these
+    are, in tiles of BK x BV at most."""
     g, dt, A, D, state = (
         None if t is None else t.float().contiguous() for t in (g, dt, A, D, state))
     q, k, v = (t.contiguous() for t in (q, k, v))
@@ -1010,7 +995,7 @@ def one_step(kernel, q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None,
     out = torch.empty_like(v)
     new = torch.empty_like(state)
     with on_device(q):
-        kernel[(B * H * -(-V // BV),)](
+        step_state[(B * H * -(-V // BV),)](
             q, k, v, g, dt, A, D, state_ptr=state, new_ptr=new, out_ptr=out, scale=scale,
             H=H, HQ=HQ, G=k.shape[2], K=K, V=V, BK=power_of_two(K, 16, BK), BV=BV,
             VALUES_FIRST=g is None, num_warps=4)
@@ -1767,22 +1752,21 @@ def gla_launches(K, V, heads, L, R, dtype):
         scan = dict(BK=BK, BV=BV, R=R, num_warps=4, num_stages=3)
     rows = dict(BK=BK, BV=wide_v)
     rows |= dict(num_warps=8, num_stages=4) if L > R else dict(num_warps=4, num_stages=3)
-    # few channels, for many tiles of them are in registers at once
-    finish = dict(BK=power_of_two(K, 16, 32), num_warps=8)
+    few_k = power_of_two(K, 16, 32)  # where many tiles are in registers at once
     return types.SimpleNamespace(
         scores=Launch(gla_scores, BK=BK, num_warps=8, num_stages=1),
-        scores_steep=Launch(gla_scores_steep, BK=finish["BK"], num_warps=8, num_stages=1),
+        scores_steep=Launch(gla_scores_steep, BK=few_k, num_warps=8, num_stages=1),
         scores_across=Launch(gla_scores_across, BK=BK, num_warps=8, num_stages=3),
-        scan=Launch(gla_scan_states, cut={"BK": "K", "BV": "V"}, **scan),
+        scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, **scan),
         mix_scores=Launch(gla_mix_scores, num_warps=1, num_stages=1),
         outputs=Launch(gla_outputs, cut={"BV": "V"}, **rows),
-        grad_scan=Launch(gla_scan_states, cut={"BK": "K", "BV": "V"}, **scan),
+        grad_scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, **scan),
         grad_values=Launch(gla_grad_values, cut={"BV": "V"}, **rows),
-        grad_scores=Launch(gla_grad_scores, BK=BV, num_warps=8, num_stages=3),
+        grad_scores=Launch(multiply_rows, BK=BV, num_warps=8, num_stages=3),
         grad_mix_scores=Launch(gla_grad_mix_scores, num_warps=1, num_stages=1),
         grad_queries_keys=Launch(
             gla_grad_queries_keys, cut={"BK": "K"}, BK=wide_k, BV=BV, num_warps=8, num_stages=3),
-        grad_decays=Launch(gla_grad_decays, cut={"BK": "K"}, num_stages=1, **finish),
+        grad_decays=Launch(gla_grad_decays, cut={"BK": "K"}, BK=few_k, num_warps=8, num_stages=1),
     )
 
 
@@ -1817,8 +1801,6 @@ def heads_beside(x, f):
 
 def heads_apart(x, f):
     """x (B,G,n,f K) -> (B,G f,n,K), the other way."""
-    if f == 1:
-        return x
     return x.unflatten(3, (f, -1)).transpose(2, 3).flatten(1, 2).contiguous()
 
 
@@ -1927,7 +1909,8 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
     if gates is not None:
         dgates.copy_(of_mixing.sum(0) + of_reading.sum((0, 3)))
         state_pairs = heads_apart(state_pairs, f)
-        around = around if around is None else heads_apart(around, f)
+        if around is not None:
+            around = heads_apart(around, f)
     pointers = (q, k, g, q_seam, k_seam, block_decay, decay, grad_scores, diagonal,
                 dq_start, dk_end, state_pairs, around, dq, dk, dg)
     of_keys = dict(G=G, K=K, R=R, DOT=DOT, **sizes)
@@ -1939,20 +1922,18 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
 def gla_save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:5], *output[2:])
-    ctx.has_gates = inputs[4] is not None
     ctx.has_state = inputs[5] is not None
     ctx.scale, ctx.L, ctx.R = inputs[6:]
 
 
 def gla_chain(backward, ctx, saved, do, dlast, *_):
-    v = saved[2]
+    v, _, gates = saved[2:5]
     do = torch.zeros_like(v) if do is None else do.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
     *gradients, dgates, dstate = backward(
         *saved, do, dlast, ctx.scale, ctx.L, ctx.R, ctx.has_state)
-    dgates = dgates if ctx.has_gates else None
-    dstate = dstate if ctx.has_state else None
-    return *gradients, dgates, dstate, None, None, None
+    return (*gradients, None if gates is None else dgates, dstate if ctx.has_state else None,
+            None, None, None)
 
 
 gla_kernels = differentiable(gla_forward, gla_save, gla_backward, gla_chain)
@@ -1964,15 +1945,14 @@ def gla_triton(q, k, v, g, scale, state, gates):
     if T == 1 and state is not None and not needs_grad(q, k, v, g, state, gates):
         if gates is not None:
             q = ask_the_group(q, gates)
-        return one_step(gla_step_state, q, k, v, state, 64, 64, scale, g=g)
+        return one_step(q, k, v, state, 64, 64, scale, g=g)
     narrow = q.dtype == k.dtype == v.dtype == torch.bfloat16
     dtype = torch.bfloat16 if narrow else torch.float32
     L, R = gla_chunk(T, k.shape[3], V, dtype)
     BK = tile_multiple(K, q)
     BV = tile_multiple(V, q)
     if gates is not None:
-        k = k.unflatten(3, (-1, K)).flatten(2, 3)
-        g = g.unflatten(3, (-1, K)).flatten(2, 3)
+        k, g = (x.unflatten(3, (-1, K)).flatten(2, 3) for x in (k, g))
         gates = gates.float().contiguous()
         BK = power_of_two(K, 16, 128)  # f times wider in the states: as little padding as can be
     q, k, g = (pad(x, {1: L, 3: BK}).contiguous() for x in (q.to(dtype), k.to(dtype), g.float()))
@@ -2417,24 +2397,23 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
         through = dict(BR=128, BN=128, num_warps=8, num_stages=3 if L == 128 else 2)
     else:
         through = dict(BR=R, BN=BN, num_warps=4, num_stages=3)
-    scan = dict(BK=P, BV=scan_n, R=min(L, 64 if scan_n > 32 else 128), num_warps=4)
+    scan = dict(cut={"BK": "K", "BV": "V"}, BK=P, BV=scan_n,
+                R=min(L, 64 if scan_n > 32 else 128), num_warps=4)
     # maxnreg, a thread's registers: at 128 four programs fit a processor, at 168 three
     return types.SimpleNamespace(
         decays=Launch(ssd_decays, cut={"BH": "H"}, BH=8, num_warps=4),
-        scores=Launch(ssd_scores, BK=BN, num_warps=4),
-        scan=Launch(ssd_scan_states, cut={"BK": "K", "BV": "V"},
-                    num_stages=4 if narrow else 3, **scan),
+        scores=Launch(multiply_rows, BK=BN, num_warps=4),
+        scan=Launch(scan_states, num_stages=4 if narrow else 3, **scan),
         read=Launch(ssd_read_states, cut={"BV": "HP"}, BV=read, BN=BN, num_warps=8,
                     num_stages=3 if L <= 128 else 4),
         outputs=Launch(
             ssd_outputs, BN=BN, num_warps=4, num_stages=3, maxnreg=128 if narrow else None),
-        grad_scan=Launch(ssd_scan_states, cut={"BK": "K", "BV": "V"}, num_stages=3, **scan),
+        grad_scan=Launch(scan_states, num_stages=3, **scan),
         grad_values=Launch(
             ssd_grad_values, BN=BN, num_warps=4, num_stages=3 if narrow else 2,
             maxnreg=168 if narrow else None),
         grad_scores=Launch(ssd_grad_scores, num_warps=4, num_stages=3),
-        grad_queries_keys=Launch(
-            ssd_grad_queries_keys, cut={"BN": "N", "BR": "L"}, **through),
+        grad_queries_keys=Launch(ssd_grad_queries_keys, cut={"BN": "N", "BR": "L"}, **through),
         grad_decays=Launch(ssd_grad_decays, num_warps=4),
     )
 
@@ -2560,7 +2539,7 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
     if T == 1 and state is not None and not needs_grad(x, dt, A, B, C, D, state):
         if first is not None:
             state = state.masked_fill(first[:, :, None, None], 0.0)
-        return one_step(ssd_step_state, C, B, x, state, 128, 32, dt=dt, A=A, D=D)
+        return one_step(C, B, x, state, 128, 32, dt=dt, A=A, D=D)
     narrow = x.dtype == B.dtype == C.dtype == torch.bfloat16
     dtype = torch.bfloat16 if narrow else torch.float32
     # A tile has all channels of a head, at most 64: a wider head becomes several.
@@ -2569,10 +2548,10 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
     BP = tile_multiple(min(P, 64), x)
     BN = tile_multiple(N, x)
     x = pad(x.to(dtype), {1: L, 3: parts * BP}).unflatten(3, (parts, BP)).flatten(2, 3).contiguous()
-    dt = pad(dt.float(), {1: L})
+    dt = pad(dt.float(), {1: L}).contiguous()
     # The padding has dt = 0, and 0 * -inf would be no number.
-    A = A.float().clamp_min(-1e30)
-    D = None if D is None else D.float()
+    A = A.float().clamp_min(-1e30).contiguous()
+    D = None if D is None else D.float().contiguous()
     if parts > 1:
         dt, A, D = (None if t is None else t.repeat_interleave(parts, -1) for t in (dt, A, D))
     B, C = (pad(t.to(dtype), {1: L, 3: BN}).contiguous() for t in (B, C))
@@ -2581,7 +2560,6 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
         state = state.contiguous()
     if first is not None:
         first = pad(first.to(torch.int8), {1: L}).contiguous()
-    dt, A, D = (None if t is None else t.contiguous() for t in (dt, A, D))
     y, last, *_ = ssd_kernels(x, dt, A, B, C, D, state, first, L, R)
     y = y.unflatten(2, (-1, parts)).flatten(3)
     last = last.unflatten(1, (-1, parts)).flatten(2, 3)
@@ -2730,15 +2708,14 @@ def conv_forward(x, weight, bias, document):
     B, T, D = x.shape
     BT, BD = conv_tile(x)
     y = x.new_empty(x.shape)
-    conv_outputs[(-(-T // BT), -(-D // BD), B)](
-        x, weight, bias, document, y, T=T, ROW=x.stride(1), D=D, TAPS=weight.shape[1],
-        BT=BT, BD=BD, num_warps=4)
+    with on_device(x):
+        conv_outputs[(-(-T // BT), -(-D // BD), B)](
+            x, weight, bias, document, y, T=T, ROW=x.stride(1), D=D, TAPS=weight.shape[1],
+            BT=BT, BD=BD, num_warps=4)
     return y
 
 
-@conv_forward.register_fake
-def conv_output(x, weight, bias, document):
-    return x.new_empty(x.shape)
+conv_forward.register_fake(lambda x, weight, bias, document: x.new_empty(x.shape))
 
 
 def conv_results(x, weight, bias, **others):
@@ -2989,6 +2966,7 @@ def time_layer(name, layer, B, T, rates, options):
 
 def time_kernels(step, bandwidth):
     """Every launch of a step again, alone, beside the time to move its tensors once."""
+    import unittest.mock
     launched = []
     launch = Launch.__call__
 
@@ -2996,11 +2974,8 @@ def time_kernels(step, bandwidth):
         launched.append((self, args, named))
         launch(self, *args, **named)
 
-    Launch.__call__ = record
-    try:
+    with unittest.mock.patch.object(Launch, "__call__", record):
         step()
-    finally:
-        Launch.__call__ = launch
     for self, args, named in launched:
         ms = median_ms(lambda s=self, a=args, n=named: s(*a, **n))
         tensors = {a.data_ptr(): a.nbytes for a in args if isinstance(a, torch.Tensor)}
