@@ -413,6 +413,8 @@ def main():
     layers = choose_layers(lm.config.n_layer, options.every, options.layers)
     new, report = expand(lm, layers, options.factor or None, options.init, options.seed,
                           options.noise, options.same_state, options.paper)
+    if not options.out.endswith(".pt") and not options.dry_run:
+        raise BadInput(f"--out={options.out}; expected a checkpoint's name, which ends in .pt")
     print(describe(report))
     if options.dry_run:
         print("\nnothing written (dry run)")

@@ -173,6 +173,9 @@ def check(options, processes):
     if max(options.beta1, options.beta2) >= 1 or not options.clip:
         raise BadInput(f"beta1 {options.beta1} and beta2 {options.beta2} must be below 1, and "
                        f"clip {options.clip} above 0")
+    if max(options.lr, options.post_lr) * max(1, options.gates_rate) > 1e38:
+        raise BadInput(f"lr {options.lr:g}, post_lr {options.post_lr:g}, gates_rate "
+                       f"{options.gates_rate:g}: the product is beyond float32; take less")
     if not options.name or os.path.basename(options.name) != options.name:
         raise BadInput(f"--name={options.name} is not a file's name; the folder is --out_dir")
     parts = passes(options, processes) * processes.size
@@ -349,7 +352,8 @@ def side_by_side(options):
     of more would not be."""
     threads = torch.get_num_threads() // 2
     text = options.batch_size * options.block_size
-    if not threads or options.compile or not text <= options.recall_tokens <= 4 * text:
+    alike = text <= options.recall_tokens <= 4 * text
+    if not threads or options.compile or options.shard or not alike:
         return map
     return concurrent.futures.ThreadPoolExecutor(
         2, initializer=torch.set_num_threads, initargs=(threads,)).map
@@ -884,6 +888,14 @@ def check_corpus(lm, options, meta):
                        f"{c.vocab_size} has {2 * half} symbols for recall")
 
 
+def check_gates(lm, options):
+    """Raises BadInput where --gates_rate finds no gates."""
+    gates = [name for name, _ in lm.named_parameters() if name.endswith("gates")]
+    if options.gates_rate != 1 and not gates:
+        raise BadInput(f"--gates_rate={options.gates_rate:g} is for GLA whose heads share keys, "
+                       "by expand.py --init=preserve; this model has no gates")
+
+
 def new_model(options, meta):
     """A model with random weights, by options.seed, for the corpus."""
     torch.manual_seed(options.seed)
@@ -948,6 +960,7 @@ def one_run(options, processes, stop):
             raise BadInput(f"{options.ckpt} holds a {lm.config.block} model, and --preset="
                            f"{options.preset} is for {options.block}; take that family's preset")
     check_corpus(lm, options, corpus.meta)
+    check_gates(lm, options)
     print_banner(lm, options, corpus, options.steps - (held["step"] if held else 0))
     if held and held["step"] == options.steps:
         print("all steps are done already")
@@ -987,7 +1000,7 @@ def recipe(options, processes, stop):
     check_corpus(small, options, corpus.meta)
     layers = choose_layers(options.n_layer, options.every, options.layers)
     transplant = dict(factor=options.factor or None, init=options.init, seed=options.seed)
-    expand(small, layers, **transplant)             # what cannot be, stops here
+    check_gates(expand(small, layers, **transplant)[0], options)    # what cannot be, stops here
     tokenizer = prepare.load_tokenizer(corpus.meta["tokenizer"])
     recall.check_text(corpus.val, tokenizer, pairs=pair_sizes(options), T=options.block_size)
     folder = open_folder(options, processes)

@@ -590,16 +590,22 @@ def main():
         raise BadInput("name a checkpoint: --ckpt=out/recipe-gla/statex.pt")
     if options.json and not os.path.isdir(os.path.dirname(options.json) or "."):
         raise BadInput(f"--json={options.json}: there is no such folder; make it first")
-    if os.path.exists(options.json) and not os.path.isfile(options.json):
-        raise BadInput(f"--json={options.json} is a folder or a device; name a file")
+    if options.json and not options.json.endswith(".json") or os.path.isdir(options.json):
+        raise BadInput(f"--json={options.json}; expected a file's name, which ends in .json")
     if not options.n or not options.windows:
         raise BadInput("--n and --windows must be at least 1")
     lm, trained = read_checkpoint(options.ckpt)
     control = read_checkpoint(options.control)[0] if options.control else None
     train, text, meta = load_corpus(options.data)
-    for each in (lm, control) if control else (lm,):
-        check_tokens(each.config, text, meta, options.data)
-        each.to(device).eval()
+    check_tokens(lm.config, text, meta, options.data)
+    lm.to(device).eval()
+    if control:
+        if control.config.tokenizer != lm.config.tokenizer:
+            raise BadInput(f"{options.ckpt} and --control={options.control} have other tokenizers "
+                           f"({lm.config.tokenizer}, {control.config.tokenizer}); their losses "
+                           "per token cannot be compared")
+        check_tokens(control.config, text, meta, options.data)
+        control.to(device).eval()
     tokenizer = load_tokenizer(meta["tokenizer"])
     sizes = chosen_sizes(options, trained, text)
     check_text(text, tokenizer, **sizes)
@@ -686,7 +692,7 @@ def print_repeats(repeats, control):
     print(f"  {'':23s}{'tokens':>9s}   {'loss +- over windows, documents':34s}accuracy, likewise")
     print_groups(repeats["groups"], ("loss", "accuracy"))
     if control:
-        print(f"more than {control}, token by token")
+        print(f"more than {control}, token by token (loss below 0: better)")
         print_groups(repeats["groups"], ("loss_more", "accuracy_more"), sign="+")
 
 

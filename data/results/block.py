@@ -5,6 +5,7 @@
     python data/results/block.py --family=gla --seed=100 --phase=pilot   the learning rates
     python data/results/block.py --family=gla --seed=0 --phase=long      more post-training
     python data/results/block.py --family=gla --seed=0 --phase=zero      a larger state alone
+    python data/results/block.py --family=gla --seed=0 --phase=gates     GLA's gates, faster
 
 A small model is pre-trained on text, and each arm goes on from it with the same tokens in the
 same order and schedule. Nothing made up is in training, but for a last short one that is there
@@ -132,12 +133,12 @@ GATES_ARMS = {
     "lpt": ARMS["lpt"],
     "preserve-x16": ARMS["preserve-x16"],
     "preserve-x16-gates-10x": Arm("preserve", factor=16, like="preserve-x16", gates_rate=10,
-                                  core=True),
+                                  core=True, family="gla"),
     "preserve-x16-gates-30x": Arm("preserve", factor=16, like="preserve-x16", gates_rate=30,
-                                  core=True),
+                                  core=True, family="gla"),
     "preserve-x16-gates-3x": Arm("preserve", factor=16, like="preserve-x16", gates_rate=3,
-                                 core=True),
-    "preserve-x4-gates-10x": Arm("preserve", like="preserve-x4", gates_rate=10),
+                                 core=True, family="gla"),
+    "preserve-x4-gates-10x": Arm("preserve", like="preserve-x4", gates_rate=10, family="gla"),
     "inherit": replace(ARMS["inherit"], core=False),
 }
 # Pre-trained models; one that others need is started first.
@@ -652,7 +653,11 @@ def main():
         return print_plan(plan(options), options)
     options.device = pick_device(options.device)
     name = "pilot" if options.phase in ("zero", "pilot") else "runs"
+    if options.tiny and not options.out:
+        raise BadInput("--tiny makes no results to keep: name a file of your own with --out")
     options.out = options.out or f"{HERE}/{name}.jsonl"
+    if os.path.isdir(options.out) or not os.path.isdir(os.path.dirname(options.out) or "."):
+        raise BadInput(f"--out={options.out}; expected a file in a folder that is there")
     tokens, _, meta = load_corpus(options.data)
     load_tokenizer(meta["tokenizer"])
     folder = tempfile.mkdtemp(prefix=f"block-{options.family}-{options.seed}-")

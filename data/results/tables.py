@@ -702,6 +702,8 @@ def append_recipe(folder, machine):
 def main():
     options = Options(**command_line(Options, __doc__))
     path = f"{HERE}/README.md"
+    if options.check and options.recipe:
+        raise BadInput("--check writes nothing, and --recipe appends; name one of them")
     if options.recipe:
         append_recipe(options.recipe, options.machine)
     with open(path) as f:
