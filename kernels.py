@@ -897,6 +897,13 @@ def multiply_rows(
     tl.store(scores_ptr + at, scores.to(scores_ptr.dtype.element_ty))
 
 
+# Both families launch them by names of their own, as their other kernels: who looks for a
+# family's kernels by its name (a profile, a tool) finds all of them.
+gla_scan_states = ssd_scan_states = scan_states
+gla_step_state = ssd_step_state = step_state
+gla_grad_scores = ssd_scores = multiply_rows
+
+
 # --------------------------------------------------------------------------------------
 # Triton: how kernels are launched
 
@@ -983,9 +990,9 @@ def operator(results):
     return make
 
 
-def one_step(q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None, D=None):
-    """The output and the new state of one token, by step_state, whose arguments these
-    are, in tiles of BK x BV at most."""
+def one_step(kernel, q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None, D=None):
+    """The output and the new state of one token, by step_state under either name, whose
+    arguments these are, in tiles of BK x BV at most."""
     g, dt, A, D, state = (
         None if t is None else t.float().contiguous() for t in (g, dt, A, D, state))
     q, k, v = (t.contiguous() for t in (q, k, v))
@@ -995,7 +1002,7 @@ def one_step(q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None, D=None)
     out = torch.empty_like(v)
     new = torch.empty_like(state)
     with on_device(q):
-        step_state[(B * H * -(-V // BV),)](
+        kernel[(B * H * -(-V // BV),)](
             q, k, v, g, dt, A, D, state_ptr=state, new_ptr=new, out_ptr=out, scale=scale,
             H=H, HQ=HQ, G=k.shape[2], K=K, V=V, BK=power_of_two(K, 16, BK), BV=BV,
             VALUES_FIRST=g is None, num_warps=4)
@@ -1757,12 +1764,12 @@ def gla_launches(K, V, heads, L, R, dtype):
         scores=Launch(gla_scores, BK=BK, num_warps=8, num_stages=1),
         scores_steep=Launch(gla_scores_steep, BK=few_k, num_warps=8, num_stages=1),
         scores_across=Launch(gla_scores_across, BK=BK, num_warps=8, num_stages=3),
-        scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, **scan),
+        scan=Launch(gla_scan_states, cut={"BK": "K", "BV": "V"}, **scan),
         mix_scores=Launch(gla_mix_scores, num_warps=1, num_stages=1),
         outputs=Launch(gla_outputs, cut={"BV": "V"}, **rows),
-        grad_scan=Launch(scan_states, cut={"BK": "K", "BV": "V"}, **scan),
+        grad_scan=Launch(gla_scan_states, cut={"BK": "K", "BV": "V"}, **scan),
         grad_values=Launch(gla_grad_values, cut={"BV": "V"}, **rows),
-        grad_scores=Launch(multiply_rows, BK=BV, num_warps=8, num_stages=3),
+        grad_scores=Launch(gla_grad_scores, BK=BV, num_warps=8, num_stages=3),
         grad_mix_scores=Launch(gla_grad_mix_scores, num_warps=1, num_stages=1),
         grad_queries_keys=Launch(
             gla_grad_queries_keys, cut={"BK": "K"}, BK=wide_k, BV=BV, num_warps=8, num_stages=3),
@@ -1945,7 +1952,7 @@ def gla_triton(q, k, v, g, scale, state, gates):
     if T == 1 and state is not None and not needs_grad(q, k, v, g, state, gates):
         if gates is not None:
             q = ask_the_group(q, gates)
-        return one_step(q, k, v, state, 64, 64, scale, g=g)
+        return one_step(gla_step_state, q, k, v, state, 64, 64, scale, g=g)
     narrow = q.dtype == k.dtype == v.dtype == torch.bfloat16
     dtype = torch.bfloat16 if narrow else torch.float32
     L, R = gla_chunk(T, k.shape[3], V, dtype)
@@ -2402,13 +2409,13 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
     # maxnreg, a thread's registers: at 128 four programs fit a processor, at 168 three
     return types.SimpleNamespace(
         decays=Launch(ssd_decays, cut={"BH": "H"}, BH=8, num_warps=4),
-        scores=Launch(multiply_rows, BK=BN, num_warps=4),
-        scan=Launch(scan_states, num_stages=4 if narrow else 3, **scan),
+        scores=Launch(ssd_scores, BK=BN, num_warps=4),
+        scan=Launch(ssd_scan_states, num_stages=4 if narrow else 3, **scan),
         read=Launch(ssd_read_states, cut={"BV": "HP"}, BV=read, BN=BN, num_warps=8,
                     num_stages=3 if L <= 128 else 4),
         outputs=Launch(
             ssd_outputs, BN=BN, num_warps=4, num_stages=3, maxnreg=128 if narrow else None),
-        grad_scan=Launch(scan_states, num_stages=3, **scan),
+        grad_scan=Launch(ssd_scan_states, num_stages=3, **scan),
         grad_values=Launch(
             ssd_grad_values, BN=BN, num_warps=4, num_stages=3 if narrow else 2,
             maxnreg=168 if narrow else None),
@@ -2539,7 +2546,7 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
     if T == 1 and state is not None and not needs_grad(x, dt, A, B, C, D, state):
         if first is not None:
             state = state.masked_fill(first[:, :, None, None], 0.0)
-        return one_step(C, B, x, state, 128, 32, dt=dt, A=A, D=D)
+        return one_step(ssd_step_state, C, B, x, state, 128, 32, dt=dt, A=A, D=D)
     narrow = x.dtype == B.dtype == C.dtype == torch.bfloat16
     dtype = torch.bfloat16 if narrow else torch.float32
     # A tile has all channels of a head, at most 64: a wider head becomes several.
