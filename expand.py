@@ -402,6 +402,8 @@ def main():
     if not options.ckpt:
         raise BadInput("name a checkpoint to expand: --ckpt=out/recipe-gla/pretrained.pt, or "
                        f"one of {', '.join(SIZES)} with --dry-run")
+    if not options.out.endswith(".pt") and not options.dry_run:
+        raise BadInput(f"--out={options.out}; expected a checkpoint's name, which ends in .pt")
     if options.ckpt in SIZES:
         if not options.dry_run:
             raise BadInput(f"{options.ckpt} is a size, not a checkpoint; add --dry-run, or name "
@@ -413,8 +415,6 @@ def main():
     layers = choose_layers(lm.config.n_layer, options.every, options.layers)
     new, report = expand(lm, layers, options.factor or None, options.init, options.seed,
                           options.noise, options.same_state, options.paper)
-    if not options.out.endswith(".pt") and not options.dry_run:
-        raise BadInput(f"--out={options.out}; expected a checkpoint's name, which ends in .pt")
     print(describe(report))
     if options.dry_run:
         print("\nnothing written (dry run)")

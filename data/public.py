@@ -238,11 +238,11 @@ def take(options, names, kind, default, where):
     value = given[name]
     if any(given[other] != value for other in others):
         raise BadInput(f"{where} says {given}; expected one value for the same thing")
-    types, expected = {int: ((int,), "a whole number from 1 up"),
-                       float: ((int, float), "a number above 0"),
-                       bool: ((bool,), "true or false")}[kind]
-    if type(value) not in types or kind is not bool and not 0 < value < math.inf:
-        raise BadInput(f"{where}: {name} is {value!r}; expected {expected}")
+    expected = {int: "a whole number from 1 up", float: "a number above 0", bool: "true or false"}
+    types = {int: (int,), float: (int, float), bool: (bool,)}
+    in_range = kind is bool or type(value) in types[kind] and 0 < value < math.inf
+    if type(value) not in types[kind] or not in_range:
+        raise BadInput(f"{where}: {name} is {value!r}; expected {expected[kind]}")
     return value
 
 
