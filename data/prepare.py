@@ -60,7 +60,7 @@ class Options:
     words: tuple = option((), "files and folders, or fineweb-edu or slimpajama", words=True)
     ext: str = option("", "of the folders, only files that end so: .md,.rst")
     site_packages: bool = option(False, "also the packages installed here")
-    packages: str = option("", "a list of pinned wheels, such as data/packages.txt")
+    packages: str = option("", "lists of pinned wheels, such as data/packages.txt, with commas")
     wheels: str = option(f"{HERE}/wheels", "where the wheels are kept; those missing are fetched")
     out: str = option("", "folder to write; data/ and a name of the source where not given")
     tokenizer: str = option("code4096", "what cuts text into tokens, see above")
@@ -396,23 +396,32 @@ def wheels_by_digest(folder):
     return found
 
 
-def wheel_documents(pins, folder):
-    """Yield the Python files of pinned wheels as documents. Packages come in the order of
-    their names' hash, which is as good as a random one, and the first twentieth of the hashes
-    is held out. So the held-out text does not depend on --tokens, and few tokens to train on
-    are the beginning of many. A file that several wheels contain is counted once."""
-    wheels = fetch_wheels(pins, folder)
-    place = {name: hashlib.sha256(name.encode()).digest() for name in wheels}
+def wheel_documents(lists, folder):
+    """Yield the Python files of pinned wheels as documents, one list of pins after the other.
+    A list's packages come in the order of their names' hash, which is as good as a random
+    one, and the first twentieth of the hashes is held out. So of one list the held-out text
+    does not depend on --tokens, and few tokens to train on are the beginning of many. A file
+    that several wheels contain is counted once."""
+    wheels_of = [fetch_wheels(pins, folder) for pins in lists]
     seen = set()
-    for package in sorted(wheels, key=place.get):
-        held_out = place[package][0] < 256 / 20
-        with zipfile.ZipFile(wheels[package]) as wheel:
-            for name in sorted(wheel.namelist()):
-                text = written_by_people(wheel, name)
+    for wheels in wheels_of:
+        place = {name: hashlib.sha256(name.encode()).digest() for name in wheels}
+        for package in sorted(wheels, key=place.get):
+            held_out = place[package][0] < 256 / 20
+            for text in wheel_texts(wheels[package]):
                 digest = hashlib.sha256(text.encode()).digest()
-                if text and digest not in seen:
+                if digest not in seen:
                     seen.add(digest)
                     yield text, int(held_out)
+
+
+def wheel_texts(path):
+    """Yield the texts of a wheel's Python files that people wrote, in their names' order."""
+    with zipfile.ZipFile(path) as wheel:
+        for name in sorted(wheel.namelist()):
+            text = written_by_people(wheel, name)
+            if text:
+                yield text
 
 
 def written_by_people(wheel, name):
@@ -581,7 +590,7 @@ def source(options, left_out):
     if options.ext and not words:
         raise BadInput("--ext chooses among the files of folders; name a folder")
     if options.packages:
-        return wheel_documents(options.packages, options.wheels), "packages"
+        return wheel_documents(options.packages.split(","), options.wheels), "packages"
     if len(words) == 1 and words[0] in DATASETS:
         return download(words[0]), words[0]
     if words:
