@@ -19,9 +19,10 @@ is the paper's choice, `inherit` its ablation. In Mamba2 tiled rows get equal gr
 ever, so that `inherit` can use its larger state only where --noise breaks the tie. The state of
 a chosen layer grows by f in all but `groups`.
 
-An init of your own: (1) its name in INITS, (2) where sizes grow otherwise than by merging heads
-(GLA, which adds no rows) or by d_state (Mamba2), `enlarged`, (3) what every parameter is made of,
-in `plan_gla` or `plan_mamba2`. `python train.py --init=NAME --out_dir=out/NAME` runs it.
+An init of your own: (1) its name in INITS, (2) how sizes grow, in `enlarged` (Mamba2: by d_state;
+GLA: heads share keys, or they merge), (3) what every parameter is made of, in `plan_gla` or
+`plan_mamba2`, and (4) a case in `make` if that is a new way. `python train.py --init=NAME
+--out_dir=out/NAME` runs it, for Mamba2 with --block=mamba2.
 
     python expand.py --ckpt=out/recipe-gla/pretrained.pt --every=1 --out=out/expanded.pt
     python expand.py --ckpt=gla-1.3b --every=6 --dry-run     the report for a public size
@@ -73,6 +74,9 @@ def check(config, layers, factor, init, seed, noise, same_state, paper):
         raise BadInput(f"noise is {noise}; expected a number from 0 up")
     if init not in INITS:
         raise BadInput(f"init is {init!r}; expected one of {', '.join(INITS)}")
+    if config.block not in ("gla", "mamba2"):
+        raise BadInput(f"expand knows gla and mamba2, not {config.block}: teach `enlarged` and "
+                       "`plan_tensor`")
     if not layers or min(layers) < 0 or max(layers) >= config.n_layer:
         raise BadInput(f"layers {layers} are out of range; this model has layers 0 to "
                        f"{config.n_layer - 1}")
@@ -109,6 +113,8 @@ def enlarged(config, layers, factor, init, same_state):
             d_state[i] *= f
         elif init == "preserve":
             n_key_head[i] //= f
+        elif init not in ("inherit", "reinit", "reinit-keys"):
+            raise BadInput(f"`enlarged` does not say how a GLA layer grows by init {init}")
         elif n_key_head[i] < n_head[i]:
             raise BadInput(f"layer {i} shares keys already, so that its heads cannot become one; "
                            "take --init=preserve, or the model before it was expanded")
@@ -254,13 +260,14 @@ def carry_out(plan, lm, new, fresh, noise, seed):
     made = {}
     rng = torch.Generator().manual_seed(seed)
     for name, pieces in plan.items():
-        if name.endswith("attn.gates") and name in fresh:
-            made[name] = block_diagonal(old.get(name), fresh[name]).to(old["embeddings.weight"])
-        elif name not in fresh:
+        if name not in fresh:
             made[name] = old[name].clone()
-        else:
-            tensor = fresh[name].to(old[name])
-            made[name] = torch.cat(list(make(pieces, old[name], tensor, noise, rng)))
+            continue
+        before = old.get(name)                  # GLA's first gates have none
+        like = old["embeddings.weight"] if before is None else before
+        if name.endswith("attn.gates") and before is not None:
+            before = block_diagonal(before, len(fresh[name]))
+        made[name] = torch.cat(list(make(pieces, before, fresh[name].to(like), noise, rng)))
     new.load_state_dict(made, assign=True)
     if new.config.tie_embeddings:
         new.lm_head.weight = new.embeddings.weight
@@ -277,8 +284,10 @@ def make(pieces, old, fresh, noise, rng):
             yield source
         elif piece.how == "zero":
             yield torch.zeros_like(fresh[at:at + rows])
-        elif piece.how == "fresh":
+        elif piece.how in ("fresh", "identity"):        # GLA's gates start as the identity
             yield fresh[at:at + rows]
+        elif piece.how != "tiled":
+            raise BadInput(f"`make` does not know rows that are {piece.how}")
         else:
             tiled = source.repeat(rows // len(source), *[1] * (source.dim() - 1))
             if noise:
@@ -289,13 +298,10 @@ def make(pieces, old, fresh, noise, rng):
         at += rows
 
 
-def block_diagonal(old_gates, gates):
-    """The gates of a larger group: the identity, or the old groups' gates side by side."""
-    if old_gates is None:
-        return gates
-    groups = len(gates)
+def block_diagonal(old_gates, groups):
+    """The gates of larger groups: the old groups' gates side by side."""
     merged = len(old_gates) // groups
-    return torch.stack([torch.block_diag(*old_gates[i * merged:(i + 1) * merged].cpu())
+    return torch.stack([torch.block_diag(*old_gates[i * merged:(i + 1) * merged])
                         for i in range(groups)])
 
 
@@ -333,9 +339,8 @@ def describe(r):
     lines = [f"{r['block']}, init {r['init']}, seed {r['seed']}: "
              f"{len(r['layers'])} of {n_layer} layers expanded",
              "", f"{'':8s}{'elements':>14s}  tensors"]
-    order = ("kept", "tiled", "fresh", "zero", "identity")
-    for (how, what), count in sorted(r["elements"].items(),
-                                     key=lambda item: (order.index(item[0][0]), item[0][1])):
+    kept_first = sorted(r["elements"].items(), key=lambda item: (item[0][0] != "kept", item[0]))
+    for (how, what), count in kept_first:
         lines.append(f"{how:8s}{count:14,d}  {what}")
     lines += ["", "layer   state elements per sequence"]
     for i, (before, after) in enumerate(r["state_elements_by_layer"]):

@@ -478,7 +478,7 @@ class LM(nn.Module):
         self.checkpoint_activations = False     # for the backward pass keep the layers' inputs only
         self.slice_loss = slice_loss            # train.py puts a compiled one here
         rows = -(-c.vocab_size // c.pad_vocab) * c.pad_vocab
-        Block = GLABlock if c.block == "gla" else Mamba2Block
+        Block = {"gla": GLABlock, "mamba2": Mamba2Block}[c.block]
         self.embeddings = nn.Embedding(rows, c.d_model)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
         self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
@@ -570,6 +570,9 @@ class LM(nn.Module):
         Memory does not grow with n: a step carries the state and one token. Raises BadInput."""
         check_sampling(n, temperature, top_k, top_p, stop, seed)
         x, state = self.read_prompts(idx)
+        if not x.isfinite().all():
+            raise BadInput("the model makes no numbers of this prompt: its weights are not finite, "
+                           "or their products overflow")
         chances = random_numbers(len(x), n, seed).to(x.device)
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         step = None

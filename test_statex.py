@@ -1014,6 +1014,8 @@ def test_a_second_derivative_of_the_loss_is_an_error():
     (lambda lm, idx: lm.generate(idx, 1, temperature=float("nan")), "temperature is nan"),
     (lambda lm, idx: lm.generate(idx, 1, top_k=-1), "top_k is -1"),
     (lambda lm, idx: lm.generate(idx, 1, top_p=0.0), "top_p is 0.0"),
+    (lambda lm, idx: (lm.embeddings.weight.data.fill_(math.nan), lm.generate(idx, 1)),
+     "its weights are not finite"),
     (lambda lm, idx: Config("gla", 61, 2, 32, n_head=[4]), "one per layer"),
     (lambda lm, idx: Config("gla", 61, 2, 32, n_head=4, n_key_head=3), "does not divide"),
     (lambda lm, idx: Config("gla", 61, 2.0, 32), "n_layer is 2.0"),
@@ -2019,6 +2021,19 @@ def test_pinned_packages(pins, tmp_path):
     assert 1500 <= len(fewer) < len(train)
 
 
+def test_lists_of_packages_come_one_after_the_other(pins, tmp_path):
+    """In one list `manim` and `keras` would come first, by their names' hashes."""
+    wheels = f"--wheels={tmp_path}/wheels"
+    lines = pins.read_text().splitlines(keepends=True)
+    first, second = (fill(tmp_path, {name: "".join(line for line in lines if line[:5] in heads)})
+                     / name for name, heads in (("1.txt", ("dask=", "sympy")),
+                                                ("2.txt", ("keras", "manim"))))
+    train, val = prepared(f"--packages={first},{second}", wheels, tmp_path / "out")
+    assert train.rindex("# sympy") < train.index("# keras") and "# dask" in train
+    assert "manim" in val and "manim" not in train
+    assert (train + val).count(f"\n# {FOX}") == 49         # of both lists, counted once
+
+
 def test_wheels_that_are_not_the_pinned_ones(pins, tmp_path, monkeypatch):
     args = (prepare, f"--packages={pins}", f"--wheels={tmp_path}/wheels", f"--out={tmp_path}/out")
     save_wheel(tmp_path / "index", "keras", {"a.py": "import this"})
@@ -2035,13 +2050,17 @@ def test_wheels_that_are_not_the_pinned_ones(pins, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_list_of_packages():
-    """Every line is a pin, no package is twice in it, and some are held out."""
-    lines = prepare.read_text(f"{HERE}/data/packages.txt").splitlines()
-    names = [line.split("==")[0] for line in lines if not line.startswith("#")]
-    assert names == sorted(set(names))
-    held_out = [name for name in names if hashlib.sha256(name.encode()).digest()[0] < 256 / 20]
-    assert len(held_out) == 7
+def test_the_lists_of_packages():
+    """Every line is a pin, no package is twice in them, and some of each list are held out."""
+    names_of = []
+    for pins in ("packages.txt", "packages-larger.txt"):
+        lines = prepare.read_text(f"{HERE}/data/{pins}").splitlines()
+        names_of.append([line.split("==")[0] for line in lines if not line.startswith("#")])
+        assert names_of[-1] == sorted(set(names_of[-1]))
+    assert not set(names_of[0]) & set(names_of[1])
+    held_out = [[name for name in names if hashlib.sha256(name.encode()).digest()[0] < 256 / 20]
+                for names in names_of]
+    assert [len(names) for names in held_out] == [7, 7]
 
 
 def test_a_data_set_streams(tmp_path, monkeypatch):

@@ -994,7 +994,7 @@ def recipe(options, processes, stop):
     corpus = prepared(options, processes)
     if already_done(options, corpus.meta):
         print(f"{options.out_dir} holds the results of this recipe; --overwrite makes them anew, "
-              "as after a change of the code")
+              "as after a change of the code, and without results.json the models are scored again")
         return print_report(options.out_dir)
     small = new_model(options, corpus.meta)
     check_corpus(small, options, corpus.meta)

@@ -443,6 +443,8 @@ def write_folder(config, tensors, folder):
     folder = folder.rstrip("/")
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise BadInput(f"{folder} exists; expected the name of a new folder")
+    if config["block"] not in ("gla", "mamba2"):
+        raise BadInput(f"no public format holds {config['block']}; keep the checkpoint")
     safetensors = import_safetensors()
     config, tensors = uniform(config, tensors)
     temporary = f"{folder}.{os.getpid()}.tmp"

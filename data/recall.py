@@ -256,8 +256,8 @@ CHANCE = {"mqar": lambda pairs: 1 / pairs, "fewshot": lambda shots: 1 / LABELS,
 
 def sequences(task, rng, n, size, vocab_size, text, tokenizer):
     """n sequences of a made-up task -> idx, targets. For a task of your own: a case here, its
-    chance above, its sizes in Sizes and Sizes.by_task, a name for its rows in data/report.py's
-    TASKS. Training has mqar alone: train.py's recall_batch."""
+    chance above, its sizes in Sizes and Sizes.by_task, and if you like a name for its rows in
+    data/report.py's TASKS. Training has mqar alone: train.py's recall_batch and `evaluate`."""
     if task == "mqar":
         return mqar(rng, n, size, vocab_size)
     if task == "fewshot":

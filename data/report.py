@@ -51,9 +51,10 @@ def table(results):
     row("learning rate", "{:g}", lambda r: r["lr"])
     row("held-out text, nats per token", "{:.3f}", lambda r: r["val_loss"],
         "{:+.3f} ± {:.3f}".format(*difference(results, "text")))
-    for task, what in TASKS.items():
-        for size, chance in results["lpt"]["chance"].get(task, {}).items():
-            row(what.format(size), "{:.3f}", lambda r, t=task, s=size: r["recall"][t][s],
+    for task, of_task in results["lpt"]["chance"].items():
+        for size, chance in of_task.items():
+            row(TASKS.get(task, task + " {}").format(size), "{:.3f}",
+                lambda r, t=task, s=size: r["recall"][t][s],
                 "{:+.3f} ± {:.3f}".format(*difference(results, task, size)), f"{chance:.3f}")
     width = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)) + " |"
