@@ -6,6 +6,7 @@
     python data/results/block.py --family=gla --seed=0 --phase=long      more post-training
     python data/results/block.py --family=gla --seed=0 --phase=zero      a larger state alone
     python data/results/block.py --family=gla --seed=0 --phase=gates     GLA's gates, faster
+    python data/results/block.py --family=gla --seed=0 --phase=why       and `inherit`'s lead
 
 A small model is pre-trained on text, and each arm goes on from it with the same tokens in the
 same order and schedule. Nothing made up is in training, but for a last short one that is there
@@ -86,7 +87,7 @@ class Arm:
     init: str = ""              # of expand.py; empty: nothing changes (LPT)
     layers: str = "all"         # see layers_of
     factor: int = 4             # 0: the family's own, as in the paper (see expand.py)
-    more: dict = field(default_factory=dict)    # other arguments of expand
+    more: dict = field(default_factory=dict)    # other arguments of expand; gates: see expanded
     start: str = "pre"          # the model that it goes on from
     length: float = 1.0         # post-training steps over the usual; 0: as many FLOPs as x16
     like: str = ""              # it takes this arm's learning rate; empty: its own
@@ -141,6 +142,18 @@ GATES_ARMS = {
     "preserve-x4-gates-10x": Arm("preserve", like="preserve-x4", gates_rate=10, family="gla"),
     "inherit": replace(ARMS["inherit"], core=False),
 }
+# --phase=why: what makes GLA's `inherit` better than `preserve`. Its layers, rate and fast gates;
+# and all heads' keys read in full from the start, as a merged head does, with a norm per head.
+WHY_ARMS = {
+    "lpt": ARMS["lpt"],
+    "inherit": ARMS["inherit"],
+    "preserve-last-ones": Arm("preserve", "last quarter", 0, {"gates": 1.0}, like="inherit",
+                              core=True, family="gla"),
+    "preserve-last": Arm("preserve", "last quarter", 0, like="inherit", gates_rate=10, core=True,
+                         family="gla"),
+    "preserve-x16-fast": Arm("preserve", factor=16, like="inherit", gates_rate=10, family="gla"),
+    "preserve-x16": replace(ARMS["preserve-x16"], core=False),
+}
 # Pre-trained models; one that others need is started first.
 STARTS = {"pre": 1, "pre-x4": 4}        # times the state
 
@@ -168,7 +181,7 @@ class Options:
     family: str = option("gla", "gla or mamba2", choices=tuple(SHAPES))
     seed: int = option(0, "of the pre-trained model")
     phase: str = option("block", "which runs", choices=("zero", "pilot", "block", "long",
-                                                     "gates"))
+                                                     "gates", "why"))
     data: str = option(f"{ROOT}/data/packages", "folder of token files, see data/prepare.py")
     out: str = option("", "file that the lines are appended to; empty: runs.jsonl here, of the "
                           "pilot and phase zero pilot.jsonl")
@@ -227,7 +240,7 @@ def plan(options):
             starts = starts[:1]
         return starts + [arm_job(name, ARMS[name], lr, options, PILOT_LENGTH)
                          for lr in RATES for name in TUNED]
-    arms = {"long": LONG_ARMS, "gates": GATES_ARMS}.get(options.phase, ARMS)
+    arms = {"long": LONG_ARMS, "gates": GATES_ARMS, "why": WHY_ARMS}.get(options.phase, ARMS)
     arms = {name: arm for name, arm in arms.items() if arm.family in ("", options.family)}
     if options.optional:
         arms = {name: arm for name, arm in arms.items() if arm.core} | named(options, arms)
@@ -417,8 +430,20 @@ def starting_model(job, training, corpus, folder):
     if not job.start:
         return train.new_model(training, corpus.meta)
     lm, _ = load_checkpoint(f"{folder}/{job.start}/ckpt.pt")
-    if job.expansion:
-        lm, _ = expand(lm, **job.expansion)
+    return expanded(lm, job.expansion)
+
+
+def expanded(lm, expansion):
+    """lm after a Job's expansion, None for none. Its `gates` is what GLA's gates start at, where
+    that is not the identity."""
+    if not expansion:
+        return lm
+    arguments = dict(expansion)
+    gates = arguments.pop("gates", None)
+    lm, _ = expand(lm, **arguments)
+    if gates is not None:
+        for i in arguments["layers"]:
+            torch.nn.init.constant_(lm.layers[i].attn.gates, gates)
     return lm
 
 
@@ -488,9 +513,7 @@ def random_model(job, options, tokenizer, vocab_size):
     """A model of the job's shape, with random weights."""
     shape = train.Options(**pre_job("pre", options).training)
     lm = train.new_model(shape, {"vocab_size": vocab_size, "tokenizer": tokenizer})
-    if job.expansion:
-        lm, _ = expand(lm, **job.expansion)
-    return lm
+    return expanded(lm, job.expansion)
 
 
 def warm(job, options, folder):

@@ -316,6 +316,21 @@ def gates_table():
     return markdown(head, rows) if some else "No runs yet."
 
 
+def why_table():
+    """What GLA's `inherit` has that `preserve` has not: every model's own numbers."""
+    some = models("runs.jsonl", ("why",))["gla"]
+    rows = []
+    for arm in arms_of(some):
+        lines = [line for line in (model.get(arm) for model in some) if line]
+        more = [differences(some, arm, repeats_loss), differences(some, arm, other_loss),
+                differences(some, arm, repeats_loss, "inherit") if arm != "inherit" else []]
+        rows.append([arm, len(lines[0]["expansion"]["layers"]), f"{lines[0]['lr']:g}",
+                     *(", ".join(f"{value:+.3f}" for value in column) for column in more)])
+    head = ["GLA, by model", "layers", "lr", "rare repeats, more than LPT", "everything else",
+            "rare repeats, more than inherit"]
+    return markdown(head, rows) if rows else "No runs yet."
+
+
 def fine_tuned_table():
     """Made-up recall after the same short fine-tuning of every core arm: LPT, and what the
     others have more."""
@@ -535,7 +550,7 @@ def rates_table():
 
 
 SECTIONS = {
-    "primary": primary_table, "arms": arms_table, "gates": gates_table,
+    "primary": primary_table, "arms": arms_table, "gates": gates_table, "why": why_table,
     "tokens": tokens_table, "gap": gap_table,
     "fine-tuned": fine_tuned_table, "claims": claims_table, "larger": larger_table,
     "pilot": pilot_table, "levels": levels_table, "needle": needle_table,
