@@ -707,7 +707,7 @@ def sum_rows(which, x, DOT: tl.constexpr):
     its bits."""
     if DOT is not None:
         return tl.dot(which.to(tl.float32), x, input_precision=DOT)
-    ones = which.to(tl.bfloat16)
+    ones = tl.where(which, 1.0, 0.0).to(tl.bfloat16)
     high = x.to(tl.bfloat16)
     low = (x - high.to(tl.float32)).to(tl.bfloat16)
     return tl.dot(ones, high, tl.dot(ones, low))
@@ -1079,32 +1079,32 @@ def decays_of_piece(g, bit, DOT: tl.constexpr):
 
 @triton.jit
 def where_to(
-    q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, group, n,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, n,
+    H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
 ):
     """Where a block's q_start and k_end go. Of two blocks, the first one's keys and the
     second one's queries stay at the seam, until gla_scores_across takes them on."""
-    token = batch * n * L + block * R
-    q_start_ptr += (token * H + head) * K
-    k_end_ptr += (token * G + group) * K
+    of_block = ((batch * n * L + block * R) * H + head) * K
+    q_start_ptr += of_block
+    k_end_ptr += of_block
     if L > R:
-        seam = (batch * n + block // 2) * R
+        of_seam = ((batch * n + block // 2) * R * H + head) * K
         if block % 2 == 0:
-            k_end_ptr = k_seam_ptr + (seam * G + group) * K
+            k_end_ptr = k_seam_ptr + of_seam
         else:
-            q_start_ptr = q_seam_ptr + (seam * H + head) * K
+            q_start_ptr = q_seam_ptr + of_seam
     return q_start_ptr, k_end_ptr
 
 
 @chunk_kernel
 def gla_scores(
-    q_ptr, k_ptr, g_ptr,     # (B,T,H,K), (B,T,G,K), (B,T,G,K)
-    q_start_ptr, k_end_ptr,  # (B,T,H,K), (B,T,G,K)
-    q_seam_ptr, k_seam_ptr,  # (B,n,R,H,K), (B,n,R,G,K), or empty: one block a chunk
-    decay_ptr,               # (B,G,T/R,K)  of a block, log2: later called block_decay
+    q_ptr, k_ptr, g_ptr,     # (B,T,H,K)
+    q_start_ptr, k_end_ptr,  # (B,T,H,K)
+    q_seam_ptr, k_seam_ptr,  # (B,n,R,H,K), or empty: one block a chunk
+    decay_ptr,               # (B,H,T/R,K)  of a block, log2: later called block_decay
     scores_ptr,              # (B,T,H,L)    of each query with the keys of its chunk
     scale, n,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
     """scores_ij = scale sum_k q_ik k_jk exp(c_ik - c_jk) for j <= i, c the running sum
@@ -1115,27 +1115,25 @@ def gla_scores(
     can be positive, by at most -m; where that is too much, gla_scores_steep follows.
     One program owns one block of R tokens of one head."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
-    group = head // (H // G)
     i = tl.arange(0, R)
-    token = batch * n * L + block * R
-    q_ptr += (token * H + head) * K
-    k_ptr += (token * G + group) * K
-    g_ptr += (token * G + group) * K
-    scores_ptr += (token * H + head) * L + block % (L // R) * R
-    decay_ptr += ((batch * G + group) * n * (L // R) + block) * K
+    row = (batch * n * L + block * R) * H + head
+    q_ptr += row * K
+    k_ptr += row * K
+    g_ptr += row * K
+    scores_ptr += row * L + block % (L // R) * R
+    decay_ptr += ((batch * H + head) * n * (L // R) + block) * K
     q_start_ptr, k_end_ptr = where_to(
-        q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, group, n, H, G, K, L, R)
+        q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, n, H, K, L, R)
 
     scores = tl.zeros((R, R), tl.float32)
     diagonal = tl.zeros((R,), tl.float32)
     dtype = q_ptr.dtype.element_ty
     for k0 in range(0, K, BK):
         channel = k0 + tl.arange(0, BK)
-        at_q = i[:, None] * (H * K) + channel[None, :]
-        at_k = i[:, None] * (G * K) + channel[None, :]
-        q = tl.load(q_ptr + at_q).to(tl.float32) * scale
-        k = tl.load(k_ptr + at_k).to(tl.float32)
-        g = log2_decay(tl.load(g_ptr + at_k))
+        at = i[:, None] * (H * K) + channel[None, :]
+        q = tl.load(q_ptr + at).to(tl.float32) * scale
+        k = tl.load(k_ptr + at).to(tl.float32)
+        g = log2_decay(tl.load(g_ptr + at))
         diagonal += tl.sum(q * k, axis=1)
 
         total = tl.sum(g, axis=0)
@@ -1146,11 +1144,10 @@ def gla_scores(
         # above the diagonal this may overflow; that is not kept
         scores = tl.dot(q_mid.to(dtype), tl.trans(k_mid.to(dtype)), scores, input_precision=DOT)
 
-        # on from the middle to the ends; one head of a group stores what they share
-        tl.store(q_start_ptr + at_q, (q_mid * half).to(dtype))
-        if head % (H // G) == 0:
-            tl.store(k_end_ptr + at_k, (k_mid * half).to(dtype))
-            tl.store(decay_ptr + channel, total)
+        # on from the middle to the ends
+        tl.store(q_start_ptr + at, (q_mid * half).to(dtype))
+        tl.store(k_end_ptr + at, (k_mid * half).to(dtype))
+        tl.store(decay_ptr + channel, total)
 
     # no decay on the diagonal, nothing above it
     equal = i[:, None] == i[None, :]
@@ -1166,7 +1163,7 @@ def gla_scores_steep(
     decay_ptr,
     scores_ptr,
     scale, LIMIT, n,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
     """gla_scores again, written over it, for steep blocks; at others, nearly all in a
@@ -1176,47 +1173,45 @@ def gla_scores_steep(
     where that is the highest bit in which i and j differ. So there is one matrix product for
     each bit, of which that bit's pairs are stored."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
-    group = head // (H // G)
-    if not is_steep(decay_ptr + ((batch * G + group) * n * (L // R) + block) * K, LIMIT, K, BK):
+    if not is_steep(decay_ptr + ((batch * H + head) * n * (L // R) + block) * K, LIMIT, K, BK):
         return
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
-    token = batch * n * L + block * R
-    q_ptr += (token * H + head) * K
-    k_ptr += (token * G + group) * K
-    g_ptr += (token * G + group) * K
-    scores_ptr += (token * H + head) * L + block % (L // R) * R
+    row = (batch * n * L + block * R) * H + head
+    q_ptr += row * K
+    k_ptr += row * K
+    g_ptr += row * K
+    scores_ptr += row * L + block % (L // R) * R
     q_start_ptr, k_end_ptr = where_to(
-        q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, group, n, H, G, K, L, R)
+        q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, n, H, K, L, R)
 
     dtype = q_ptr.dtype.element_ty
     for bit in range(8):  # R is at most 2^7; the last turn is for q_start and k_end
         scores = tl.zeros((R, R), tl.float32)
         for k0 in range(0, K, BK):
-            channel = k0 + tl.arange(0, BK)[None, :]
-            g = log2_decay(tl.load(g_ptr + i * (G * K) + channel))
+            at = i * (H * K) + k0 + tl.arange(0, BK)[None, :]
+            g = log2_decay(tl.load(g_ptr + at))
             to_q, to_k = decays_of_piece(g, bit, DOT)
-            q = tl.load(q_ptr + i * (H * K) + channel).to(tl.float32) * scale * to_q
-            k = tl.load(k_ptr + i * (G * K) + channel).to(tl.float32) * to_k
+            q = tl.load(q_ptr + at).to(tl.float32) * scale * to_q
+            k = tl.load(k_ptr + at).to(tl.float32) * to_k
             if bit < 7:
                 scores = tl.dot(q.to(dtype), tl.trans(k.to(dtype)), scores, input_precision=DOT)
             else:
-                tl.store(q_start_ptr + i * (H * K) + channel, q.to(dtype))
-                if head % (H // G) == 0:
-                    tl.store(k_end_ptr + i * (G * K) + channel, k.to(dtype))
+                tl.store(q_start_ptr + at, q.to(dtype))
+                tl.store(k_end_ptr + at, k.to(dtype))
         of_bit = (i > j) & ((i ^ j) >> bit == 1)
         tl.store(scores_ptr + i * (H * L) + j, scores.to(dtype), of_bit)
 
 
 @chunk_kernel
 def gla_scores_across(
-    q_seam_ptr, k_seam_ptr,  # (B,n,R,H,K), (B,n,R,G,K)
-    block_decay_ptr,         # (B,G,n,2,K)  in: of each block
-    q_start_ptr, k_end_ptr,  # (B,T,H,K), (B,T,G,K)
-    decay_ptr,               # (B,G,n,K)    out: of the chunk
+    q_seam_ptr, k_seam_ptr,  # (B,n,R,H,K)
+    block_decay_ptr,         # (B,H,n,2,K)  in: of each block
+    q_start_ptr, k_end_ptr,  # (B,T,H,K)
+    decay_ptr,               # (B,H,n,K)    out: of the chunk
     scores_ptr,              # (B,T,H,L)
     n,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
     """Of a chunk of two blocks, the scores of the second one's queries with the first
@@ -1224,36 +1219,33 @@ def gla_scores_across(
 
     One program owns one chunk of one head."""
     head, chunk, batch = split3(tl.program_id(0), H, n)
-    group = head // (H // G)
     i = tl.arange(0, R)
     seam = (batch * n + chunk) * R
     first = batch * n * L + chunk * L
     second = first + R
     q_seam_ptr += (seam * H + head) * K
-    k_seam_ptr += (seam * G + group) * K
+    k_seam_ptr += (seam * H + head) * K
     q_start_ptr += (second * H + head) * K
-    k_end_ptr += (first * G + group) * K
+    k_end_ptr += (first * H + head) * K
     scores_ptr += (second * H + head) * L
-    block_decay_ptr += ((batch * G + group) * n + chunk) * 2 * K
-    decay_ptr += ((batch * G + group) * n + chunk) * K
+    block_decay_ptr += ((batch * H + head) * n + chunk) * 2 * K
+    decay_ptr += ((batch * H + head) * n + chunk) * K
 
     scores = tl.zeros((R, R), tl.float32)
     dtype = q_seam_ptr.dtype.element_ty
     for k0 in range(0, K, BK):
         channel = k0 + tl.arange(0, BK)
-        at_q = i[:, None] * (H * K) + channel[None, :]
-        at_k = i[:, None] * (G * K) + channel[None, :]
-        q = tl.load(q_seam_ptr + at_q)
-        k = tl.load(k_seam_ptr + at_k)
+        at = i[:, None] * (H * K) + channel[None, :]
+        q = tl.load(q_seam_ptr + at)
+        k = tl.load(k_seam_ptr + at)
         scores = waited_for(tl.dot(q, tl.trans(k), scores, input_precision=DOT))
 
         # on by the other block: queries to the chunk's start, keys to its end
         of_first = tl.load(block_decay_ptr + channel)
         of_second = tl.load(block_decay_ptr + K + channel)
-        tl.store(q_start_ptr + at_q, (q.to(tl.float32) * tl.exp2(of_first)[None, :]).to(dtype))
-        if head % (H // G) == 0:
-            tl.store(k_end_ptr + at_k, (k.to(tl.float32) * tl.exp2(of_second)[None, :]).to(dtype))
-            tl.store(decay_ptr + channel, of_first + of_second)
+        tl.store(q_start_ptr + at, (q.to(tl.float32) * tl.exp2(of_first)[None, :]).to(dtype))
+        tl.store(k_end_ptr + at, (k.to(tl.float32) * tl.exp2(of_second)[None, :]).to(dtype))
+        tl.store(decay_ptr + channel, of_first + of_second)
     tl.store(scores_ptr + i[:, None] * (H * L) + i[None, :], scores.to(dtype))
 
 
@@ -1451,18 +1443,6 @@ def gla_grad_mix_scores(
 
 
 @triton.jit
-def store_queries(
-    dq, dq_start_ptr, q_start_ptr, row, mine, around, block, L: tl.constexpr, R: tl.constexpr,
-):
-    """Stores dq_start. -> around, with q dq where this is the second block of its chunk."""
-    tl.store(dq_start_ptr + row + mine, dq.to(dq_start_ptr.dtype.element_ty))
-    if L > R:
-        if block % 2 == 1:
-            around += tl.sum(tl.load(q_start_ptr + row + mine).to(tl.float32) * dq, axis=0)
-    return around
-
-
-@triton.jit
 def through_states(
     do_ptr, v_ptr, states_ptr, grad_states_ptr, k, dk, state_pairs,
     H: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
@@ -1488,8 +1468,8 @@ def through_states(
 def gla_grad_queries_keys(
     do_ptr, v_ptr,                # (B,T,H,V)
     states_ptr, grad_states_ptr,  # (B,H,n,K,V)
-    q_start_ptr, k_end_ptr,       # (B,T,HQ,K), (B,T,G,K)
-    dq_start_ptr, dk_end_ptr,     # (B,T,HQ,K), (B,T,G,K)  HQ = G with gates, else H
+    q_start_ptr, k_end_ptr,       # (B,T,G,K)
+    dq_start_ptr, dk_end_ptr,     # (B,T,G,K)
     state_pairs_ptr,              # (B,G,n,K)    S dS, summed over a group's values
     around_ptr,                   # (B,G,T/R,K)  or None: one block a chunk
     gates_ptr, dgates_ptr,        # (G,F,F), (B,T/R,G,K/BK,F)  or None: F = H / G
@@ -1501,46 +1481,40 @@ def gla_grad_queries_keys(
     dg (see below) also state_pairs, and `around` each block: q dq or k dk of the
     chunk's other block with the state on this block's far side. With gates, dq_start
     sums the heads that read these channels, each with its gate, whose gradient is q dq.
-    One program owns BK channels of one block of one group, its heads in turn."""
+    One program owns BK channels of one block of one group, its heads in turn: without
+    gates one head."""
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n, L // R)
     chunk = block // (L // R)
     i = tl.arange(0, R)
     k = k_block * BK + tl.arange(0, BK)
     token = batch * n * L + block * R
-    of_group = (token * G + group) * K
-    k_end_ptr += of_group
-    dk_end_ptr += of_group
-    at_q = i[:, None] * (H * K) + k[None, :]
-    at_k = i[:, None] * (G * K) + k[None, :]
+    at = (token * G + group) * K + i[:, None] * (G * K) + k[None, :]
+    dq = tl.zeros((R, BK), tl.float32)
     dk = tl.zeros((R, BK), tl.float32)
-    dq_sum = tl.zeros((R, BK), tl.float32)
     state_pairs = tl.zeros((BK,), tl.float32)
-    around = tl.zeros((BK,), tl.float32)
     for head_of_group in range(H // G):
         head = group * (H // G) + head_of_group
         row = token * H + head
         of_head = ((batch * H + head) * n + chunk) * K * V
-        dq, dk, state_pairs = through_states(
+        dq_of_head, dk, state_pairs = through_states(
             do_ptr + row * V, v_ptr + row * V, states_ptr + of_head, grad_states_ptr + of_head,
             k, dk, state_pairs, H, V, R, BV, DOT)
         if gates_ptr is not None:
             gate = load_gate(gates_ptr, k_block * BK, head, K, H // G)
-            dgate = tl.sum(tl.load(q_start_ptr + of_group + at_k).to(tl.float32) * dq)
+            dgate = tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq_of_head)
             tl.store(dgates_ptr + tl.program_id(0) * (H // G) + head_of_group, dgate)
-            dq_sum += gate * dq
-        else:
-            around = store_queries(
-                dq, dq_start_ptr, q_start_ptr, row * K, at_q, around, block, L, R)
-    if gates_ptr is not None:
-        around = store_queries(
-            dq_sum, dq_start_ptr, q_start_ptr, of_group, at_k, around, block, L, R)
-    tl.store(dk_end_ptr + at_k, dk.to(dk_end_ptr.dtype.element_ty))
+            dq_of_head *= gate
+        dq += dq_of_head
+    tl.store(dq_start_ptr + at, dq.to(dq_start_ptr.dtype.element_ty))
+    tl.store(dk_end_ptr + at, dk.to(dk_end_ptr.dtype.element_ty))
     if block % (L // R) == 0:
         tl.store(state_pairs_ptr + ((batch * G + group) * n + chunk) * K + k, state_pairs)
     if L > R:
         if block % 2 == 0:
-            around = tl.sum(tl.load(k_end_ptr + at_k).to(tl.float32) * dk, axis=0)
+            around = tl.sum(tl.load(k_end_ptr + at).to(tl.float32) * dk, axis=0)
+        else:
+            around = tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq, axis=0)
         other = (batch * G + group) * n * 2 + block + 1 - block % 2 * 2
         tl.store(around_ptr + other * K + k, around)
 
@@ -1560,13 +1534,12 @@ def gla_grad_queries_keys(
 
 
 @triton.jit
-def decays_of_block(g, STEEP: tl.constexpr, DOT: tl.constexpr):
-    """Of every row of g (R,BK): exp(c - m) and exp(m - c) as in gla_scores, which a
-    steep block does not use, exp(upto) and exp(after)."""
+def decays_of_block(g, total, STEEP: tl.constexpr, DOT: tl.constexpr):
+    """Of every row of g (R,BK), in all `total` (1,BK): exp(c - m) and exp(m - c) as in
+    gla_scores, which a steep block does not use, exp(upto) and exp(after)."""
     if STEEP:
         upto, after = decays_of_piece(g, 7, DOT)
         return upto, after, upto, after
-    total = tl.sum(g, 0)[None, :]
     if DOT is not None:
         from_middle = tl.cumsum(g, 0) - 0.5 * total
     else:  # bfloat16: a product, of 16 bits, in place of a scan
@@ -1593,67 +1566,59 @@ def meet(q, k, to_q, to_k, grad_scores, pairs, DOT: tl.constexpr):
 
 @triton.jit
 def within_block(
-    q, k, g, to_q, to_k, dk, pairs, grad_scores_ptr, diagonal_ptr,
-    ROW: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr,
+    q, k, g, to_q, to_k, grad_scores, diagonal, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
-    """A head's dq by the keys of its block, and dk and pairs with what the head adds:
-    all at once as in gla_scores, or bit by bit as in gla_scores_steep."""
-    i = tl.arange(0, q.shape[0])[:, None]
-    j = tl.arange(0, q.shape[0])[None, :]
-    grad_scores_ptr += i * ROW + j  # 0 above the diagonal (multiply_rows)
-    # each query with its own key: no decay
-    diagonal = tl.load(diagonal_ptr + tl.arange(0, q.shape[0]))[:, None]
+    """dq and dk by the queries and keys of one block, and their pairs: all at once as in
+    gla_scores, or bit by bit as in gla_scores_steep. grad_scores is 0 above the diagonal
+    (multiply_rows) and on it: a query with its own key has no decay, and comes as
+    diagonal (R,1)."""
+    pairs = tl.zeros(q.shape, tl.float32)
     if STEEP:
+        i = tl.arange(0, q.shape[0])[:, None]
+        j = tl.arange(0, q.shape[0])[None, :]
         dq = diagonal * k
-        dk += diagonal * q
+        dk = diagonal * q
         for bit in range(7):
             upto, after = decays_of_piece(g, bit, DOT)
-            grad_scores = tl.load(grad_scores_ptr, (i ^ j) >> bit == 1, 0.0)
-            dq_of_bit, dk_of_bit, pairs = meet(q, k, upto, after, grad_scores, pairs, DOT)
+            of_bit = tl.where((i ^ j) >> bit == 1, grad_scores, 0.0)
+            dq_of_bit, dk_of_bit, pairs = meet(q, k, upto, after, of_bit, pairs, DOT)
             dq += dq_of_bit
             dk += dk_of_bit
     else:
-        dq, dk_of_head, pairs = meet(q, k, to_q, to_k, tl.load(grad_scores_ptr), pairs, DOT)
+        dq, dk, pairs = meet(q, k, to_q, to_k, grad_scores, pairs, DOT)
         dq += diagonal * k
-        dk += dk_of_head + diagonal * q
+        dk += diagonal * q
     return dq, dk, pairs
 
 
 @triton.jit
-def before_block(
-    q, upto, other, of_chunk, dk_after, pairs, dq_start_ptr, grad_scores_ptr, q_seam_ptr,
-    k_seam_ptr, at_q, at_k, ROW: tl.constexpr, DOT: tl.constexpr,
+def across_blocks(
+    dq, dk, other, of_chunk, grad_scores_ptr, q_seam_ptr, k_seam_ptr, at,
+    ROW: tl.constexpr, DOT: tl.constexpr,
 ):
-    """A head's dq by what is before its block: the state before the chunk and, for the
-    second of two blocks, the first one's keys; dk_after of the first one with what the
-    second one's queries add; and pairs with q dq. other: the decay of the chunk's other
-    block, or None."""
-    dq = tl.load(dq_start_ptr + at_q).to(tl.float32)
-    if other is not None:
-        i = tl.arange(0, q.shape[0])
-        at_scores = i[:, None] * ROW + i[None, :]
-        if of_chunk == 1:  # the second block reads the first one's keys
-            grad_scores = tl.load(grad_scores_ptr + at_scores)
-            keys = tl.load(k_seam_ptr + at_k)
-            dq = tl.dot(grad_scores, keys, dq * other, input_precision=DOT)
-        else:  # the first one's keys are read by the second's queries
-            grad_scores = tl.load(grad_scores_ptr + q.shape[0] * ROW + at_scores)
-            queries = tl.load(q_seam_ptr + at_q)
-            dk_after = tl.dot(tl.trans(grad_scores), queries, dk_after, input_precision=DOT)
-    dq *= upto
-    return dq, dk_after, pairs + q * dq
+    """Of a chunk of two blocks: dq of the second one with what the first one's keys add,
+    or dk of the first one with what the second one's queries add; both then as seen from
+    the seam. other: the decay of the chunk's other block."""
+    i = tl.arange(0, dq.shape[0])
+    at_scores = i[:, None] * ROW + i[None, :]
+    if of_chunk == 1:
+        grad_scores = tl.load(grad_scores_ptr + at_scores)
+        keys = tl.load(k_seam_ptr + at)
+        dq = tl.dot(grad_scores, keys, dq * other, input_precision=DOT)
+    else:
+        grad_scores = tl.load(grad_scores_ptr + dq.shape[0] * ROW + at_scores)
+        queries = tl.load(q_seam_ptr + at)
+        dk = tl.dot(tl.trans(grad_scores), queries, dk * other, input_precision=DOT)
+    return dq, dk
 
 
 @triton.jit
 def store_grad_decays(
-    dg_ptr, g_ptr, pairs, writes, state_pairs_ptr, decay_ptr, around_ptr, of_state, of_block,
-    STEEP: tl.constexpr, DOT: tl.constexpr,
+    dg_ptr, g_ptr, pairs, writes, around, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dg_t: pairs of t and later, writes before t, and all around the block: from the
-    state before its chunk to that after it, and with the chunk's other block."""
-    around = tl.load(state_pairs_ptr + of_state) * tl.exp2(tl.load(decay_ptr + of_state))
-    if around_ptr is not None:
-        around += tl.load(around_ptr + of_block)
+    """dg_t: pairs of t and later, writes before t, and all around the block (BK,): from
+    the state before its chunk to that after it, and with the chunk's other block."""
+    unclamped = tl.load(g_ptr) > FORGOTTEN_32
     i = tl.arange(0, pairs.shape[0])
     earlier = i[:, None] > i[None, :]
     # Differences drown what is small: earlier rows are a product, not a running sum less
@@ -1662,71 +1627,65 @@ def store_grad_decays(
         dg = tl.cumsum(pairs, 0, reverse=True) + sum_rows(earlier, writes, DOT)
     else:  # one product
         dg = tl.sum(pairs, 0)[None, :] + sum_rows(earlier, writes - pairs, DOT)
-    unclamped = tl.load(g_ptr) > FORGOTTEN_32
     tl.store(dg_ptr, tl.where(unclamped, dg + around[None, :], 0.0))
 
 
 @chunk_kernel
 def gla_grad_decays(
-    q_ptr, k_ptr, g_ptr,            # (B,T,H,K), (B,T,G,K), (B,T,G,K)
-    q_seam_ptr, k_seam_ptr,         # (B,n,R,H,K), (B,n,R,G,K), or empty
-    block_decay_ptr, decay_ptr,     # (B,G,T/R,K), (B,G,n,K)  log2
+    q_ptr, k_ptr, g_ptr,            # (B,T,H,K)
+    q_seam_ptr, k_seam_ptr,         # (B,n,R,H,K), or empty
+    block_decay_ptr, decay_ptr,     # (B,H,T/R,K), (B,H,n,K)  log2
     grad_scores_ptr, diagonal_ptr,  # (B,T,H,L), (B,H,T)
-    dq_start_ptr, dk_end_ptr,       # (B,T,H,K), (B,T,G,K)
-    state_pairs_ptr, around_ptr,    # (B,G,n,K), (B,G,T/R,K)
-    dq_ptr, dk_ptr, dg_ptr,         # (B,T,H,K), (B,T,G,K), (B,T,G,K)
+    dq_start_ptr, dk_end_ptr,       # (B,T,H,K)
+    state_pairs_ptr, around_ptr,    # (B,H,n,K), (B,H,T/R,K)
+    dq_ptr, dk_ptr, dg_ptr,         # (B,T,H,K)
     scale, LIMIT, n,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
     """dq, dk and dg; STEEP: of steep blocks again, written over it.
-    One program owns BK channels of one block of one group, its heads in turn."""
+
+    One program owns BK channels of one block of one head. It fills a processor, where
+    nothing goes on while it waits: so it asks for all that it reads at once."""
     k_block, rest = split(tl.program_id(0), K // BK)
-    group, block, batch = split3(rest, G, n, L // R)
-    of_block = ((batch * G + group) * n * (L // R) + block) * K
+    head, block, batch = split3(rest, H, n, L // R)
+    of_block = ((batch * H + head) * n * (L // R) + block) * K
     if STEEP and not is_steep(block_decay_ptr + of_block, LIMIT, K, BK):
         return
     i = tl.arange(0, R)[:, None]
     channel = k_block * BK + tl.arange(0, BK)
-    at_q = i * (H * K) + channel[None, :]
-    at_k = i * (G * K) + channel[None, :]
-    token = batch * n * L + block * R
-    of_group = (token * G + group) * K
-    seam = (batch * n + block // 2) * R
-    of_chunk = block % (L // R)
+    row = (batch * n * L + block * R) * H + head
+    at = row * K + i * (H * K) + channel[None, :]
+    at_scores = row * L + block % (L // R) * R + i * (H * L) + tl.arange(0, R)[None, :]
     of_block += channel
-    of_state = ((batch * G + group) * n + block // (L // R)) * K + channel
+    of_state = ((batch * H + head) * n + block // (L // R)) * K + channel
 
-    g = log2_decay(tl.load(g_ptr + of_group + at_k))
-    to_q, to_k, upto, after = decays_of_block(g, STEEP, DOT)
-    other = None
-    if L > R:  # what the chunk's other block leaves of a state
+    g = log2_decay(tl.load(g_ptr + at))
+    q = tl.load(q_ptr + at).to(tl.float32) * scale
+    k = tl.load(k_ptr + at).to(tl.float32)
+    grad_scores = tl.load(grad_scores_ptr + at_scores)
+    diagonal = tl.load(diagonal_ptr + (batch * H + head) * n * L + block * R + i)
+    dq_before = tl.load(dq_start_ptr + at).to(tl.float32)
+    dk_after = tl.load(dk_end_ptr + at).to(tl.float32)
+    total = tl.load(block_decay_ptr + of_block)[None, :]
+    around = tl.load(state_pairs_ptr + of_state) * tl.exp2(tl.load(decay_ptr + of_state))
+
+    to_q, to_k, upto, after = decays_of_block(g, total, STEEP, DOT)
+    dq, dk, pairs = within_block(q, k, g, to_q, to_k, grad_scores, diagonal, STEEP, DOT)
+    if L > R:
+        of_chunk = block % 2
         other = tl.exp2(tl.load(block_decay_ptr + of_block + (1 - 2 * of_chunk) * K))[None, :]
-    k = tl.load(k_ptr + of_group + at_k).to(tl.float32)
-    dk = tl.zeros((R, BK), tl.float32)
-    dk_after = tl.zeros((R, BK), tl.float32)
-    pairs = tl.zeros((R, BK), tl.float32)
-    for head_of_group in range(H // G):
-        head = group * (H // G) + head_of_group
-        row = token * H + head
-        q = tl.load(q_ptr + row * K + at_q).to(tl.float32) * scale
-        dq, dk, pairs = within_block(
-            q, k, g, to_q, to_k, dk, pairs, grad_scores_ptr + row * L + of_chunk * R,
-            diagonal_ptr + (batch * H + head) * n * L + block * R, H * L, STEEP, DOT)
-        dq_before, dk_after, pairs = before_block(
-            q, upto, other, of_chunk, dk_after, pairs, dq_start_ptr + row * K,
-            grad_scores_ptr + row * L, q_seam_ptr + (seam * H + head) * K,
-            k_seam_ptr + (seam * G + group) * K, at_q, at_k, H * L, DOT)
-        tl.store(dq_ptr + row * K + at_q, ((dq + dq_before) * scale).to(dq_ptr.dtype.element_ty))
-
-    dk_end = tl.load(dk_end_ptr + of_group + at_k).to(tl.float32)
-    if L > R and of_chunk == 0:  # the state lies beyond the second block
-        dk_end *= other
-    dk_after = (dk_after + dk_end) * after
-    tl.store(dk_ptr + of_group + at_k, (dk + dk_after).to(dk_ptr.dtype.element_ty))
+        seam = ((batch * n + block // 2) * R * H + head) * K - row * K
+        dq_before, dk_after = across_blocks(
+            dq_before, dk_after, other, of_chunk, grad_scores_ptr + row * L,
+            q_seam_ptr + seam, k_seam_ptr + seam, at, H * L, DOT)
+        around += tl.load(around_ptr + of_block)
+    dq_before *= upto
+    dk_after *= after
+    tl.store(dq_ptr + at, ((dq + dq_before) * scale).to(dq_ptr.dtype.element_ty))
+    tl.store(dk_ptr + at, (dk + dk_after).to(dk_ptr.dtype.element_ty))
     store_grad_decays(
-        dg_ptr + of_group + at_k, g_ptr + of_group + at_k, pairs, k * dk_after, state_pairs_ptr,
-        decay_ptr, around_ptr, of_state, of_block, STEEP, DOT)
+        dg_ptr + at, g_ptr + at, pairs + q * dq_before, k * dk_after, around, STEEP, DOT)
 
 
 def gla_chunk(T, K, V, dtype):
@@ -1774,6 +1733,9 @@ def gla_launches(K, V, heads, L, R, dtype):
         grad_queries_keys=Launch(
             gla_grad_queries_keys, cut={"BK": "K"}, BK=wide_k, BV=BV, num_warps=8, num_stages=3),
         grad_decays=Launch(gla_grad_decays, cut={"BK": "K"}, BK=few_k, num_warps=8, num_stages=1),
+        # programs that return at once: two of them fit a processor
+        grad_decays_steep=Launch(gla_grad_decays, cut={"BK": "K"}, BK=few_k, num_warps=8,
+                                 num_stages=1, maxnreg=128),
     )
 
 
@@ -1814,27 +1776,25 @@ def heads_apart(x, f):
 def gla_results(q, k, v, g, gates, L, R, **others):
     """What gla_forward fills; no seams where a chunk is one block."""
     B, T, H, K = q.shape
-    G = k.shape[2]
     V = v.shape[3]
     f = 1 if gates is None else gates.shape[1]
     n = T // L
     seams = n if L > R else 0
     return (torch.empty_like(v), g.new_empty(B, H, f * K, V), torch.empty_like(q),
-            torch.empty_like(k), q.new_empty(B, seams, R, H, K), k.new_empty(B, seams, R, G, K),
-            g.new_empty(B, G, seams, 2, K), g.new_empty(B, G, n, K), q.new_empty(B, T, H, L),
+            torch.empty_like(k), q.new_empty(B, seams, R, H, K), k.new_empty(B, seams, R, H, K),
+            g.new_empty(B, H, seams, 2, K), g.new_empty(B, H, n, K), q.new_empty(B, T, H, L),
             q.new_empty(B, 0 if gates is None else T, H, L), v.new_empty(B, H, n, f * K, V))
 
 
 @operator(gla_results)
 def gla_forward(q, k, v, g, gates, state, scale, L, R, *,
                 o, last, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, mixed, states):
-    """T is a multiple of L; K and V multiples of 128, or powers of two from 16.
+    """q, k, g (B,T,H,K): every head has keys of its own. T is a multiple of L; K and V
+    multiples of 128, or powers of two from 16.
 
-    With gates every head has keys of its own here: k and g (B,T,G,f K) are also, in the
-    same memory, (B,T,H,K). Kernels that touch states read q_start and k_end the other
-    way round, as (B,T,H/f,f K)."""
+    With gates k and g are, in the same memory, also (B,T,H/f,f K). So kernels that touch
+    states read q_start and k_end."""
     B, T, H, K = q.shape
-    G = k.shape[2]
     V = v.shape[3]
     f = 1 if gates is None else gates.shape[1]
     n = T // L
@@ -1844,7 +1804,7 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R, *,
     sizes = dict(n=n, H=H, L=L)
     DOT = product_precision(q)
     pointers = (q, k, g, q_start, k_end, q_seam, k_seam, block_decay, scores)
-    of_keys = dict(G=G, K=K, R=R, DOT=DOT, **sizes)
+    of_keys = dict(K=K, R=R, DOT=DOT, **sizes)
     launches.scores(B * H * T // R, *pointers, scale=scale, **of_keys)
     launches.scores_steep(B * H * T // R, *pointers, scale=scale, LIMIT=steep_limit(q), **of_keys)
     if L > R:
@@ -1858,7 +1818,7 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R, *,
     of_states = dict(K=f * K, V=V, DOT=DOT, **sizes)
     launches.scan(
         B * H, k_end, v, None, None, heads_beside(decay, f), state, last, states,
-        HX=G // f, HY=H, HD=G // f, PER_CHANNEL=True, REVERSE=False, **of_states)
+        HX=H // f, HY=H, HD=H // f, PER_CHANNEL=True, REVERSE=False, **of_states)
     launches.outputs(
         B * H * n, q_start, gates, states, mixed, v, o, HQ=H // f, R=R, **of_states)
 
@@ -1875,7 +1835,6 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
                  mixed, states, do, dlast, scale, L, R, has_state, *,
                  dq, dk, dv, dg, dgates, dstate):
     B, T, H, K = q.shape
-    G = k.shape[2]
     V = v.shape[3]
     f = 1 if gates is None else gates.shape[1]
     n = T // L
@@ -1887,8 +1846,8 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
     diagonal = g.new_empty(B, H, T)
     dq_start = torch.empty_like(q)
     dk_end = torch.empty_like(k)
-    state_pairs = g.new_empty(B, G // f, n, f * K)
-    around = None if L == R else g.new_empty(B, G // f, T // R, f * K)
+    state_pairs = g.new_empty(B, H // f, n, f * K)
+    around = None if L == R else g.new_empty(B, H // f, T // R, f * K)
     if L == R:
         block_decay = decay
     if gates is None:
@@ -1897,22 +1856,22 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
     launches.grad_scan(
         B * H, q_start, do, None, gates, heads_beside(decay, f), dlast,
         dstate if has_state else None, grad_states,
-        HX=H // f, HY=H, HD=G // f, PER_CHANNEL=True, REVERSE=True, **of_states)
+        HX=H // f, HY=H, HD=H // f, PER_CHANNEL=True, REVERSE=True, **of_states)
     launches.grad_values(
-        B * H * n, k_end, grad_states, mixed, do, dv, G=G // f, R=R, **of_states)
+        B * H * n, k_end, grad_states, mixed, do, dv, G=H // f, R=R, **of_states)
     launches.grad_scores(
         B * H * n * (L // R) ** 2, do, v, grad_scores, diagonal, K=V, R=R, DOT=DOT, **sizes)
     of_mixing = of_reading = None
     if gates is not None:
         tile = launches.grad_queries_keys.options["BK"]
         of_mixing = g.new_empty(B * T // MIX_TOKENS, *gates.shape)
-        of_reading = g.new_empty(B * T // R, G // f, f, K // tile, f)
+        of_reading = g.new_empty(B * T // R, H // f, f, K // tile, f)
         launches.grad_mix_scores(
             B * H // f * T // MIX_TOKENS, scores, gates, grad_scores, diagonal, of_mixing, R=R,
             **mixing(f, DOT), **sizes)
     launches.grad_queries_keys(
-        B * G // f * T // R, do, v, states, grad_states, q_start, k_end, dq_start, dk_end,
-        state_pairs, around, gates, of_reading, G=G // f, R=R, **of_states)
+        B * H // f * T // R, do, v, states, grad_states, q_start, k_end, dq_start, dk_end,
+        state_pairs, around, gates, of_reading, G=H // f, R=R, **of_states)
     if gates is not None:
         dgates.copy_(of_mixing.sum(0) + of_reading.sum((0, 3)))
         state_pairs = heads_apart(state_pairs, f)
@@ -1920,10 +1879,9 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
             around = heads_apart(around, f)
     pointers = (q, k, g, q_seam, k_seam, block_decay, decay, grad_scores, diagonal,
                 dq_start, dk_end, state_pairs, around, dq, dk, dg)
-    of_keys = dict(G=G, K=K, R=R, DOT=DOT, **sizes)
-    for steep in (False, True):
-        launches.grad_decays(
-            B * G * T // R, *pointers, scale=scale, LIMIT=steep_limit(q), STEEP=steep, **of_keys)
+    of_keys = dict(scale=scale, LIMIT=steep_limit(q), K=K, R=R, DOT=DOT, **sizes)
+    launches.grad_decays(B * H * T // R, *pointers, STEEP=False, **of_keys)
+    launches.grad_decays_steep(B * H * T // R, *pointers, STEEP=True, **of_keys)
 
 
 def gla_save(ctx, inputs, output):
@@ -1962,6 +1920,8 @@ def gla_triton(q, k, v, g, scale, state, gates):
         k, g = (x.unflatten(3, (-1, K)).flatten(2, 3) for x in (k, g))
         gates = gates.float().contiguous()
         BK = power_of_two(K, 16, 128)  # f times wider in the states: as little padding as can be
+    elif k.shape[2] < q.shape[2]:  # no model shares keys without gates: copies will do
+        k, g = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, g))
     q, k, g = (pad(x, {1: L, 3: BK}).contiguous() for x in (q.to(dtype), k.to(dtype), g.float()))
     v = pad(v.to(dtype), {1: L, 3: BV}).contiguous()
     if state is not None:
