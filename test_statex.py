@@ -2958,6 +2958,12 @@ def test_bad_input_is_one_line(script, args, says, bad_files):
     assert (bad_files["tmp"] / "kept/notes.md").read_text() == "mine"
 
 
+def test_an_option_of_the_other_family_is_named(tmp_path):
+    for block, other in (("gla", "d_state"), ("mamba2", "n_head")):
+        _, _, err = cli(train_script, f"--block={block}", f"--{other}=4", f"--data={tmp_path}/none")
+        assert f"--{other} does nothing to a {block} model" in err
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
 def test_folders_that_cannot_be_written(ckpt, corpus, tmp_path):
     tmp_path.chmod(0o555)

@@ -162,6 +162,7 @@ class Options:
 # The shape of a model from scratch without --size.
 SHAPE = ("block", "n_layer", "d_model", "tie_embeddings", "norm_eps", "conv_size", "n_head",
          "d_mlp", "d_state", "headdim")
+OTHERS = {"gla": {"d_state", "headdim"}, "mamba2": {"n_head", "d_mlp"}}     # the other family's
 
 
 def check(options, processes):
@@ -1087,6 +1088,9 @@ def resolve(given):
     shaped = [name for name in SHAPE[1:] if name in given]
     if options.size and shaped:
         raise BadInput(f"--{shaped[0]} is part of the shape that --size={options.size} names")
+    idle = OTHERS[options.block] & set(shaped)
+    if options.ckpt in ("", "scratch") and idle:
+        say(f"train.py: --{min(idle)} does nothing to a {options.block} model")
     shaped += [name for name in ("size", "block") if name in given]
     if shaped and options.ckpt not in ("", "scratch", "resume"):
         say(f"train.py: --{shaped[0]} is for a model from scratch; the one in {options.ckpt} keeps "
