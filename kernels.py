@@ -1599,6 +1599,8 @@ def across_blocks(
     """Of a chunk of two blocks: dq of the second one with what the first one's keys add,
     or dk of the first one with what the second one's queries add; both then as seen from
     the seam. other: the decay of the chunk's other block."""
+    dq = dq.to(tl.float32)
+    dk = dk.to(tl.float32)
     i = tl.arange(0, dq.shape[0])
     at_scores = i[:, None] * ROW + i[None, :]
     if of_chunk == 1:
@@ -1646,7 +1648,7 @@ def gla_grad_decays(
     """dq, dk and dg; STEEP: of steep blocks again, written over it.
 
     One program owns BK channels of one block of one head. It fills a processor, where
-    nothing goes on while it waits: so it asks for all that it reads at once."""
+    nothing else goes on while it waits for memory: what it reads it asks for at once."""
     k_block, rest = split(tl.program_id(0), K // BK)
     head, block, batch = split3(rest, H, n, L // R)
     of_block = ((batch * H + head) * n * (L // R) + block) * K
@@ -1660,28 +1662,32 @@ def gla_grad_decays(
     of_block += channel
     of_state = ((batch * H + head) * n + block // (L // R)) * K + channel
 
-    g = log2_decay(tl.load(g_ptr + at))
-    q = tl.load(q_ptr + at).to(tl.float32) * scale
-    k = tl.load(k_ptr + at).to(tl.float32)
+    g = tl.load(g_ptr + at)
+    q = tl.load(q_ptr + at)
+    k = tl.load(k_ptr + at)
     grad_scores = tl.load(grad_scores_ptr + at_scores)
     diagonal = tl.load(diagonal_ptr + (batch * H + head) * n * L + block * R + i)
-    dq_before = tl.load(dq_start_ptr + at).to(tl.float32)
-    dk_after = tl.load(dk_end_ptr + at).to(tl.float32)
+    dq_start = tl.load(dq_start_ptr + at)
+    dk_end = tl.load(dk_end_ptr + at)
     total = tl.load(block_decay_ptr + of_block)[None, :]
     around = tl.load(state_pairs_ptr + of_state) * tl.exp2(tl.load(decay_ptr + of_state))
 
+    # converted after all loads, for to convert is to wait
+    g = log2_decay(g)
     to_q, to_k, upto, after = decays_of_block(g, total, STEEP, DOT)
+    q = q.to(tl.float32) * scale
+    k = k.to(tl.float32)
     dq, dk, pairs = within_block(q, k, g, to_q, to_k, grad_scores, diagonal, STEEP, DOT)
     if L > R:
         of_chunk = block % 2
         other = tl.exp2(tl.load(block_decay_ptr + of_block + (1 - 2 * of_chunk) * K))[None, :]
         seam = ((batch * n + block // 2) * R * H + head) * K - row * K
-        dq_before, dk_after = across_blocks(
-            dq_before, dk_after, other, of_chunk, grad_scores_ptr + row * L,
+        dq_start, dk_end = across_blocks(
+            dq_start, dk_end, other, of_chunk, grad_scores_ptr + row * L,
             q_seam_ptr + seam, k_seam_ptr + seam, at, H * L, DOT)
         around += tl.load(around_ptr + of_block)
-    dq_before *= upto
-    dk_after *= after
+    dq_before = dq_start * upto
+    dk_after = dk_end * after
     tl.store(dq_ptr + at, ((dq + dq_before) * scale).to(dq_ptr.dtype.element_ty))
     tl.store(dk_ptr + at, (dk + dk_after).to(dk_ptr.dtype.element_ty))
     store_grad_decays(
