@@ -9,7 +9,7 @@
 A folder of token files holds train.bin and val.bin (token ids one after another, uint16, or
 uint32 for a vocabulary of more than 65,536) and meta.json (tokenizer, counts, sha256 of all
 ids). Each document ends with the end-of-text token. The pinned packages give the same files on
-every machine.
+every machine; data/packages-larger.txt is a second list (--packages=LIST,LIST).
 
 About a twentieth is held out: every 20th document, whole. A document longer than a tenth of
 all text gives its own last twentieth instead, and so do all where there are fewer than 20
