@@ -265,6 +265,10 @@ class GLA(nn.Module):
             with torch.no_grad():
                 self.gates.copy_(torch.eye(self.gates.shape[-1]).expand_as(self.gates))
 
+    def log_decays(self, x):
+        """x (B,T,d_model) -> g (B,T,d_k), <= 0 and near 0, in float32."""
+        return F.logsigmoid(at_least_float32(self.gk_proj(x))) / 16
+
     def forward(self, x, state=None, first=None):
         """x (B,T,d_model); state: (S (B,H,f K,V), the convolution's inputs) or None;
         first (B,T) bool: a document begins here. Returns (B,T,d_model) and the new state.
@@ -280,7 +284,7 @@ class GLA(nn.Module):
             sizes = (q.shape[-1], k.shape[-1], v.shape[-1])
             (q, k, v), before = causal_conv(
                 torch.cat((q, k, v), dim=-1), weight, None, before, sizes, first)
-        g = F.logsigmoid(at_least_float32(self.gk_proj(x))) / 16        # log decays, near 0
+        g = self.log_decays(x)
         q = q.unflatten(-1, (self.n_head, -1))                          # (B,T,H,K)
         k = k.unflatten(-1, (self.n_key_head, -1))
         v = v.unflatten(-1, (self.n_head, -1))                          # (B,T,H,V)

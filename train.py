@@ -820,8 +820,8 @@ def same_start(options, held, lm):
     """Raises BadInput where the held run began with other weights than lm's."""
     if held.get("start") and held["start"] != fingerprint(lm):
         raise BadInput(f"{options.path} holds a run that began with other weights: the checkpoint "
-                       "or the transplant has changed since; take another --out_dir, or "
-                       "--overwrite")
+                       "or the transplant has changed since; remove it, or take another --out_dir, "
+                       "or --overwrite")
 
 
 def held_run(options, meta):
