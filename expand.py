@@ -68,10 +68,11 @@ def expand(lm, layers, factor=None, init="preserve", seed=0, noise=0.0, same_sta
 def check(config, layers, factor, init, seed, noise, same_state, paper):
     if not isinstance(layers, (list, tuple, set, range)) or any(type(i) is not int for i in layers):
         raise BadInput(f"layers is {layers!r}; expected a list of layers' indices")
-    if not isinstance(factor, (int, type(None))) or not isinstance(seed, int):
-        raise BadInput(f"factor is {factor!r} and seed {seed!r}; expected whole numbers")
-    if not 0 <= noise < math.inf:
-        raise BadInput(f"noise is {noise}; expected a number from 0 up")
+    if type(factor) not in (int, type(None)) or type(seed) is not int or not 0 <= seed < 2**63:
+        raise BadInput(f"factor is {factor!r} and seed {seed!r}; expected whole numbers, of which "
+                       "seed is from 0 up and below 2^63")
+    if type(noise) not in (int, float) or not 0 <= noise < math.inf:
+        raise BadInput(f"noise is {noise!r}; expected a number from 0 up")
     if init not in INITS:
         raise BadInput(f"init is {init!r}; expected one of {', '.join(INITS)}")
     if config.block not in ("gla", "mamba2"):

@@ -1251,10 +1251,26 @@ def test_controls():
 @pytest.mark.parametrize("arguments", (
     dict(layers=[0.5]), dict(layers=[True]), dict(layers="0"), dict(layers=0), dict(layers=None),
     dict(layers=[0], factor="2"), dict(layers=[0], factor=2.0), dict(layers=[0], seed=1.5),
-    dict(layers=[0], init="inherit", noise=math.nan), dict(layers=[0], init="inherit", noise=-1)))
+    dict(layers=[0], seed=-1), dict(layers=[0], seed=2**63), dict(layers=[0], factor=True),
+    dict(layers=[0], init="inherit", noise=math.nan), dict(layers=[0], init="inherit", noise=-1),
+    dict(layers=[0], init="inherit", noise="0.1")))
 def test_transplants_that_mean_nothing(arguments):
     with pytest.raises(BadInput):
         expand(small("mamba2"), **arguments)
+
+
+def test_an_init_of_your_own_hears_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(expand_script, "INITS", (*expand_script.INITS, "mine"))
+    for block, says in (("gla", "`enlarged` does not say"), ("mamba2", "plan_rows does not say")):
+        with raises_one_line(says):
+            expand(small(block), [0], 2, "mine")
+
+    def plan(part, *_):
+        return [expand_script.Piece("drawn", part)]
+
+    monkeypatch.setattr(expand_script, "plan_gla", plan)
+    with raises_one_line("`make` does not know rows that are drawn"):
+        expand(small("gla"), [0], 2)
 
 
 @pytest.mark.parametrize("size,params,every,before,after,more", (
