@@ -207,8 +207,8 @@ def gla_chunked(q, k, v, g, scale, state, L=16):
     L = min(L, 1 << (T - 1).bit_length())
 
     q, k, v, g = (chunks(x, G, L) for x in (q * scale, k, v, g.clamp_min(FORGOTTEN)))
-    no_values = torch.compiler.is_compiling() or g.is_meta
-    steep = no_values or bool((g.sum(4) < -STEEP).any())
+    unknown = torch.compiler.is_compiling() or g.is_meta
+    steep = unknown or bool((g.sum(4) < -STEEP).any())
     read_chunk = gla_inside_steep if steep else gla_inside
     o, v, q_start, k_end, decay = read_chunk(q, k, v, g)
 
@@ -514,12 +514,7 @@ def no_tokens(v, state, sizes, *others):
 # and never dispatched. Read them before the fast path.
 
 
-# For the fast path: sizes are constants of the compilation, so that addresses fold into
-# instructions, but not the numbers of chunks and heads, nor whether these are 1 or
-# multiples of 16. So one compilation serves all T and B.
-chunk_kernel = triton.jit(do_not_specialize=["n", "heads"])
 # Kernels may read no globals but tl.constexpr.
-LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None
 FORGOTTEN_32 = tl.constexpr(-200.0) if triton_installed else None  # of float32
 
 
@@ -527,21 +522,6 @@ FORGOTTEN_32 = tl.constexpr(-200.0) if triton_installed else None  # of float32
 def split(number, size):
     """inner and outer of number = inner + size * outer."""
     return number % size, number // size
-
-
-@triton.jit
-def split3(number, heads, chunks, blocks: tl.constexpr = 1):
-    """The three of number = head + heads * (block + chunks * blocks * sequence). The
-    sequence has 64 bits, since offsets may pass 2^31."""
-    head, rest = split(number, heads)
-    block, sequence = split(rest, chunks * blocks)
-    return head, block, sequence.to(tl.int64)
-
-
-@triton.jit
-def log2_decay(g):
-    """log2(exp(g)): the GPU's exponential is exp2."""
-    return tl.maximum(g, FORGOTTEN_32) * LOG2E
 
 
 @triton.jit
@@ -650,12 +630,13 @@ def ssd_first(
 # Measured on an H100, batch 4, 8192 tokens, bfloat16, forward and backward: long chunks
 # take gla-340m with one head from 1.49 to 1.41 ms and from 0.89 to 0.69 GB, Mamba2-1.3b
 # with d_state 512 from 2.9 to 2.0 GB in the same 4.8 ms; tiles of 64 x 128, not 128 x
-# 256, take both scans of gla-1.3b with one head from 2.36 to 0.95 ms (3.6 in all).
+# 256, take both scans of gla-1.3b with one head from 2.36 to 0.95 ms (of 3.6 for
+# the whole pass).
 #
 # With gates the scores of each head with its own keys are computed once, and a second
 # kernel mixes them into the scores of every head of the group. Only kernels that touch
-# states see the group's f K channels: there K is f K, HX heads have x, and HQ heads have
-# queries.
+# states see the group's f K channels: there K is f K, and G = H / f heads (HX of the
+# scan) have queries and keys.
 #
 #   launch             gla                           ssd
 #   decays             (in gla_scores)               ssd_decays
@@ -676,8 +657,9 @@ def ssd_first(
 #
 #   n, L, R           chunks of a sequence, tokens of a chunk, of a block; a chunk has
 #                     blocks, in gla one or two. heads: B H
-#   BK, BV, BN        channels of a tile
-#   DOT               product_precision: None for bfloat16, not for float32
+#   BK, BV, BN        channels of a tile; BT, BE, BF: tokens, scores, heads of one
+#   DOT               product_precision: None for bfloat16, not for float32 (where
+#                     scores are mixed always tf32)
 #   upto, after       sums of g from the start of a chunk (or block) up to a token, and
 #                     after it to the end, in bits (log2, exp2), though formulas write
 #                     exp; in gla_grad_decays and its helpers their exp2
@@ -685,9 +667,31 @@ def ssd_first(
 #   q_seam, k_seam    the same of a block, where a chunk's two blocks meet
 #   dx, grad_x        the gradient of x; S is a state, dS its gradient
 #   row               a token's head, counted over all tokens; or its offset
-#   mine, at_, of_    offsets in elements (of_chunk: which block of its chunk)
+#   mine, at_, of_    offsets in elements
 #
 # Programs next to each other read the same tiles, while these are in the cache.
+
+
+# Sizes are constants of the compilation, so that addresses fold into instructions, but not
+# the numbers of chunks and heads, nor whether these are 1 or multiples of 16. So one
+# compilation serves all T and B.
+chunk_kernel = triton.jit(do_not_specialize=["n", "heads"])
+LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None
+
+
+@triton.jit
+def split3(number, heads, chunks, blocks: tl.constexpr = 1):
+    """The three of number = head + heads * (block + chunks * blocks * sequence). The
+    sequence has 64 bits, since offsets may pass 2^31."""
+    head, rest = split(number, heads)
+    block, sequence = split(rest, chunks * blocks)
+    return head, block, sequence.to(tl.int64)
+
+
+@triton.jit
+def log2_decay(g):
+    """log2(exp(g)): the GPU's exponential is exp2."""
+    return tl.maximum(g, FORGOTTEN_32) * LOG2E
 
 
 @triton.jit
@@ -716,26 +720,16 @@ def sum_rows(which, x, DOT: tl.constexpr):
 @triton.jit
 def load_gate(gates_ptr, channel, head, K: tl.constexpr, F: tl.constexpr):
     """The gate by which `head` reads this channel, one of the K that the F heads of its
-    group have side by side. gates_ptr (G,F,F)"""
+    group have side by side; a tile has channels of one head. gates_ptr (G,F,F)"""
     asked = channel // (K // F)
     return tl.load(gates_ptr + (head // F * F + asked) * F + head % F)
 
 
-@triton.jit
-def load_decay(decay_ptr, chunk, k, K: tl.constexpr, PER_CHANNEL: tl.constexpr):
-    """log2 of a chunk's decay: (BK,1) where every channel k has its own, else a number."""
-    if PER_CHANNEL:
-        decay = tl.load(decay_ptr + chunk * K + k)[:, None]
-    else:
-        decay = tl.load(decay_ptr + chunk)
-    return decay
-
-
-# What scan_states adds up:
+# What scan_states adds up (with gates K is f K, and gla in reverse is times the gate):
 #
 #                  x        y   weight         S (K x V)
 #     gla          k_end    v   None           K x V
-#     gla reverse  q_start  do  gates or None  K x V
+#     gla reverse  q_start  do  None           K x V
 #     ssd          x        B   exp(after) dt  P x N
 #     ssd reverse  dy       C   exp(upto)      P x N
 
@@ -745,19 +739,18 @@ def scan_states(
     x_ptr, y_ptr,         # (B,T,HX,K), (B,T,HY,V)  less than H where heads share
     weight_ptr,           # (B,H,T) or None
     gates_ptr,            # (HX,F,F) or None  F = H / HX
-    decay_ptr,            # (B,HD,n,K) if PER_CHANNEL, else (B,HD,n): of a chunk, log2
+    decay_ptr,            # (B,H,n,K/F), with weights (B,H,n): of a chunk, log2
     first_ptr, last_ptr,  # (B,H,K,V)    S to begin with and at the end, or None
     states_ptr,           # (B,H,n,K,V)
     n,
-    H: tl.constexpr, HX: tl.constexpr, HY: tl.constexpr, HD: tl.constexpr,
+    H: tl.constexpr, HX: tl.constexpr, HY: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
-    PER_CHANNEL: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr,
 ):
     """S = decay_c S + sum of weight_t x_t y_t^T over chunk c, chunk after chunk; dS the
     same from the last chunk to the first (REVERSE). Stored are S before, and dS after
     every chunk. One program owns BK x BV elements of one head's S, in registers from end
-    to end, and adds a piece of R tokens at a time (of this launch: a block or less)."""
+    to end, and adds a piece of R tokens at a time (this launch's R, not a block's)."""
     k_block, rest = split(tl.program_id(0), K // BK)
     v_block, rest = split(rest, V // BV)
     head, batch = split(rest, H)
@@ -766,14 +759,14 @@ def scan_states(
     k = k_block * BK + tl.arange(0, BK)
     v = v_block * BV + tl.arange(0, BV)
     mine = k[:, None] * V + v[None, :]
+    F: tl.constexpr = H // HX
 
-    x_ptr += (batch * n * L * HX + head // (H // HX)) * K
+    x_ptr += (batch * n * L * HX + head // F) * K
     y_ptr += (batch * n * L * HY + head // (H // HY)) * V
     states_ptr += (batch * H + head) * n * K * V
-    decay_head = (batch * HD + head // (H // HD)) * n
+    decay_head = (batch * H + head // F * F + k_block * BK // (K // F)) * n
     if gates_ptr is not None:
-        gate = load_gate(gates_ptr, k_block * BK, head, K, H // HX)
-
+        gate = load_gate(gates_ptr, k_block * BK, head, K, F)
     state = tl.zeros((BK, BV), tl.float32)
     if first_ptr is not None:
         state += tl.load(first_ptr + (batch * H + head) * K * V + mine)
@@ -788,12 +781,13 @@ def scan_states(
         token = piece.to(tl.int64) * R
         x = tl.load(x_ptr + token * HX * K + (i[None, :] * (HX * K) + k[:, None]))  # (BK,R)
         y = tl.load(y_ptr + token * HY * V + (i[:, None] * (HY * V) + v[None, :]))
-        if weight_ptr is not None:
+        if weight_ptr is None:  # every channel has a decay of its own
+            decay = tl.load(decay_ptr + (decay_head + chunk) * (K // F) + k % (K // F))[:, None]
+        else:
+            decay = tl.load(decay_ptr + decay_head + chunk)
             weight = tl.load(weight_ptr + (batch * H + head) * n * L + token + i)
             x = (x.to(tl.float32) * weight[None, :]).to(y.dtype)
-
         # Forget once, on entering the chunk: x or weight has the decays inside it.
-        decay = load_decay(decay_ptr, decay_head + chunk, k, K, PER_CHANNEL)
         state *= tl.exp2(tl.where(entering, decay, 0.0))
         if gates_ptr is not None:
             state += gate * tl.dot(x, y, input_precision=DOT)
@@ -808,13 +802,13 @@ def step_state(
     q_ptr, k_ptr, v_ptr,   # (B,HQ,K), (B,G,K), (B,H,V)
     g_ptr, dt_ptr, A_ptr,  # gla: (B,G,K), None, None; ssd: None, (B,H), (H,)
     D_ptr,                 # (H,) or None
-    state_ptr, new_ptr,    # (B,H,K,V), or (B,H,V,K) where VALUES_FIRST
+    state_ptr, new_ptr,    # (B,H,K,V), for ssd (B,H,V,K)
     out_ptr,               # (B,H,V)
     scale,
     H: tl.constexpr, HQ: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, VALUES_FIRST: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
 ):
-    """One token of either recurrence. For ssd q is C, k is B, v is x, VALUES_FIRST.
+    """One token of either recurrence. For ssd q is C, k is B, v is x.
 
     One program owns BV value channels of one head's state, read and written once."""
     v_block, rest = split(tl.program_id(0), tl.cdiv(V, BV))
@@ -837,7 +831,7 @@ def step_state(
         k = k0 + tl.arange(0, BK)
         k_inside = k < K
         inside = k_inside[:, None] & v_inside[None, :]
-        if VALUES_FIRST:
+        if dt_ptr is not None:
             at = bh * K * V + v[None, :] * K + k[:, None]
         else:
             at = bh * K * V + k[:, None] * V + v[None, :]
@@ -857,7 +851,7 @@ def step_state(
 
 @chunk_kernel
 def multiply_rows(
-    x_ptr, y_ptr,  # (B,T,H,K)
+    x_ptr, y_ptr,  # (B,T,H,K)  for ssd H is G, for gla K is V
     scores_ptr,    # (B,T,H,L)
     diagonal_ptr,  # (B,H,T) or None
     n,
@@ -897,8 +891,8 @@ def multiply_rows(
     tl.store(scores_ptr + at, scores.to(scores_ptr.dtype.element_ty))
 
 
-# Both families launch them by names of their own, as their other kernels: who looks for a
-# family's kernels by its name (a profile, a tool) finds all of them.
+# Both families launch them by names of their own, as their other kernels: who looks here
+# for a family's kernels by its name finds all of them.
 gla_scan_states = ssd_scan_states = scan_states
 gla_step_state = ssd_step_state = step_state
 gla_grad_scores = ssd_scores = multiply_rows
@@ -1005,7 +999,7 @@ def one_step(kernel, q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None,
         kernel[(B * H * -(-V // BV),)](
             q, k, v, g, dt, A, D, state_ptr=state, new_ptr=new, out_ptr=out, scale=scale,
             H=H, HQ=HQ, G=k.shape[2], K=K, V=V, BK=power_of_two(K, 16, BK), BV=BV,
-            VALUES_FIRST=g is None, num_warps=4)
+            num_warps=4)
     return out, new
 
 
@@ -1058,12 +1052,14 @@ def differentiable(forward, save, backward, chain):
 
 
 @triton.jit
-def is_steep(decay_ptr, LIMIT, K: tl.constexpr, BK: tl.constexpr):
-    """Whether a channel of a block decays by more than 2 LIMIT bits (steep_limit)."""
+def is_steep(decay_ptr, K: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
+    """Whether a channel of a block decays by more bits than can be split in two halves that
+    stay in the range of bfloat16 or, in float32, leave it digits."""
+    HALF: tl.constexpr = 90.0 if DOT is None else 30.0
     lowest = tl.zeros((BK,), tl.float32)
     for k0 in range(0, K, BK):
         lowest = tl.minimum(lowest, tl.load(decay_ptr + k0 + tl.arange(0, BK)))
-    return tl.min(lowest) < -2 * LIMIT
+    return tl.min(lowest) < -2 * HALF
 
 
 @triton.jit
@@ -1101,7 +1097,7 @@ def gla_scores(
     q_ptr, k_ptr, g_ptr,     # (B,T,H,K)
     q_start_ptr, k_end_ptr,  # (B,T,H,K)
     q_seam_ptr, k_seam_ptr,  # (B,n,R,H,K), or empty: one block a chunk
-    decay_ptr,               # (B,H,T/R,K)  of a block, log2: later called block_decay
+    block_decay_ptr,         # (B,H,T/R,K)  log2
     scores_ptr,              # (B,T,H,L)    of each query with the keys of its chunk
     scale, n,
     H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
@@ -1121,7 +1117,7 @@ def gla_scores(
     k_ptr += row * K
     g_ptr += row * K
     scores_ptr += row * L + block % (L // R) * R
-    decay_ptr += ((batch * H + head) * n * (L // R) + block) * K
+    block_decay_ptr += ((batch * H + head) * n * (L // R) + block) * K
     q_start_ptr, k_end_ptr = where_to(
         q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, n, H, K, L, R)
 
@@ -1147,7 +1143,7 @@ def gla_scores(
         # on from the middle to the ends
         tl.store(q_start_ptr + at, (q_mid * half).to(dtype))
         tl.store(k_end_ptr + at, (k_mid * half).to(dtype))
-        tl.store(decay_ptr + channel, total)
+        tl.store(block_decay_ptr + channel, total)
 
     # no decay on the diagonal, nothing above it
     equal = i[:, None] == i[None, :]
@@ -1160,20 +1156,20 @@ def gla_scores_steep(
     q_ptr, k_ptr, g_ptr,  # as in gla_scores
     q_start_ptr, k_end_ptr,
     q_seam_ptr, k_seam_ptr,
-    decay_ptr,
+    block_decay_ptr,
     scores_ptr,
-    scale, LIMIT, n,
+    scale, n,
     H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
-    """gla_scores again, written over it, for steep blocks; at others, nearly all in a
-    GLA model, programs return at once.
+    """For steep blocks gla_scores again, but for the diagonal and the decay, written over
+    it; at others, nearly all in a GLA model, programs return at once.
 
-    Pieces of 2^bit tokens meet in pairs, as in gla_inside_steep: tokens i and j < i do
-    where that is the highest bit in which i and j differ. So there is one matrix product for
-    each bit, of which that bit's pairs are stored."""
+    Pieces of 2^bit tokens meet in pairs, as in gla_inside_steep: tokens j < i meet at the
+    highest bit in which they differ. One matrix product a bit; that bit's pairs are stored."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
-    if not is_steep(decay_ptr + ((batch * H + head) * n * (L // R) + block) * K, LIMIT, K, BK):
+    of_block = ((batch * H + head) * n * (L // R) + block) * K
+    if not is_steep(block_decay_ptr + of_block, K, BK, DOT):
         return
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
@@ -1215,7 +1211,8 @@ def gla_scores_across(
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
     """Of a chunk of two blocks, the scores of the second one's queries with the first
-    one's keys: their decay splits at the seam.
+    one's keys: their decay splits at the seam. Also that block's q_start, this one's
+    k_end, and the chunk's decay.
 
     One program owns one chunk of one head."""
     head, chunk, batch = split3(tl.program_id(0), H, n)
@@ -1254,8 +1251,8 @@ def tile_of_group(
     first, element, heads,
     H: tl.constexpr, F: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
 ):
-    """Where elements of (BT,L), a few tokens of a chunk from its `first` on with the keys
-    of the chunk, are in a group's scores, and which of them exist (see load_scores)."""
+    """Offsets in a group's scores of elements of (BT,L), BT queries from the chunk's token
+    `first` on by its L keys; and which of them were stored (see load_scores)."""
     query = element // L
     key = element % L
     at = query[None, :] * (H * L) + heads[:, None] * L + key[None, :]
@@ -1276,9 +1273,9 @@ def gla_mix_scores(
     One program owns BT tokens of one group, BE elements at a time."""
     group, block, batch = split3(tl.program_id(0), H // F, n, L // BT)
     heads = tl.arange(0, BF)
-    row = batch * n * L + block * BT
-    scores_ptr += (row * H + group * F) * L
-    mixed_ptr += (row * H + group * F) * L
+    token = batch * n * L + block * BT
+    scores_ptr += (token * H + group * F) * L
+    mixed_ptr += (token * H + group * F) * L
     of_gates = heads[:, None] * F + heads[None, :]
     inside = (heads < F)[:, None] & (heads < F)[None, :]
     gates = tl.load(gates_ptr + group * F * F + of_gates, inside, 0.0)
@@ -1303,13 +1300,13 @@ def load_scores(
 
 @chunk_kernel
 def gla_outputs(
-    q_start_ptr,   # (B,T,HQ,K)   queries, scaled, decayed from the chunk's start
-    gates_ptr,     # (HQ,F,F) or None  F = H / HQ, without gates 1
+    q_start_ptr,   # (B,T,G,K)   queries, scaled, decayed from the chunk's start
+    gates_ptr,     # (G,F,F) or None  F = H / G, 1 without gates
     states_ptr,    # (B,H,n,K,V)  S before each chunk
     scores_ptr,    # (B,T,H,L)    with scale and decays; 0 for keys after the query
     v_ptr, o_ptr,  # (B,T,H,V)
     n,
-    H: tl.constexpr, HQ: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
     """o_i = S^T q_start_i + sum over j <= i in its chunk of scores_ij v_j.
@@ -1322,7 +1319,7 @@ def gla_outputs(
     head, chunk, batch = split3(rest, H, n)
     i = tl.arange(0, L)
     token = batch * n * L + chunk * L
-    q_start_ptr += (token * HQ + head // (H // HQ)) * K
+    q_start_ptr += (token * G + head // (H // G)) * K
     scores_ptr += (token * H + head) * L
     v_ptr += (token * H + head) * V + v_block * BV
     o_ptr += (token * H + head) * V + v_block * BV
@@ -1334,12 +1331,12 @@ def gla_outputs(
     gate = 1.0
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
-        q = tl.load(q_start_ptr + i[:, None] * (HQ * K) + k[None, :])
+        q = tl.load(q_start_ptr + i[:, None] * (G * K) + k[None, :])
         s = tl.load(states_ptr + k[:, None] * V + channel[None, :])
         if gates_ptr is not None:
-            if k0 % (K // (H // HQ)) == 0:
+            if k0 % (K // (H // G)) == 0:
                 before = gate
-                gate = load_gate(gates_ptr, k0, head, K, H // HQ)
+                gate = load_gate(gates_ptr, k0, head, K, H // G)
                 gate = tl.where(tl.abs(gate) < 1e-20, 1e-20, gate)
                 o *= before / gate
         o = tl.dot(q, s, o, input_precision=DOT)
@@ -1412,9 +1409,9 @@ def gla_grad_mix_scores(
     of scores_j grad_mixed_i over all pairs of tokens. Programs as in gla_mix_scores."""
     group, block, batch = split3(tl.program_id(0), H // F, n, L // BT)
     heads = tl.arange(0, BF)
-    row = batch * n * L + block * BT
-    scores_ptr += (row * H + group * F) * L
-    grad_scores_ptr += (row * H + group * F) * L
+    token = batch * n * L + block * BT
+    scores_ptr += (token * H + group * F) * L
+    grad_scores_ptr += (token * H + group * F) * L
     diagonal_ptr += (batch * H + group * F) * n * L + block * BT
     of_gates = heads[:, None] * F + heads[None, :]
     inside = (heads < F)[:, None] & (heads < F)[None, :]
@@ -1447,7 +1444,8 @@ def through_states(
     do_ptr, v_ptr, states_ptr, grad_states_ptr, k, dk, state_pairs,
     H: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
-    """A head's dq, and its group's dk and state_pairs with what the head adds."""
+    """dq (R,BK) of one head; and dk (R,BK) and state_pairs (BK,), sums over the heads of
+    its group, with what this head adds."""
     at_v = tl.arange(0, R)[:, None] * (H * V)
     dq = tl.zeros(dk.shape, tl.float32)
     for v0 in range(0, V, BV):
@@ -1470,17 +1468,18 @@ def gla_grad_queries_keys(
     states_ptr, grad_states_ptr,  # (B,H,n,K,V)
     q_start_ptr, k_end_ptr,       # (B,T,G,K)
     dq_start_ptr, dk_end_ptr,     # (B,T,G,K)
-    state_pairs_ptr,              # (B,G,n,K)    S dS, summed over a group's values
-    around_ptr,                   # (B,G,T/R,K)  or None: one block a chunk
+    state_pairs_ptr,              # (B,H,n,K/F)    S dS, summed over V and a group's heads
+    around_ptr,                   # (B,H,T/R,K/F)  or None: one block a chunk
     gates_ptr, dgates_ptr,        # (G,F,F), (B,T/R,G,K/BK,F)  or None: F = H / G
     n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
     """dq_start_i = S do_i and dk_end_j = dS v_j, the gradients through the states. For
-    dg (see below) also state_pairs, and `around` each block: q dq or k dk of the
-    chunk's other block with the state on this block's far side. With gates, dq_start
-    sums the heads that read these channels, each with its gate, whose gradient is q dq.
+    dg (see below) also state_pairs and what spans each block, `around`: the first one by
+    the second's queries with the state before the chunk (q dq), the second by the first's
+    keys with the state after it (k dk). With gates, dq_start sums the heads that read
+    these channels, each with its gate, whose gradient is q dq.
     One program owns BK channels of one block of one group, its heads in turn: without
     gates one head."""
     k_block, rest = split(tl.program_id(0), K // BK)
@@ -1508,22 +1507,25 @@ def gla_grad_queries_keys(
         dq += dq_of_head
     tl.store(dq_start_ptr + at, dq.to(dq_start_ptr.dtype.element_ty))
     tl.store(dk_end_ptr + at, dk.to(dk_end_ptr.dtype.element_ty))
+    F: tl.constexpr = H // G
+    keys = batch * H + group * F + k_block * BK // (K // F)
+    k %= K // F
     if block % (L // R) == 0:
-        tl.store(state_pairs_ptr + ((batch * G + group) * n + chunk) * K + k, state_pairs)
+        tl.store(state_pairs_ptr + (keys * n + chunk) * (K // F) + k, state_pairs)
     if L > R:
         if block % 2 == 0:
             around = tl.sum(tl.load(k_end_ptr + at).to(tl.float32) * dk, axis=0)
         else:
             around = tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq, axis=0)
-        other = (batch * G + group) * n * 2 + block + 1 - block % 2 * 2
-        tl.store(around_ptr + other * K + k, around)
+        other = keys * n * 2 + block + 1 - block % 2 * 2
+        tl.store(around_ptr + other * (K // F) + k, around)
 
 
 # The gradient of decays. Key j reaches query i with weight exp(g_{j+1} + ... + g_i), so
 # dg_t sums weight x its gradient over all pairs that span t, j < t <= i. For a token t
-# of a block (in ssd: of a chunk) these are
+# of a block (in ssd: of a chunk) these are (in brackets the variables)
 #
-#   both in the block         with i >= t, less with j >= t   (pairs; ssd: ends, begins)
+#   both in the block         query i >= t, less key j >= t   (pairs; ssd: ends, begins)
 #   key before the block      with i >= t                     (pairs too; ssd: reads)
 #   query after the block     with j < t                      (dk_after; ssd: writes)
 #   key before, query after   all                             (around; ssd: always)
@@ -1554,8 +1556,9 @@ def decays_of_block(g, total, STEEP: tl.constexpr, DOT: tl.constexpr):
 @triton.jit
 def meet(q, k, to_q, to_k, grad_scores, pairs, DOT: tl.constexpr):
     """What queries and keys, decayed to where they meet, give each other through the
-    gradient of their scores: dq and dk. pairs adds weight x gradient, at both ends of
-    the same rounded factors, so that pairs that do not span t cancel."""
+    gradient of their scores: dq and dk. pairs: weight x gradient, added at its query's row
+    and taken off at its key's, from the same rounded factors, so that those of pairs
+    wholly after t cancel."""
     k = (k * to_k).to(grad_scores.dtype)
     q = (q * to_q).to(grad_scores.dtype)
     dq = tl.dot(grad_scores, k, input_precision=DOT)
@@ -1593,17 +1596,16 @@ def within_block(
 
 @triton.jit
 def across_blocks(
-    dq, dk, other, of_chunk, grad_scores_ptr, q_seam_ptr, k_seam_ptr, at,
+    dq, dk, other, second, grad_scores_ptr, q_seam_ptr, k_seam_ptr, at,
     ROW: tl.constexpr, DOT: tl.constexpr,
 ):
-    """Of a chunk of two blocks: dq of the second one with what the first one's keys add,
-    or dk of the first one with what the second one's queries add; both then as seen from
-    the seam. other: the decay of the chunk's other block."""
+    """In a chunk of two blocks, the second one's dq_start, or the first one's dk_end, taken
+    on to the seam, and what the other block adds there. other: that block's decay."""
     dq = dq.to(tl.float32)
     dk = dk.to(tl.float32)
     i = tl.arange(0, dq.shape[0])
     at_scores = i[:, None] * ROW + i[None, :]
-    if of_chunk == 1:
+    if second:
         grad_scores = tl.load(grad_scores_ptr + at_scores)
         keys = tl.load(k_seam_ptr + at)
         dq = tl.dot(grad_scores, keys, dq * other, input_precision=DOT)
@@ -1623,8 +1625,8 @@ def store_grad_decays(
     unclamped = tl.load(g_ptr) > FORGOTTEN_32
     i = tl.arange(0, pairs.shape[0])
     earlier = i[:, None] > i[None, :]
-    # Differences drown what is small: earlier rows are a product, not a running sum less
-    # its last term; only ordinary blocks in bfloat16 take all pairs less the earlier ones.
+    # A running sum less its last term would drown what is small, so earlier rows are a
+    # product. Only ordinary blocks in bfloat16 afford "all pairs, less the earlier ones".
     if STEEP or DOT is not None:
         dg = tl.cumsum(pairs, 0, reverse=True) + sum_rows(earlier, writes, DOT)
     else:  # one product
@@ -1639,9 +1641,9 @@ def gla_grad_decays(
     block_decay_ptr, decay_ptr,     # (B,H,T/R,K), (B,H,n,K)  log2
     grad_scores_ptr, diagonal_ptr,  # (B,T,H,L), (B,H,T)
     dq_start_ptr, dk_end_ptr,       # (B,T,H,K)
-    state_pairs_ptr, around_ptr,    # (B,H,n,K), (B,H,T/R,K)
+    state_pairs_ptr, around_ptr,    # (B,H,n,K), (B,H,T/R,K) or None: one block a chunk
     dq_ptr, dk_ptr, dg_ptr,         # (B,T,H,K)
-    scale, LIMIT, n,
+    scale, n,
     H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
@@ -1652,7 +1654,7 @@ def gla_grad_decays(
     k_block, rest = split(tl.program_id(0), K // BK)
     head, block, batch = split3(rest, H, n, L // R)
     of_block = ((batch * H + head) * n * (L // R) + block) * K
-    if STEEP and not is_steep(block_decay_ptr + of_block, LIMIT, K, BK):
+    if STEEP and not is_steep(block_decay_ptr + of_block, K, BK, DOT):
         return
     i = tl.arange(0, R)[:, None]
     channel = k_block * BK + tl.arange(0, BK)
@@ -1679,11 +1681,12 @@ def gla_grad_decays(
     k = k.to(tl.float32)
     dq, dk, pairs = within_block(q, k, g, to_q, to_k, grad_scores, diagonal, STEEP, DOT)
     if L > R:
-        of_chunk = block % 2
-        other = tl.exp2(tl.load(block_decay_ptr + of_block + (1 - 2 * of_chunk) * K))[None, :]
+        second = block % 2
+        other = tl.exp2(tl.load(block_decay_ptr + of_block + (1 - 2 * second) * K))[None, :]
+        # rows at the seam, less those that `at` has
         seam = ((batch * n + block // 2) * R * H + head) * K - row * K
         dq_start, dk_end = across_blocks(
-            dq_start, dk_end, other, of_chunk, grad_scores_ptr + row * L,
+            dq_start, dk_end, other, second == 1, grad_scores_ptr + row * L,
             q_seam_ptr + seam, k_seam_ptr + seam, at, H * L, DOT)
         around += tl.load(around_ptr + of_block)
     dq_before = dq_start * upto
@@ -1707,8 +1710,8 @@ def gla_chunk(T, K, V, dtype):
 @functools.cache
 def gla_launches(K, V, heads, L, R, dtype):
     """The kernels with their tiles, the fastest of those measured on an H100 at the
-    sizes of layers(). Tiles of float32 are half as wide, for they take twice the
-    registers and shared memory."""
+    sizes of layers(). K is of one head; heads: B H f. Wide tiles of float32 are half as
+    wide, for they take twice the registers and shared memory."""
     narrow = dtype == torch.bfloat16
     BK = power_of_two(K, 16, 64)
     BV = power_of_two(V, 16, 64)
@@ -1732,7 +1735,6 @@ def gla_launches(K, V, heads, L, R, dtype):
         scan=Launch(gla_scan_states, cut={"BK": "K", "BV": "V"}, **scan),
         mix_scores=Launch(gla_mix_scores, num_warps=1, num_stages=1),
         outputs=Launch(gla_outputs, cut={"BV": "V"}, **rows),
-        grad_scan=Launch(gla_scan_states, cut={"BK": "K", "BV": "V"}, **scan),
         grad_values=Launch(gla_grad_values, cut={"BV": "V"}, **rows),
         grad_scores=Launch(gla_grad_scores, BK=BV, num_warps=8, num_stages=3),
         grad_mix_scores=Launch(gla_grad_mix_scores, num_warps=1, num_stages=1),
@@ -1750,12 +1752,6 @@ def product_precision(x):
     return "tf32x3" if x.dtype == torch.float32 else None
 
 
-def steep_limit(x):
-    """LIMIT: bits that half of a block may decay by, before its scores leave the range
-    of x's dtype or, in float32, its digits."""
-    return 30.0 if x.dtype == torch.float32 else 90.0
-
-
 MIX_TOKENS = 16
 
 
@@ -1765,18 +1761,6 @@ def mixing(f, DOT):
     BF = power_of_two(f, 16)  # the least that a matrix product takes
     BE = power_of_two((1024 if DOT else 2048) // BF, 16)
     return dict(F=f, BT=MIX_TOKENS, BE=BE, BF=BF, DOT=DOT or "tf32")
-
-
-def heads_beside(x, f):
-    """x (B,G f,n,K) -> (B,G,n,f K), the channels of a group's f heads side by side."""
-    if f == 1:
-        return x
-    return x.unflatten(1, (-1, f)).transpose(2, 3).flatten(3).contiguous()
-
-
-def heads_apart(x, f):
-    """x (B,G,n,f K) -> (B,G f,n,K), the other way."""
-    return x.unflatten(3, (f, -1)).transpose(2, 3).flatten(1, 2).contiguous()
 
 
 def gla_results(q, k, v, g, gates, L, R, **others):
@@ -1798,8 +1782,8 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R, *,
     """q, k, g (B,T,H,K): every head has keys of its own. T is a multiple of L; K and V
     multiples of 128, or powers of two from 16.
 
-    With gates k and g are, in the same memory, also (B,T,H/f,f K). So kernels that touch
-    states read q_start and k_end."""
+    With gates q_start and k_end are, in the same memory, also (B,T,H/f,f K): so kernels
+    that touch states read them."""
     B, T, H, K = q.shape
     V = v.shape[3]
     f = 1 if gates is None else gates.shape[1]
@@ -1812,7 +1796,7 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R, *,
     pointers = (q, k, g, q_start, k_end, q_seam, k_seam, block_decay, scores)
     of_keys = dict(K=K, R=R, DOT=DOT, **sizes)
     launches.scores(B * H * T // R, *pointers, scale=scale, **of_keys)
-    launches.scores_steep(B * H * T // R, *pointers, scale=scale, LIMIT=steep_limit(q), **of_keys)
+    launches.scores_steep(B * H * T // R, *pointers, scale=scale, **of_keys)
     if L > R:
         launches.scores_across(
             B * H * n, q_seam, k_seam, block_decay, q_start, k_end, decay, scores, **of_keys)
@@ -1823,10 +1807,10 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R, *,
             B * H // f * T // MIX_TOKENS, scores, gates, mixed, R=R, **mixing(f, DOT), **sizes)
     of_states = dict(K=f * K, V=V, DOT=DOT, **sizes)
     launches.scan(
-        B * H, k_end, v, None, None, heads_beside(decay, f), state, last, states,
-        HX=H // f, HY=H, HD=H // f, PER_CHANNEL=True, REVERSE=False, **of_states)
+        B * H, k_end, v, None, None, decay, state, last, states,
+        HX=H // f, HY=H, REVERSE=False, **of_states)
     launches.outputs(
-        B * H * n, q_start, gates, states, mixed, v, o, HQ=H // f, R=R, **of_states)
+        B * H * n, q_start, gates, states, mixed, v, o, G=H // f, R=R, **of_states)
 
 
 def gla_gradients(q, k, v, g, gates, states, has_state, **others):
@@ -1852,17 +1836,17 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
     diagonal = g.new_empty(B, H, T)
     dq_start = torch.empty_like(q)
     dk_end = torch.empty_like(k)
-    state_pairs = g.new_empty(B, H // f, n, f * K)
-    around = None if L == R else g.new_empty(B, H // f, T // R, f * K)
+    state_pairs = torch.empty_like(decay)
+    around = None if L == R else torch.empty_like(block_decay)
     if L == R:
         block_decay = decay
     if gates is None:
         mixed = scores
     of_states = dict(K=f * K, V=V, DOT=DOT, **sizes)
-    launches.grad_scan(
-        B * H, q_start, do, None, gates, heads_beside(decay, f), dlast,
+    launches.scan(
+        B * H, q_start, do, None, gates, decay, dlast,
         dstate if has_state else None, grad_states,
-        HX=H // f, HY=H, HD=H // f, PER_CHANNEL=True, REVERSE=True, **of_states)
+        HX=H // f, HY=H, REVERSE=True, **of_states)
     launches.grad_values(
         B * H * n, k_end, grad_states, mixed, do, dv, G=H // f, R=R, **of_states)
     launches.grad_scores(
@@ -1880,12 +1864,9 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
         state_pairs, around, gates, of_reading, G=H // f, R=R, **of_states)
     if gates is not None:
         dgates.copy_(of_mixing.sum(0) + of_reading.sum((0, 3)))
-        state_pairs = heads_apart(state_pairs, f)
-        if around is not None:
-            around = heads_apart(around, f)
     pointers = (q, k, g, q_seam, k_seam, block_decay, decay, grad_scores, diagonal,
                 dq_start, dk_end, state_pairs, around, dq, dk, dg)
-    of_keys = dict(scale=scale, LIMIT=steep_limit(q), K=K, R=R, DOT=DOT, **sizes)
+    of_keys = dict(scale=scale, K=K, R=R, DOT=DOT, **sizes)
     launches.grad_decays(B * H * T // R, *pointers, STEEP=False, **of_keys)
     launches.grad_decays_steep(B * H * T // R, *pointers, STEEP=True, **of_keys)
 
@@ -2419,7 +2400,7 @@ def ssd_forward(x, dt, A, B, C, D, state, first, L, R, *, y, last,
         batch * n * G * (L // R) ** 2, C, B, scores, None, H=G, K=N, R=R, **sizes)
     launches.scan(
         batch * H, x, B, write_weight, None, decay, state, last, states,
-        H=H, HX=H, HY=G, HD=H, K=P, V=N, PER_CHANNEL=False, REVERSE=False, **sizes)
+        H=H, HX=H, HY=G, K=P, V=N, REVERSE=False, **sizes)
     if N > READ_APART:
         launches.read(batch * n, C, states, state_read, H=H, G=G, P=P, N=N, **sizes)
     launches.outputs(
@@ -2461,7 +2442,7 @@ def ssd_backward(x, dt, A, B, C, D, first, cum, low, read_weight, write_weight, 
     dD_parts = cum.new_empty(batch, H, T // R)
     launches.grad_scan(
         heads, dy, C, read_weight, None, decay, dlast, dstate if has_state else None, grad_states,
-        HX=H, HY=G, HD=H, K=P, V=N, PER_CHANNEL=False, REVERSE=True, **sizes)
+        HX=H, HY=G, K=P, V=N, REVERSE=True, **sizes)
     if apart:
         launches.read(batch * n, B, grad_states, dx, G=G, P=P, N=N, **sizes)
     launches.grad_values(
