@@ -81,7 +81,7 @@ PRESETS = {
     "mamba2-1.3b": SCRATCH | dict(block="mamba2", size="mamba2-1.3b", lr=5e-4, accumulate=64),
     "paper-gla": POST | dict(block="gla"),
     "paper-mamba2": POST | dict(block="mamba2"),
-    "recipe-gla": dict(block="gla", curriculum=0.4, eval_interval=100),
+    "recipe-gla": dict(block="gla", curriculum=0.6, eval_interval=100),
     "recipe-mamba2": dict(block="mamba2", tie_embeddings=True, lr=2e-2, pretrain_steps=1800,
                           steps=600, recall_tokens=1024, curriculum=0.6, eval_interval=100),
 }

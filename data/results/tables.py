@@ -483,14 +483,16 @@ def recipe_rows(lines):
 
 
 def recipe_table():
-    """The recipe, by family and number of threads."""
+    """The recipe, by family, curriculum (today's first), number of threads and machine."""
     found = {}
     for line in read_lines("recipe.jsonl"):
-        key = (line["config"]["block"], line["threads"], line.get("machine", ""))
+        config = line["config"]
+        key = (config["block"], -config["curriculum"], line["threads"], line.get("machine", ""))
         found.setdefault(key, []).append(line)
     parts = []
-    for (family, threads, machine), lines in sorted(found.items()):
-        what = f"{FAMILIES[family]}, {threads} thread{'s' * (threads > 1)}, {machine}"
+    for (family, curriculum, threads, machine), lines in sorted(found.items()):
+        what = (f"{FAMILIES[family]}, curriculum {-curriculum:g}, {threads} "
+                f"thread{'s' * (threads > 1)}, {machine}")
         head = [f"{what}, n = {len(lines)}", "pre-trained", "LPT", "StateX", "StateX - LPT",
                 "range"]
         parts.append(markdown(head, recipe_rows(lines)))
@@ -658,8 +660,8 @@ def draw_costs(path):
 
 
 def draw_recipe(path):
-    """Recall of the recipe's three models by the number of pairs: means over the seeds, and
-    thin lines for the seeds."""
+    """Recall of the recipe's three models by the number of pairs, with today's curriculum:
+    means over the seeds, and thin lines for the seeds."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     lines = read_lines("recipe.jsonl")
@@ -667,6 +669,8 @@ def draw_recipe(path):
         some = [line for line in lines if line["config"]["block"] == family]
         if not some:
             continue
+        today = max(line["config"]["curriculum"] for line in some)
+        some = [line for line in some if line["config"]["curriculum"] == today]
         sizes = list(lines[0]["lpt"]["recall"]["mqar"])
         for arm, (label, color) in ARMS_OF_RECIPE.items():
             runs = [[line[arm]["recall"]["mqar"][size] for size in sizes] for line in some]
