@@ -83,7 +83,7 @@ PRESETS = {
     "paper-mamba2": POST | dict(block="mamba2"),
     "recipe-gla": dict(block="gla", curriculum=0.6, eval_interval=100),
     "recipe-mamba2": dict(block="mamba2", tie_embeddings=True, lr=2e-2, pretrain_steps=1800,
-                          steps=600, recall_tokens=1024, curriculum=0.6, eval_interval=100),
+                          steps=600, recall_tokens=1024, curriculum=0.8, eval_interval=100),
 }
 
 
