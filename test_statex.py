@@ -2799,11 +2799,14 @@ def test_the_recipe_on_real_text(block, tmp_path):
     process.communicate()
     said = ran(train_script, *args)
     assert "StateX - LPT" in said and "of 32 pairs, LPT" in said and "parameters" in said
+    assert "had not learnt to recall yet" in said
     lines = len(logged(tmp_path))
     assert "of 32 pairs, LPT" in ran(train_script, *args) and len(logged(tmp_path)) == lines
     results = json.loads((tmp_path / "results.json").read_text())
     for arm in ("pretrained", "lpt", "statex"):
         assert set(results[arm]["recall"]["mqar"]) == {"2", "4", "8", "16", "32"}
+    results["pretrained"]["recall"]["mqar"]["4"] = 0.9
+    assert "not learnt" not in report.closing(results)
         assert math.isfinite(results[arm]["val_loss"]) and results[arm]["evaluations"]
     assert {path.name for path in tmp_path.glob("*.pt")} == {"lpt.pt", "pretrained.pt", "statex.pt"}
     lpt, statex, pretrained = (LM.from_pretrained(tmp_path / f"{name}.pt").config
