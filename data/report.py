@@ -72,7 +72,7 @@ def closing(results):
     text, text_error = difference(results, "text")
     times = statex["state_elements"] / lpt["state_elements"]
     share = {arm: f"{results[arm]['recall']['mqar'][size]:.1%}" for arm in ("statex", "lpt")}
-    learnt = results["pretrained"]["recall"]["mqar"].get("4", 1.0)      # of 45 models 42 had 0.72
+    learnt = results["pretrained"]["recall"]["mqar"].get("4", 1.0)
     late = ""
     if learnt < 0.6:
         late = (f"\nThe pre-trained model had not learnt to recall yet ({learnt:.1%} of 4 pairs), "
