@@ -1133,6 +1133,8 @@ def main(stop=None):
         os._exit(1)
     if processes.size > 1:
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)         # all is saved; a thread of torch's may abort an interpreter that ends
 
 
 if __name__ == "__main__":
