@@ -171,10 +171,10 @@ def ssd_recurrent(x, dt, A, B, C, D, state, first):
 # finite, and in float64 (ssd) still tell the small decays beside it.
 FORGOTTEN = -1000.0
 # gla_inside multiplies keys by exp(-c), where c is the running sum of g in a chunk. Where
-# that would be more than exp(STEEP) anywhere, the whole call goes through
+# that would be more than exp(MAX_EXPONENT) anywhere, the whole call goes through
 # gla_inside_steep, four times slower, which never forms it. (float32 overflows at
 # exp(88), but near c = -30 the rounding of c is 1e-6 already.)
-STEEP = 30.0
+MAX_EXPONENT = 30.0
 
 
 def chunks(x, G, L):
@@ -208,7 +208,7 @@ def gla_chunked(q, k, v, g, scale, state, L=16):
 
     q, k, v, g = (chunks(x, G, L) for x in (q * scale, k, v, g.clamp_min(FORGOTTEN)))
     unknown = torch.compiler.is_compiling() or g.is_meta
-    steep = unknown or bool((g.sum(4) < -STEEP).any())
+    steep = unknown or bool((g.sum(4) < -MAX_EXPONENT).any())
     read_chunk = gla_inside_steep if steep else gla_inside
     o, v, q_start, k_end, decay = read_chunk(q, k, v, g)
 
@@ -229,7 +229,7 @@ def gla_chunked(q, k, v, g, scale, state, L=16):
 
 def gla_inside(q, k, v, g):
     """What the tokens of a chunk read from each other, in one product: the decay between
-    key j and query i is exp(upto_i) exp(-upto_j), upto_i = g_1 + ... + g_i >= -STEEP.
+    key j and query i is exp(upto_i) exp(-upto_j), upto_i = g_1 + ... + g_i >= -MAX_EXPONENT.
 
     Arguments (B,G,n,heads,L,D). Returns o and v (B,G,n,heads,L,V), the queries with the
     decay since the chunk began (B,G,n,heads,L,K), the keys with that to its end

@@ -403,16 +403,20 @@ class Mamba2Block(nn.Module):
 
 
 def slice_loss(logits, targets, count):
-    """logits (rows,vocab_size), which may be overwritten, targets (rows,1) -> the summed
-    cross-entropy, and the gradient in the logits of that sum over `count`."""
+    """logits (rows,vocab_size), which may be overwritten, targets (rows,1), -100 for rows that
+    are not counted, count a scalar tensor -> the summed cross-entropy, and the gradient in
+    the logits of that sum over `count`."""
+    counted = targets != -100
+    targets = targets.clamp(min=0)
     p = at_least_float32(logits)
     p = p.sub_(p.amax(1, keepdim=True))     # in place: fresh memory costs a CPU more than this
     right = p.gather(1, targets)
     p = p.exp_()
     z = p.sum(1, keepdim=True)
-    dlogits = p.div_(z * count).to(logits.dtype)
-    one = dlogits.new_full((1, 1), -1 / count).expand_as(targets)
-    return (z.log() - right).sum(), dlogits.scatter_add_(1, targets, one)
+    loss = (z.log() - right).masked_fill(~counted, 0)
+    dlogits = p.div_((z * count).masked_fill(~counted, math.inf)).to(logits.dtype)
+    one = (counted / -count).to(logits.dtype)
+    return loss.sum(), dlogits.scatter_add_(1, targets, one)
 
 
 def add_product(total, a, b):
@@ -440,17 +444,17 @@ class SlicedCrossEntropy(torch.autograd.Function):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         w = weight[:vocab_size].to(dtype)
-        counted = (targets != -100).nonzero()[:, 0]
         need_x, need_w = ctx.needs_input_grad[:2]
         dx = torch.zeros_like(x) if need_x else None
         exact = torch.promote_types(dtype, torch.float32)
         dw = torch.zeros_like(weight, dtype=exact) if need_w else None
         total = x.new_zeros((), dtype=exact)
-        for rows in counted.split(max(1, slice_elements // vocab_size)):
-            if not len(rows):
-                break
+        count = (targets != -100).sum().clamp(min=1).to(exact)
+        rows_of_slice = max(1, slice_elements // vocab_size)
+        for start in range(0, len(targets), rows_of_slice):
+            rows = slice(start, start + rows_of_slice)
             xs = x[rows].to(dtype)
-            part, dlogits = slice_loss(xs @ w.T, targets[rows, None], len(counted))
+            part, dlogits = slice_loss(xs @ w.T, targets[rows, None], count)
             total = total + part
             if need_x:
                 dx[rows] = (dlogits @ w).to(x.dtype)
@@ -458,7 +462,7 @@ class SlicedCrossEntropy(torch.autograd.Function):
                 add_product(dw[:vocab_size], dlogits.T, xs)
         ctx.save_for_backward(dx, dw)
         ctx.weight_dtype = weight.dtype
-        return total / max(1, len(counted))
+        return total / count
 
     @staticmethod
     def backward(ctx, grad):
@@ -531,7 +535,8 @@ class LM(nn.Module):
             before = None if state is None else state[i]
             if self.checkpoint_activations and self.training:
                 x = x if update is None else x + update     # one tensor to keep, not two
-                x, update, after = checkpoint(layer, x, None, before, first, use_reentrant=False)
+                x, update, after = checkpoint(layer, x, None, before, first, use_reentrant=False,
+                                              preserve_rng_state=False)     # no layer draws
             else:
                 x, update, after = layer(x, update, before, first)
             states.append(after)
@@ -540,10 +545,15 @@ class LM(nn.Module):
     def loss(self, x, targets):
         """Mean cross-entropy, in nats, of features x (B,T,d_model) where targets (B,T) are
         not -100."""
+        x = x.flatten(0, -2)
+        targets = targets.flatten().long()
+        if not x.is_cuda:                       # a GPU would have to be waited for
+            counted = (targets != -100).nonzero()[:, 0]
+            x = x.index_select(0, counted)
+            targets = targets[counted]
         slice_elements = 1 << (28 if x.is_cuda else 20)     # logits at once; a CPU has a cache
-        return SlicedCrossEntropy.apply(
-            x.flatten(0, -2), self.lm_head.weight, targets.flatten().long(),
-            self.config.vocab_size, slice_elements, self.slice_loss)
+        return SlicedCrossEntropy.apply(x, self.lm_head.weight, targets, self.config.vocab_size,
+                                        slice_elements, self.slice_loss)
 
     def generate(self, idx, n, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None):
         """Continue prompts by at most n tokens each; see `stream` for the options.

@@ -331,12 +331,12 @@ def test_chunked_equals_recurrent(op, H, G, K, V, T):
 
 @pytest.mark.parametrize("op", ("gla", "gates"))
 def test_chunked_on_both_sides_of_steep(op):
-    """float32's digits where a chunk decays by nearly exp(-STEEP) and by more, at one token or at
-    all alike."""
+    """float32's digits where a chunk decays by nearly exp(-MAX_EXPONENT) and by more, at one token
+    or at all alike."""
     for T, share in itertools.product((1, 2, 16, 33), (0.99, 1.01)):
         for tokens in (min(T, 16), 1):
             args = inputs(op, 1, T, 2, 1, 5, 7, decay=0)
-            args[3][:, -tokens:] = -share * kernels.STEEP / tokens
+            args[3][:, -tokens:] = -share * kernels.MAX_EXPONENT / tokens
             found = errors(op, args, "chunked")
             assert max(found.values()) < 3e-6, (T, share, tokens, found)
 
@@ -962,10 +962,11 @@ def test_sampling_draws_what_the_probabilities_say():
 @pytest.mark.parametrize("dtype,limit", ((torch.float32, 1e-6), (torch.bfloat16, 5e-3)))
 @pytest.mark.parametrize("vocab,n,slices", ((61, 40, 6), (50, 1, 1), (500, 1000, 34)))
 def test_sliced_loss_equals_the_plain_loss(vocab, n, slices, dtype, limit):
-    """With a padded vocabulary, and under autocast."""
+    """With a padded vocabulary, under autocast, and with targets that are not counted."""
     x, w = torch.randn(n, 64, device=DEVICE), torch.randn(512, 64, device=DEVICE) / 10
     x, w = (t.bfloat16().float().requires_grad_() for t in (x, w))      # the factors are exact
     targets = torch.randint(vocab, (n,), device=DEVICE)
+    targets[1::3] = -100
     plain = F.cross_entropy(x.double() @ w.double().T[:, :vocab], targets)
     with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
         sliced = SlicedCrossEntropy.apply(x, w, targets, vocab, vocab * n // slices)
@@ -2608,6 +2609,17 @@ def test_text_and_recall_go_side_by_side(ckpt):
                for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.skipif(not CUDA, reason="needs a GPU: records CUDA graphs")
+@pytest.mark.parametrize("more", ((), ("--documents",), ("--accumulate=2", "--compile"),
+                                  ("--checkpoint_activations", "--block=mamba2")))
+def test_a_recorded_pass_equals_one_as_ever(corpus, tmp_path, more):
+    """To the last digit: --graph changes how kernels are launched, not which."""
+    for graph in ("true", "false"):
+        ran(train_script, f"--data={corpus}", "--ckpt=scratch", *TINY, "--device=cuda", *more,
+            "--steps=20", f"--graph={graph}", f"--out_dir={tmp_path}/{graph}")
+    assert losses(tmp_path / "true") == losses(tmp_path / "false")
+
+
 def test_carried_state_equals_one_long_sequence(corpus, tmp_path):
     """Without learning, the mean loss of ten slices is that of the ten in one."""
     ran(train_script, f"--data={corpus}", "--ckpt=scratch", *TINY, "--batch_size=2", "--lr=0",
@@ -2922,6 +2934,7 @@ BAD = (
     (train_script, (*SCRATCH, "--accumulate=3"), "cannot be shared out"),
     (train_script, (*SCRATCH, "--shard"), "start it with torchrun"),
     (train_script, (*SCRATCH, "--compile"), "--compile is for GPUs"),
+    (train_script, (*SCRATCH, "--graph"), "--graph is for one GPU"),
     (train_script, (*SCRATCH, "--pairs=2;4"), "not a list of whole numbers"),
     (train_script, (*SCRATCH, "--vocab_size=100"), "less than the 4096 token ids"),
     (train_script, (*SCRATCH, "--carry_state", "--batch_size=100000"), "--carry_state reads"),

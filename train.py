@@ -81,9 +81,10 @@ PRESETS = {
     "mamba2-1.3b": SCRATCH | dict(block="mamba2", size="mamba2-1.3b", lr=5e-4, accumulate=64),
     "paper-gla": POST | dict(block="gla"),
     "paper-mamba2": POST | dict(block="mamba2"),
-    "recipe-gla": dict(block="gla", curriculum=0.6, eval_interval=100),
+    "recipe-gla": dict(block="gla", curriculum=0.6, eval_interval=100, graph=True),
     "recipe-mamba2": dict(block="mamba2", tie_embeddings=True, lr=2e-2, pretrain_steps=1800,
-                          steps=600, recall_tokens=1024, curriculum=0.8, eval_interval=100),
+                          steps=600, recall_tokens=1024, curriculum=0.8, eval_interval=100,
+                          graph=True),
 }
 
 
@@ -135,6 +136,8 @@ class Options:
     # speed and memory: none of these changes what is computed
     accumulate: int = option(1, "passes that a step is cut into, over all processes together")
     compile: bool = option(False, "torch.compile every layer: for GPUs, a minute at the start")
+    graph: bool = option(False, "on one GPU: record every pass as a CUDA graph; small models "
+                                "else wait for launches")
     checkpoint_activations: bool = option(False, "keep layers' inputs only, compute the rest again")
     shard: bool = option(False, "with torchrun: FSDP2 in place of DistributedDataParallel")
     # evaluation, saving, logging
@@ -197,6 +200,8 @@ def check(options, processes):
     if options.compile and options.device == "cpu":
         raise BadInput("--compile is for GPUs: on a CPU the first step takes minutes and the "
                        "others gain little")
+    if options.graph and (not options.cuda or processes.size > 1 or options.carry_state):
+        raise BadInput("--graph is for one GPU, without --carry_state")
     if os.path.exists(options.out_dir) and not os.path.isdir(options.out_dir):
         raise BadInput(f"out_dir {options.out_dir} is a file; expected a folder, or a free name")
 
@@ -313,6 +318,7 @@ class Run:
     evaluations: list = field(default_factory=list)     # [tokens, text loss, recall loss]
     start: str = ""                 # fingerprint of the weights it began with
     carried: list = field(default_factory=list)         # with --carry_state: per pass
+    graphs: dict = field(default_factory=dict)          # with --graph, see replayed
     recent: collections.deque = field(default_factory=lambda: collections.deque(maxlen=20))
 
 
@@ -482,13 +488,45 @@ def one_pass(run, k, i, batch):
         run.model.set_requires_gradient_sync(last)
     elif run.processes.size > 1:
         run.model.require_backward_grad_sync = last     # what DDP's no_sync() sets
-    with precision(options):
+    if options.graph:
+        loss = replayed(run, idx, targets, first, weight)
+    else:
+        loss, state = there_and_back(run, idx, targets, first, weight, state)
+    if carries:
+        run.carried[k] = on_device(state, options.device)
+    return loss, idx.numel()
+
+
+def there_and_back(run, idx, targets, first, weight, state=None):
+    """Forward and backward of one batch. -> its share of the loss, the state at its end"""
+    with precision(run.options):
         _, loss, state = run.model(idx, targets, state, first)
     loss = loss * weight
     (loss * run.processes.size).backward()          # averaged over the processes
-    if carries:
-        run.carried[k] = on_device(state, options.device)
-    return loss.detach(), idx.numel()
+    return loss.detach(), state
+
+
+def replayed(run, *batch):
+    """there_and_back as a CUDA graph, which is one launch for hundreds. The first batch of a
+    shape goes there and back as ever, and so compiles kernels; the second is recorded; from
+    then on each is copied to where the graph reads. It adds to the gradients where they are, so
+    that these are set to 0 after a step, not given back. -> the batch's share of the loss"""
+    key = tuple(x.shape if torch.is_tensor(x) else x for x in batch)
+    if key not in run.graphs:
+        run.graphs[key] = None
+        return there_and_back(run, *batch)[0]
+    if run.graphs[key] is None:
+        held = [x.clone() if torch.is_tensor(x) else x for x in batch]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss, _ = there_and_back(run, *held)
+        run.graphs[key] = graph, held, loss
+    graph, held, loss = run.graphs[key]
+    for old, new in zip(held, batch, strict=True):
+        if torch.is_tensor(old):
+            old.copy_(new)
+    graph.replay()
+    return loss
 
 
 def on_device(states, device):
@@ -501,7 +539,7 @@ def clip_and_step(run):
     """-> the gradient's norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(run.lm.parameters(), run.options.clip)
     run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=not run.options.graph)
     return norm.full_tensor() if run.options.shard else norm
 
 
@@ -806,7 +844,8 @@ def open_folder(options, processes):
 # What may differ between a run and its continuation: it changes nothing that is computed.
 # A folder's run that goes on without being asked to resume keeps its start and its text, too.
 FREE = {"ckpt", "preset", "device", "out_dir", "name", "overwrite", "plot", "accumulate",
-        "compile", "checkpoint_activations", "shard", "tensorboard", "eval_interval", "data"}
+        "compile", "graph", "checkpoint_activations", "shard", "tensorboard", "eval_interval",
+        "data"}
 
 
 def fingerprint(lm):
@@ -1102,6 +1141,8 @@ def resolve(given):
         options = resumed(options, given)
     if options.device == "cpu" and "compile" not in given:
         options.compile = False                 # presets and runs of GPUs compile: it is for them
+    if "graph" not in given and (not options.cuda or "RANK" in os.environ):
+        options.graph = False
     return options
 
 

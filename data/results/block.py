@@ -147,12 +147,13 @@ GATES_ARMS = {
 WHY_ARMS = {
     "lpt": ARMS["lpt"],
     "inherit": ARMS["inherit"],
-    "preserve-last-ones": Arm("preserve", "last quarter", 0, {"gates": 1.0}, like="inherit",
-                              core=True, family="gla"),
-    "preserve-last": Arm("preserve", "last quarter", 0, like="inherit", gates_rate=10, core=True,
-                         family="gla"),
-    "preserve-x16-fast": Arm("preserve", factor=16, like="inherit", gates_rate=10, family="gla"),
+    "preserve-x16-fast": Arm("preserve", factor=16, like="inherit", gates_rate=10, core=True,
+                             family="gla"),
     "preserve-x16": replace(ARMS["preserve-x16"], core=False),
+    "preserve-last-ones": Arm("preserve", "last quarter", 0, {"gates": 1.0}, like="inherit",
+                              family="gla"),
+    "preserve-last": Arm("preserve", "last quarter", 0, like="inherit", gates_rate=10,
+                         family="gla"),
 }
 # Pre-trained models; one that others need is started first.
 STARTS = {"pre": 1, "pre-x4": 4}        # times the state
@@ -251,7 +252,7 @@ def plan(options):
         if arm.start not in {job.name for job in jobs}:
             jobs.append(pre_job(arm.start, options))
         jobs.append(arm_job(name, arm, rates[name], options))
-    if options.phase == "block":            # the control at the rate of every arm
+    if options.phase in ("block", "why"):   # the control at the rate of every core arm
         others = {rates[name] for name, arm in arms.items() if arm.core} - {rates["lpt"]}
         at = next(i for i, job in enumerate(jobs) if not job.core and job.start)
         jobs[at:at] = [replace(arm_job("lpt", ARMS["lpt"], lr, options), own_rate=False)

@@ -27,7 +27,7 @@ import importlib.util
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 import train
 from model import LM, SIZES
 
-WARM_UP = 2             # steps before the timed ones: they compile
+WARM_UP = 3             # steps before the timed ones: they compile, or record
 PROMPT = 8192           # tokens read in --generate
 WRITTEN = 64            # tokens written in --generate
 BATCHES = (1, 64)       # of --generate
@@ -54,6 +54,7 @@ class Options:
                              "GLA's decays become steep, and its kernels take a slower way")
     warmup: int = option(1000, "steps of linear warm-up")
     compile: bool = option(True, "torch.compile every layer of ours")
+    graph: bool = option(False, "record ours as a CUDA graph; its memory is not in the peak")
     checkpoint_activations: bool = option(False, "keep layers' inputs only")
     peers: bool = option(True, "the peers too")
     generate: bool = option(False, "read and write instead, in bfloat16; random weights")
@@ -83,13 +84,26 @@ def shape(name, vocab_size):
 
 
 # ----------------------------------------------------------------------------------------
-# models: each function gives (the model, its loss as a function of idx and targets (B,T))
+# models: each function gives (the model, forward and backward as a function of idx and targets
+# (B,T) that returns the loss)
 
 
 def ours(config, options):
     lm = LM(config)
     run = train.start_run(lm, options, (None, None, {}), train.Processes(), train.Stop())
-    return lm, lambda idx, targets: run.model(idx, targets)[1]
+    if options.graph:
+        return lm, lambda idx, targets: train.replayed(run, idx, targets, None, 1.0)
+    return lm, lambda idx, targets: train.there_and_back(run, idx, targets, None, 1.0)[0]
+
+
+def of_peer(loss, options):
+    """The same for a peer, from its loss as a function of idx and targets."""
+    def forward_backward(idx, targets):
+        with train.precision(options):
+            value = loss(idx, targets)
+        value.backward()
+        return value.detach()
+    return forward_backward
 
 
 def fla_gla(config, options):
@@ -106,7 +120,7 @@ def fla_gla(config, options):
                 hidden_size=config.d_model, num_heads=n_head, use_short_conv=False, layer_idx=i)
     lm.to(options.device).train()
     # it shifts the labels by itself
-    return lm, lambda idx, targets: lm(idx, labels=idx, use_cache=False).loss
+    return lm, of_peer(lambda idx, targets: lm(idx, labels=idx, use_cache=False).loss, options)
 
 
 class MambaSSM(nn.Module):
@@ -134,14 +148,14 @@ class MambaSSM(nn.Module):
 
 def mamba_ssm(config, options):
     lm = MambaSSM(config).to(options.device).train()
-    return lm, lm
+    return lm, of_peer(lm, options)
 
 
 # ----------------------------------------------------------------------------------------
 # a training step
 
 
-def step_time(lm, loss, options):
+def step_time(lm, forward_backward, options):
     """Full steps on one batch of random tokens. -> (median seconds of a step, seconds until the
     first timed step, peak GiB)"""
     begin = time.time()
@@ -158,12 +172,10 @@ def step_time(lm, loss, options):
         start = time.time()
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(options, step)
-        with train.precision(options):
-            value = loss(idx, targets)
-        value.backward()
+        value = forward_backward(idx, targets)
         torch.nn.utils.clip_grad_norm_(lm.parameters(), options.clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not options.graph)
         value.item()                                        # waits for the GPU
         times.append(time.time() - start)
     peak = torch.cuda.max_memory_allocated() / 2**30
@@ -174,7 +186,8 @@ def print_training(options):
     training = train.Options(
         block_size=options.T, device="cuda", ckpt="scratch", batch_size=options.batch_size,
         vocab_size=options.vocab_size, steps=options.steps, lr=options.lr, warmup=options.warmup,
-        compile=options.compile, checkpoint_activations=options.checkpoint_activations)
+        compile=options.compile, graph=options.graph,
+        checkpoint_activations=options.checkpoint_activations)
     card = torch.cuda.get_device_name()
     peak_flops = next((f for name, f in train.PEAK.items() if name in card), math.nan)
     print("| model | whose | tokens/s | MFU | peak GiB | ready after, s |")
@@ -188,7 +201,8 @@ def print_training(options):
             if whose == "peer" and (not options.peers or name.endswith("-preserve")):
                 continue
             torch.manual_seed(0)
-            print(f"| {name} | {whose} | {measured(make, config, training, work / peak_flops)} |",
+            how = training if whose == "ours" else replace(training, graph=False)
+            print(f"| {name} | {whose} | {measured(make, config, how, work / peak_flops)} |",
                   flush=True)
             torch.cuda.empty_cache()
 
@@ -197,8 +211,8 @@ def measured(make, config, training, share):
     """The cells of one row. share: of the card's peak that a token per second takes."""
     try:
         with torch.device(training.device):
-            lm, loss = make(config, training)
-        seconds, ready, peak = step_time(lm, loss, training)
+            lm, forward_backward = make(config, training)
+        seconds, ready, peak = step_time(lm, forward_backward, training)
     except ImportError as e:
         return f"not importable: {e.name} | | | "
     except torch.OutOfMemoryError:
