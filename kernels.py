@@ -53,8 +53,8 @@ def gla(q, k, v, g, scale=None, state=None, impl="auto", gates=None):
     argument has more.
     gates (G,f,f) or None, f = H / G: each head may read the keys of all f heads of its
     group. k and g are then (B,T,G,f K), the state (B,H,f K,V), K channels for each of
-    the f heads, side by side. Head i reads its state at (m_1i q_1, ..., m_fi q_f): on
-    the channels with head j's keys the query is head j's, times m_ji = gates[:,j,i].
+    the f heads, side by side. Head j reads its state at (m_1j q_1, ..., m_fj q_f): on
+    the channels with head i's keys the query is head i's, times m_ij = gates[:,i,j].
     scale multiplies q; K**-0.5 when None.
     impl: "recurrent" | "chunked" | "triton" | "auto", which is triton on a GPU that it
     supports, else chunked. float64 is chunked in place of triton.
@@ -118,9 +118,9 @@ def ssd(x, dt, A, B, C, D=None, state=None, impl="auto", first=None):
 
 def ask_the_group(q, gates):
     """q (B,T,H,K), gates (G,f,f) -> (B,T,H,f K), the query of every head to its group's
-    keys: head i gets gates[:,0,i] q_0, ..., gates[:,f-1,i] q_{f-1} side by side."""
+    keys: head j gets gates[:,0,j] q_0, ..., gates[:,f-1,j] q_{f-1} side by side."""
     G, f, _ = gates.shape
-    q = q.unflatten(2, (G, 1, f))  # (B,T,G,1,j,K)
+    q = q.unflatten(2, (G, 1, f))  # (B,T,G,1,i,K)
     return (q * gates.mT[..., None]).flatten(-2).flatten(2, 3)
 
 
@@ -172,8 +172,8 @@ def ssd_recurrent(x, dt, A, B, C, D, state, first):
 FORGOTTEN = -1000.0
 # gla_inside multiplies keys by exp(-c), where c is the running sum of g in a chunk. Where
 # that would be more than exp(MAX_EXPONENT) anywhere, the whole call goes through
-# gla_inside_steep, four times slower, which never forms it. (float32 overflows at
-# exp(88), but near c = -30 the rounding of c is 1e-6 already.)
+# gla_inside_steep, four times slower, which never forms it. It is far from exp(88), where
+# float32 ends, because c is rounded too: near 30 by 1e-6, which is then exp(-c)'s error.
 MAX_EXPONENT = 30.0
 
 
@@ -335,6 +335,7 @@ def ssd_chunked(x, dt, A, B, C, D, state, first, L=64):
 
 SHAPES = {
     "gla": {"q": "BTHK", "k": "BTGK", "v": "BTHV", "g": "BTGK", "state": "BHKV"},
+    # W: the f K channels of a group's f heads
     "gates": {"q": "BTHK", "k": "BTGW", "v": "BTHV", "g": "BTGW", "state": "BHWV", "gates": "Gff"},
     "ssd": {"x": "BTHP", "dt": "BTH", "A": "H", "B": "BTGN", "C": "BTGN", "D": "H",
             "state": "BHPN", "first": "BT"},
@@ -393,10 +394,11 @@ def broadcast(op, **tensors):
         return BadInput(f"{op}: {name} has shape {tuple(tensors[name].shape)}; expected "
                         f"({', '.join(layouts[name])}){more}")
 
+    like_name, like = next(iter(tensors.items()))  # the first one says which device
     for name, tensor in tensors.items():
         if tensor is None and name in ("D", "state", "first", "gates"):
             continue
-        check_kind(op, name, tensor, *next(iter(tensors.items())))
+        check_kind(op, name, tensor, like_name, like)
         if name in "AD" and tensor.dim() == 0:
             tensors[name] = tensor = tensor.reshape(1)
         layouts[name] = "HP" if name == "D" and tensor.dim() == 2 else shapes[name]
@@ -406,7 +408,7 @@ def broadcast(op, **tensors):
             known, source = sizes.setdefault(letter, (size, name))
             if size == 0 and letter not in "BT":
                 raise misfit(name, f", {letter} at least 1")
-            if size != known and (letter == "T" or size != 1 != known):
+            if size != known and (letter == "T" or 1 not in (size, known)):  # 1 gives way
                 raise misfit(name, f", {letter} = {known} as {source}")
             if known == 1:
                 sizes[letter] = (size, name)
@@ -510,8 +512,8 @@ def no_tokens(v, state, sizes, *others):
 
 
 # --------------------------------------------------------------------------------------
-# Triton, first: each recurrence as one short kernel, forward only: right, slow, tested
-# and never dispatched. Read them before the fast path.
+# Triton, first: each recurrence as one short kernel, forward only. Nothing but a test calls
+# them: they are here to be read before the fast path.
 
 
 # Kernels may read no globals but tl.constexpr.
@@ -658,15 +660,15 @@ def ssd_first(
 #   n, L, R           chunks of a sequence, tokens of a chunk, of a block; a chunk has
 #                     blocks, in gla one or two. heads: B H
 #   BK, BV, BN        channels of a tile; BT, BE, BF: tokens, scores, heads of one
-#   DOT               product_precision: None for bfloat16, not for float32 (where
-#                     scores are mixed always tf32)
+#   DOT               tl.dot's input_precision: None for bfloat16, "tf32x3" for float32.
+#                     Gates are float32: where they mix scores, "tf32" for None
 #   upto, after       sums of g from the start of a chunk (or block) up to a token, and
 #                     after it to the end, in bits (log2, exp2), though formulas write
 #                     exp; in gla_grad_decays and its helpers their exp2
 #   q_start, k_end    q exp(upto), k exp(after): what meets the states around a chunk
 #   q_seam, k_seam    the same of a block, where a chunk's two blocks meet
 #   dx, grad_x        the gradient of x; S is a state, dS its gradient
-#   row               a token's head, counted over all tokens; or its offset
+#   row               a token's head, counted over all tokens
 #   mine, at_, of_    offsets in elements
 #
 # Programs next to each other read the same tiles, while these are in the cache.
@@ -725,7 +727,8 @@ def load_gate(gates_ptr, channel, head, K: tl.constexpr, F: tl.constexpr):
     return tl.load(gates_ptr + (head // F * F + asked) * F + head % F)
 
 
-# What scan_states adds up (with gates K is f K, and gla in reverse is times the gate):
+# What scan_states adds up. (With gates K is f K, and in reverse a product is multiplied by
+# the gate with which the head reads these channels.)
 #
 #                  x        y   weight         S (K x V)
 #     gla          k_end    v   None           K x V
@@ -740,22 +743,22 @@ def scan_states(
     weight_ptr,           # (B,H,T) or None
     gates_ptr,            # (HX,F,F) or None  F = H / HX
     decay_ptr,            # (B,H,n,K/F), with weights (B,H,n): of a chunk, log2
-    first_ptr, last_ptr,  # (B,H,K,V)    S to begin with and at the end, or None
+    initial_ptr, final_ptr,  # (B,H,K,V)  S to begin with and at the end, or None
     states_ptr,           # (B,H,n,K,V)
     n,
     H: tl.constexpr, HX: tl.constexpr, HY: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BT: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr,
 ):
     """S = decay_c S + sum of weight_t x_t y_t^T over chunk c, chunk after chunk; dS the
     same from the last chunk to the first (REVERSE). Stored are S before, and dS after
     every chunk. One program owns BK x BV elements of one head's S, in registers from end
-    to end, and adds a piece of R tokens at a time (this launch's R, not a block's)."""
+    to end, and adds a piece of BT tokens at a time."""
     k_block, rest = split(tl.program_id(0), K // BK)
     v_block, rest = split(rest, V // BV)
     head, batch = split(rest, H)
     batch = batch.to(tl.int64)  # offsets may pass 2^31
-    i = tl.arange(0, R)
+    i = tl.arange(0, BT)
     k = k_block * BK + tl.arange(0, BK)
     v = v_block * BV + tl.arange(0, BV)
     mine = k[:, None] * V + v[None, :]
@@ -768,9 +771,9 @@ def scan_states(
     if gates_ptr is not None:
         gate = load_gate(gates_ptr, k_block * BK, head, K, F)
     state = tl.zeros((BK, BV), tl.float32)
-    if first_ptr is not None:
-        state += tl.load(first_ptr + (batch * H + head) * K * V + mine)
-    PIECES: tl.constexpr = L // R  # per chunk
+    if initial_ptr is not None:
+        state += tl.load(initial_ptr + (batch * H + head) * K * V + mine)
+    PIECES: tl.constexpr = L // BT  # per chunk
     for step in range(n * PIECES):
         piece = n * PIECES - 1 - step if REVERSE else step
         chunk = (piece // PIECES).to(tl.int64)
@@ -778,8 +781,8 @@ def scan_states(
         if entering:
             tl.store(states_ptr + chunk * K * V + mine, state.to(states_ptr.dtype.element_ty))
 
-        token = piece.to(tl.int64) * R
-        x = tl.load(x_ptr + token * HX * K + (i[None, :] * (HX * K) + k[:, None]))  # (BK,R)
+        token = piece.to(tl.int64) * BT
+        x = tl.load(x_ptr + token * HX * K + (i[None, :] * (HX * K) + k[:, None]))  # (BK,BT)
         y = tl.load(y_ptr + token * HY * V + (i[:, None] * (HY * V) + v[None, :]))
         if weight_ptr is None:  # every channel has a decay of its own
             decay = tl.load(decay_ptr + (decay_head + chunk) * (K // F) + k % (K // F))[:, None]
@@ -793,8 +796,8 @@ def scan_states(
             state += gate * tl.dot(x, y, input_precision=DOT)
         else:
             state = tl.dot(x, y, state, input_precision=DOT)
-    if last_ptr is not None:
-        tl.store(last_ptr + (batch * H + head) * K * V + mine, state)
+    if final_ptr is not None:
+        tl.store(final_ptr + (batch * H + head) * K * V + mine, state)
 
 
 @triton.jit
@@ -907,7 +910,8 @@ class Launch:
     is one program for every BV of H P channels, times `programs` of the call.
 
     Where the GPU's shared memory does not hold the stages of the software pipeline that
-    were asked for, it keeps to fewer."""
+    were asked for, it keeps to fewer, then and later: gla_launches and ssd_launches are
+    cached."""
 
     def __init__(self, kernel, cut=None, **options):
         self.kernel = kernel
@@ -1053,8 +1057,9 @@ def differentiable(forward, save, backward, chain):
 
 @triton.jit
 def is_steep(decay_ptr, K: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
-    """Whether a channel of a block decays by more bits than can be split in two halves that
-    stay in the range of bfloat16 or, in float32, leave it digits."""
+    """Whether a channel of a block decays by more than 2 HALF bits. Up to that both halves of
+    the decay, exp2(HALF) and exp2(-HALF), are exact enough: HALF is of the 126 bits that
+    bfloat16 reaches, and in float32 few, as the sum's rounding is the result's error."""
     HALF: tl.constexpr = 90.0 if DOT is None else 30.0
     lowest = tl.zeros((BK,), tl.float32)
     for k0 in range(0, K, BK):
@@ -1218,13 +1223,13 @@ def gla_scores_across(
     head, chunk, batch = split3(tl.program_id(0), H, n)
     i = tl.arange(0, R)
     seam = (batch * n + chunk) * R
-    first = batch * n * L + chunk * L
-    second = first + R
+    first_token = batch * n * L + chunk * L
+    second_token = first_token + R
     q_seam_ptr += (seam * H + head) * K
     k_seam_ptr += (seam * H + head) * K
-    q_start_ptr += (second * H + head) * K
-    k_end_ptr += (first * H + head) * K
-    scores_ptr += (second * H + head) * L
+    q_start_ptr += (second_token * H + head) * K
+    k_end_ptr += (first_token * H + head) * K
+    scores_ptr += (second_token * H + head) * L
     block_decay_ptr += ((batch * H + head) * n + chunk) * 2 * K
     decay_ptr += ((batch * H + head) * n + chunk) * K
 
@@ -1248,15 +1253,15 @@ def gla_scores_across(
 
 @triton.jit
 def tile_of_group(
-    first, element, heads,
+    start, element, heads,
     H: tl.constexpr, F: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
 ):
     """Offsets in a group's scores of elements of (BT,L), BT queries from the chunk's token
-    `first` on by its L keys; and which of them were stored (see load_scores)."""
+    `start` on by its L keys; and which of them were stored (see load_scores)."""
     query = element // L
     key = element % L
     at = query[None, :] * (H * L) + heads[:, None] * L + key[None, :]
-    return at, (heads < F)[:, None] & ((first + query) // R >= key // R)[None, :]
+    return at, (heads < F)[:, None] & ((start + query) // R >= key // R)[None, :]
 
 
 @chunk_kernel
@@ -1268,7 +1273,7 @@ def gla_mix_scores(
     H: tl.constexpr, F: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BT: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr, DOT: tl.constexpr,
 ):
-    """mixed_i = sum of gates_ji scores_j over the heads j of i's group.
+    """mixed_j = sum of gates_ij scores_i over the heads i of j's group.
 
     One program owns BT tokens of one group, BE elements at a time."""
     group, block, batch = split3(tl.program_id(0), H // F, n, L // BT)
@@ -1335,10 +1340,10 @@ def gla_outputs(
         s = tl.load(states_ptr + k[:, None] * V + channel[None, :])
         if gates_ptr is not None:
             if k0 % (K // (H // G)) == 0:
-                before = gate
+                previous = gate
                 gate = load_gate(gates_ptr, k0, head, K, H // G)
                 gate = tl.where(tl.abs(gate) < 1e-20, 1e-20, gate)
-                o *= before / gate
+                o *= previous / gate
         o = tl.dot(q, s, o, input_precision=DOT)
     if gates_ptr is not None:
         o *= gate
@@ -1405,8 +1410,8 @@ def gla_grad_mix_scores(
     H: tl.constexpr, F: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BT: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr, DOT: tl.constexpr,
 ):
-    """grad_scores_j = sum of gates_ji grad_mixed_i over the heads i, and dgates_ji = sum
-    of scores_j grad_mixed_i over all pairs of tokens. Programs as in gla_mix_scores."""
+    """grad_scores_i = sum of gates_ij grad_mixed_j over the heads j, and dgates_ij = sum
+    of scores_i grad_mixed_j over all pairs of tokens. Programs as in gla_mix_scores."""
     group, block, batch = split3(tl.program_id(0), H // F, n, L // BT)
     heads = tl.arange(0, BF)
     token = batch * n * L + block * BT
@@ -1509,16 +1514,16 @@ def gla_grad_queries_keys(
     tl.store(dk_end_ptr + at, dk.to(dk_end_ptr.dtype.element_ty))
     F: tl.constexpr = H // G
     keys = batch * H + group * F + k_block * BK // (K // F)
-    k %= K // F
+    channel_of_head = k % (K // F)
     if block % (L // R) == 0:
-        tl.store(state_pairs_ptr + (keys * n + chunk) * (K // F) + k, state_pairs)
+        tl.store(state_pairs_ptr + (keys * n + chunk) * (K // F) + channel_of_head, state_pairs)
     if L > R:
         if block % 2 == 0:
             around = tl.sum(tl.load(k_end_ptr + at).to(tl.float32) * dk, axis=0)
         else:
             around = tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq, axis=0)
-        other = keys * n * 2 + block + 1 - block % 2 * 2
-        tl.store(around_ptr + other * (K // F) + k, around)
+        other = keys * n * 2 + (block ^ 1)
+        tl.store(around_ptr + other * (K // F) + channel_of_head, around)
 
 
 # The gradient of decays. Key j reaches query i with weight exp(g_{j+1} + ... + g_i), so
@@ -1530,9 +1535,9 @@ def gla_grad_queries_keys(
 #   query after the block     with j < t                      (dk_after; ssd: writes)
 #   key before, query after   all                             (around; ssd: always)
 #
-# Over a query's pairs weight x gradient sums to q dq, over a key's to k dk, with what
-# these pairs give of dq and dk, per channel. A query with its own key spans nothing: it
-# is left out, for it would drown small gradients.
+# Summed over a query's pairs, weight x gradient is q dq, channel by channel, where dq is what
+# these pairs add to its gradient; over a key's pairs it is k dk. A query with its own key
+# spans nothing: it is left out, for it would drown small gradients.
 
 
 @triton.jit
@@ -1544,7 +1549,7 @@ def decays_of_block(g, total, STEEP: tl.constexpr, DOT: tl.constexpr):
         return upto, after, upto, after
     if DOT is not None:
         from_middle = tl.cumsum(g, 0) - 0.5 * total
-    else:  # bfloat16: a product, of 16 bits, in place of a scan
+    else:  # in bfloat16 a product is faster than a scan, and exact to 16 bits
         i = tl.arange(0, g.shape[0])
         from_middle = sum_rows(i[:, None] >= i[None, :], g, DOT) - 0.5 * total
     half = tl.exp2(0.5 * total)
@@ -1681,12 +1686,12 @@ def gla_grad_decays(
     k = k.to(tl.float32)
     dq, dk, pairs = within_block(q, k, g, to_q, to_k, grad_scores, diagonal, STEEP, DOT)
     if L > R:
-        second = block % 2
-        other = tl.exp2(tl.load(block_decay_ptr + of_block + (1 - 2 * second) * K))[None, :]
+        to_other = ((block ^ 1) - block) * K
+        other = tl.exp2(tl.load(block_decay_ptr + of_block + to_other))[None, :]
         # rows at the seam, less those that `at` has
         seam = ((batch * n + block // 2) * R * H + head) * K - row * K
         dq_start, dk_end = across_blocks(
-            dq_start, dk_end, other, second == 1, grad_scores_ptr + row * L,
+            dq_start, dk_end, other, block % 2 == 1, grad_scores_ptr + row * L,
             q_seam_ptr + seam, k_seam_ptr + seam, at, H * L, DOT)
         around += tl.load(around_ptr + of_block)
     dq_before = dq_start * upto
@@ -1708,9 +1713,9 @@ def gla_chunk(T, K, V, dtype):
 
 
 @functools.cache
-def gla_launches(K, V, heads, L, R, dtype):
+def gla_launches(K, V, states, L, R, dtype):
     """The kernels with their tiles, the fastest of those measured on an H100 at the
-    sizes of layers(). K is of one head; heads: B H f. Wide tiles of float32 are half as
+    sizes of layers(). K is of one head; states: B H f, of K x V. Wide tiles of float32 are half as
     wide, for they take twice the registers and shared memory."""
     narrow = dtype == torch.bfloat16
     BK = power_of_two(K, 16, 64)
@@ -1718,13 +1723,13 @@ def gla_launches(K, V, heads, L, R, dtype):
     wide_k = power_of_two(K, 16, 128 if narrow else 64)
     wide_v = power_of_two(V, 16, 128 if narrow else 64)
     # whether wide tiles leave a program for each of a large GPU's 132 processors
-    many = narrow and K // BK * (V // wide_v) * heads >= 128
+    many = narrow and K // BK * (V // wide_v) * states >= 128
     if many and L > R:
-        scan = dict(BK=BK, BV=wide_v, R=64, num_warps=4, num_stages=4)
+        scan = dict(BK=BK, BV=wide_v, BT=64, num_warps=4, num_stages=4)
     elif many:
-        scan = dict(BK=BK, BV=wide_v, R=R, num_warps=8, num_stages=2)
+        scan = dict(BK=BK, BV=wide_v, BT=R, num_warps=8, num_stages=2)
     else:
-        scan = dict(BK=BK, BV=BV, R=R, num_warps=4, num_stages=3)
+        scan = dict(BK=BK, BV=BV, BT=R, num_warps=4, num_stages=3)
     rows = dict(BK=BK, BV=wide_v)
     rows |= dict(num_warps=8, num_stages=4) if L > R else dict(num_warps=4, num_stages=3)
     few_k = power_of_two(K, 16, 32)  # where many tiles are in registers at once
@@ -1824,6 +1829,8 @@ def gla_gradients(q, k, v, g, gates, states, has_state, **others):
 def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay, decay, scores,
                  mixed, states, do, dlast, scale, L, R, has_state, *,
                  dq, dk, dv, dg, dgates, dstate):
+    """The launches of the table above, in its order. Tensors as in gla_forward; do as o,
+    dlast as last, or None."""
     B, T, H, K = q.shape
     V = v.shape[3]
     f = 1 if gates is None else gates.shape[1]
@@ -1872,14 +1879,14 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
 
 
 def gla_save(ctx, inputs, output):
+    q, k, v, g, gates, state, ctx.scale, ctx.L, ctx.R = inputs
+    ctx.has_state = state is not None
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:5], *output[2:])
-    ctx.has_state = inputs[5] is not None
-    ctx.scale, ctx.L, ctx.R = inputs[6:]
+    ctx.save_for_backward(q, k, v, g, gates, *output[2:])  # all but o and last
 
 
 def gla_chain(backward, ctx, saved, do, dlast, *_):
-    v, _, gates = saved[2:5]
+    _, _, v, _, gates, *_ = saved
     do = torch.zeros_like(v) if do is None else do.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
     *gradients, dgates, dstate = backward(
@@ -1941,7 +1948,8 @@ def decay_table(cum_ptr, low_ptr, of_head, query, key):
 def ssd_decays(
     dt_ptr, A_ptr, first_ptr,  # (B,T,H), (H,), (B,T) int8 or None: a document begins
     cum_ptr, low_ptr,          # (B,H,T)  upto, log2; and what float32 drops of it
-    read_ptr, write_ptr,       # (B,H,T)  weights exp(upto) and exp(after) dt
+    read_weight_ptr,           # (B,H,T)  exp(upto)
+    write_weight_ptr,          # (B,H,T)  exp(after) dt
     decay_ptr,                 # (B,H,n)  of a chunk, log2
     n,
     H: tl.constexpr, L: tl.constexpr, BH: tl.constexpr,
@@ -1967,8 +1975,8 @@ def ssd_decays(
     tl.store(cum_ptr + at, high, inside)
     if low_ptr is not None:
         tl.store(low_ptr + at, (cum - high.to(tl.float64)).to(tl.float32), inside)
-    tl.store(read_ptr + at, tl.exp2(high), inside)
-    tl.store(write_ptr + at, tl.exp2((total[None, :] - cum).to(tl.float32)) * dt, inside)
+    tl.store(read_weight_ptr + at, tl.exp2(high), inside)
+    tl.store(write_weight_ptr + at, tl.exp2((total[None, :] - cum).to(tl.float32)) * dt, inside)
     tl.store(decay_ptr + (batch * H + head) * n + chunk, total.to(tl.float32), head < H)
 
 
@@ -2005,12 +2013,12 @@ def ssd_read_states(
 
 @triton.jit
 def read_rows(
-    read_ptr, row, mine, c_ptr, states_ptr, token, p,
+    read_ptr, of_token, mine, c_ptr, states_ptr, token, p,
     G: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
     """S c for tokens of one head: loaded where ssd_read_states made it, else made here."""
     if read_ptr is not None:
-        return tl.load(read_ptr + row + mine).to(tl.float32)
+        return tl.load(read_ptr + of_token + mine).to(tl.float32)
     read = tl.zeros((token.shape[0], p.shape[0]), tl.float32)
     for n0 in range(0, N, BN):
         channel = n0 + tl.arange(0, BN)
@@ -2052,8 +2060,8 @@ def ssd_outputs(
     mine = query[:, None] * (H * P) + p[None, :]
 
     # what queries read from the state
-    row = (token * H + head) * P
-    y = read_rows(state_read_ptr, row, mine, C_ptr, states_ptr, query, p, G, N, BN, DOT)
+    of_token = (token * H + head) * P
+    y = read_rows(state_read_ptr, of_token, mine, C_ptr, states_ptr, query, p, G, N, BN, DOT)
     y *= tl.exp2(tl.load(cum_ptr + of_head + query))[:, None]
 
     # and from the keys of their chunk, block by block up to the diagonal
@@ -2067,18 +2075,18 @@ def ssd_outputs(
 
     if D_ptr is not None:
         y += tl.load(D_ptr + head) * tl.load(x_ptr + mine).to(tl.float32)
-    tl.store(y_ptr + row + mine, y.to(y_ptr.dtype.element_ty))
+    tl.store(y_ptr + of_token + mine, y.to(y_ptr.dtype.element_ty))
 
 
 @triton.jit
 def written(
-    x, dv, cum_ptr, low_ptr, write_ptr, writes_ptr, of_head, key, L: tl.constexpr,
+    x, dv, cum_ptr, low_ptr, write_weight_ptr, writes_ptr, of_head, key, L: tl.constexpr,
 ):
     """What keys get of dv through the state after their chunk: dS B, which comes in as
-    dv, decayed from the chunk's end (by write / dt, but dt may be 0). Stores weight x
+    dv, decayed from the chunk's end (by weight / dt, but dt may be 0). Stores weight x
     gradient of these pairs."""
-    write = tl.load(write_ptr + of_head + key)
-    tl.store(writes_ptr + of_head + key, write * tl.sum(x * dv, axis=1))
+    weight = tl.load(write_weight_ptr + of_head + key)
+    tl.store(writes_ptr + of_head + key, weight * tl.sum(x * dv, axis=1))
     end = tl.load(cum_ptr + of_head + L - 1) - tl.load(cum_ptr + of_head + key)
     if low_ptr is not None:
         end += tl.load(low_ptr + of_head + L - 1) - tl.load(low_ptr + of_head + key)
@@ -2091,7 +2099,8 @@ def ssd_grad_values(
     grad_read_ptr, state_read_ptr,  # (B,T,H,P)  dS B, S C of ssd_read_states, or None
     scores_ptr,                     # (B,T,G,L)
     x_ptr, dy_ptr, dt_ptr, D_ptr,   # (B,T,H,P), (B,T,H,P), (B,T,H), (H,) or None
-    cum_ptr, low_ptr, write_ptr,    # (B,H,T)
+    cum_ptr, low_ptr,               # (B,H,T)
+    write_weight_ptr,               # (B,H,T)
     dx_ptr, ddt_ptr,                # (B,T,H,P), (B,H,T)  ddt_of_x: dt as x's factor
     writes_ptr, reads_ptr,          # (B,H,T)    weight x gradient with the states
     dD_ptr,                         # (B,H,T/R)  parts
@@ -2111,24 +2120,24 @@ def ssd_grad_values(
     token = batch * n * L + chunk * L
     B_ptr += (token * G + group) * N
     scores_ptr += (token * G + group) * L
-    row = (token * H + head) * P
-    x_ptr += row
-    dy_ptr += row
-    dx_ptr += row
+    of_token = (token * H + head) * P
+    x_ptr += of_token
+    dy_ptr += of_token
+    dx_ptr += of_token
     dt_ptr += token * H + head
     of_head = (batch * H + head) * n * L + chunk * L
     grad_states_ptr += ((batch * H + head) * n + chunk) * P * N
     mine = key[:, None] * (H * P) + p[None, :]
     if state_read_ptr is not None:  # before all else: later, it costs registers
-        read = tl.load(state_read_ptr + row + mine).to(tl.float32)
+        read = tl.load(state_read_ptr + of_token + mine).to(tl.float32)
         read = tl.sum(read * tl.load(dy_ptr + mine).to(tl.float32), axis=1)
         tl.store(reads_ptr + of_head + key, tl.exp2(tl.load(cum_ptr + of_head + key)) * read)
 
     # what keys write to the state
-    dv = read_rows(grad_read_ptr, row, mine, B_ptr, grad_states_ptr, key, p, G, N, BN, DOT)
+    dv = read_rows(grad_read_ptr, of_token, mine, B_ptr, grad_states_ptr, key, p, G, N, BN, DOT)
     x = tl.load(x_ptr + mine).to(tl.float32)
     dt = tl.load(dt_ptr + key * H)
-    dv = written(x, dv, cum_ptr, low_ptr, write_ptr, writes_ptr, of_head, key, L)
+    dv = written(x, dv, cum_ptr, low_ptr, write_weight_ptr, writes_ptr, of_head, key, L)
 
     # and what the queries of their chunk read, block by block from the diagonal
     for query_block in range(block, L // R):
@@ -2199,21 +2208,21 @@ def ssd_grad_scores(
 
 @triton.jit
 def through_scores(
-    B_ptr, C_ptr, grad_scores_ptr, mine, channel,
+    B_ptr, C_ptr, grad_scores_ptr, token, channel,
     G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dC and dB of the tokens `mine` through the scores of their chunk: of a query from
+    """dC and dB of these tokens through the scores of their chunk: of a query from
     the keys up to it, of a key from the queries from it on."""
-    dC = tl.zeros((mine.shape[0], channel.shape[0]), tl.float32)
-    dB = tl.zeros((mine.shape[0], channel.shape[0]), tl.float32)
+    dC = tl.zeros((token.shape[0], channel.shape[0]), tl.float32)
+    dB = tl.zeros((token.shape[0], channel.shape[0]), tl.float32)
     for other_block in range(L // R):
         other = other_block * R + tl.arange(0, R)
         theirs = other[:, None] * (G * N) + channel[None, :]
-        scores = tl.load(grad_scores_ptr + mine[:, None] * (G * L) + other[None, :],
-                         mine[:, None] >= other[None, :], 0.0)
+        scores = tl.load(grad_scores_ptr + token[:, None] * (G * L) + other[None, :],
+                         token[:, None] >= other[None, :], 0.0)
         dC = tl.dot(scores, tl.load(B_ptr + theirs), dC, input_precision=DOT)
-        scores = tl.load(grad_scores_ptr + other[:, None] * (G * L) + mine[None, :],
-                         other[:, None] >= mine[None, :], 0.0)
+        scores = tl.load(grad_scores_ptr + other[:, None] * (G * L) + token[None, :],
+                         other[:, None] >= token[None, :], 0.0)
         dB = tl.dot(tl.trans(scores), tl.load(C_ptr + theirs), dB, input_precision=DOT)
     return dC, dB
 
@@ -2222,7 +2231,7 @@ def through_scores(
 def ssd_grad_queries_keys(
     B_ptr, C_ptr,                 # (B,T,G,N)
     x_ptr, dy_ptr,                # (B,T,H,P)
-    read_ptr, write_ptr,          # (B,H,T)
+    read_weight_ptr, write_weight_ptr,  # (B,H,T)
     states_ptr, grad_states_ptr,  # (B,H,n,P,N)
     grad_scores_ptr,              # (B,T,G,L)
     dB_ptr, dC_ptr,               # (B,T,G,N)
@@ -2238,38 +2247,38 @@ def ssd_grad_queries_keys(
     n_block, rest = split(tl.program_id(0), N // BN)
     group, block, batch = split3(rest, G, n, L // BR)
     chunk, block = block // (L // BR), block % (L // BR)
-    mine = block * BR + tl.arange(0, BR)
+    token = block * BR + tl.arange(0, BR)
     p = tl.arange(0, P)
     channel = n_block * BN + tl.arange(0, BN)
-    token = batch * n * L + chunk * L
-    B_ptr += (token * G + group) * N
-    C_ptr += (token * G + group) * N
-    grad_scores_ptr += (token * G + group) * L
-    at = mine[:, None] * (G * N) + channel[None, :]
-    row = mine[:, None] * (H * P) + p[None, :]
+    start = batch * n * L + chunk * L
+    B_ptr += (start * G + group) * N
+    C_ptr += (start * G + group) * N
+    grad_scores_ptr += (start * G + group) * L
+    at = token[:, None] * (G * N) + channel[None, :]
+    at_v = token[:, None] * (H * P) + p[None, :]
     tile = p[:, None] * N + channel[None, :]
 
-    dC, dB = through_scores(B_ptr, C_ptr, grad_scores_ptr, mine, channel, G, N, L, R, DOT)
+    dC, dB = through_scores(B_ptr, C_ptr, grad_scores_ptr, token, channel, G, N, L, R, DOT)
     if reads_ptr is not None:
         c = tl.load(C_ptr + at).to(tl.float32)
     for head_of_group in range(H // G):
         head = group * (H // G) + head_of_group
-        of_head = (batch * H + head) * n * L + chunk * L + mine
+        of_head = (batch * H + head) * n * L + chunk * L + token
         of_state = ((batch * H + head) * n + chunk) * P * N
         s = tl.load(states_ptr + of_state + tile)
         ds = tl.load(grad_states_ptr + of_state + tile)
-        dy = tl.load(dy_ptr + (token * H + head) * P + row)
-        read = tl.load(read_ptr + of_head)
+        dy = tl.load(dy_ptr + (start * H + head) * P + at_v)
+        weight = tl.load(read_weight_ptr + of_head)[:, None]
         if reads_ptr is None:
-            dy = (dy.to(tl.float32) * read[:, None]).to(s.dtype)
+            dy = (dy.to(tl.float32) * weight).to(s.dtype)
             dC = tl.dot(dy, s, dC, input_precision=DOT)
         else:
-            through_state = tl.dot(dy, s, input_precision=DOT) * read[:, None]
+            through_state = tl.dot(dy, s, input_precision=DOT) * weight
             dC += through_state
             part = (n_block * heads).to(tl.int64) * n * L
             tl.store(reads_ptr + part + of_head, tl.sum(through_state * c, axis=1))
-        v = tl.load(x_ptr + (token * H + head) * P + row).to(tl.float32)
-        v *= tl.load(write_ptr + of_head)[:, None]
+        v = tl.load(x_ptr + (start * H + head) * P + at_v).to(tl.float32)
+        v *= tl.load(write_weight_ptr + of_head)[:, None]
         dB = tl.dot(v.to(ds.dtype), ds, dB, input_precision=DOT)
         dC = waited_for(dC)
         dB = waited_for(dB)
@@ -2277,8 +2286,8 @@ def ssd_grad_queries_keys(
             state_pairs = tl.sum(s.to(tl.float32) * ds.to(tl.float32))
             part = (n_block * heads + batch * H + head) * n
             tl.store(state_pairs_ptr + part + chunk, state_pairs)
-    tl.store(dC_ptr + (token * G + group) * N + at, dC.to(dC_ptr.dtype.element_ty))
-    tl.store(dB_ptr + (token * G + group) * N + at, dB.to(dB_ptr.dtype.element_ty))
+    tl.store(dC_ptr + (start * G + group) * N + at, dC.to(dC_ptr.dtype.element_ty))
+    tl.store(dB_ptr + (start * G + group) * N + at, dB.to(dB_ptr.dtype.element_ty))
 
 
 @chunk_kernel
@@ -2346,19 +2355,19 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
     # a program for each of a large GPU's processors, or small ones
     if N // scan_n * heads < 128:
         scan_n = min(scan_n, 32)
-    read = 128 if narrow and shared * P % 128 == 0 else P
+    width = 128 if narrow and shared * P % 128 == 0 else P
     if apart and narrow and L >= 128:
         through = dict(BR=128, BN=128, num_warps=8, num_stages=3 if L == 128 else 2)
     else:
         through = dict(BR=R, BN=BN, num_warps=4, num_stages=3)
     scan = dict(cut={"BK": "K", "BV": "V"}, BK=P, BV=scan_n,
-                R=min(L, 64 if scan_n > 32 else 128), num_warps=4)
+                BT=min(L, 64 if scan_n > 32 else 128), num_warps=4)
     # maxnreg, a thread's registers: at 128 four programs fit a processor, at 168 three
     return types.SimpleNamespace(
         decays=Launch(ssd_decays, cut={"BH": "H"}, BH=8, num_warps=4),
         scores=Launch(ssd_scores, BK=BN, num_warps=4),
         scan=Launch(ssd_scan_states, num_stages=4 if narrow else 3, **scan),
-        read=Launch(ssd_read_states, cut={"BV": "HP"}, BV=read, BN=BN, num_warps=8,
+        read=Launch(ssd_read_states, cut={"BV": "HP"}, BV=width, BN=BN, num_warps=8,
                     num_stages=3 if L <= 128 else 4),
         outputs=Launch(
             ssd_outputs, BN=BN, num_warps=4, num_stages=3, maxnreg=128 if narrow else None),
@@ -2420,6 +2429,7 @@ def ssd_gradients(x, dt, A, B, C, D, has_state, **others):
 def ssd_backward(x, dt, A, B, C, D, first, cum, low, read_weight, write_weight, decay, scores,
                  states, state_read, dy, dlast, L, R, has_state, *,
                  dx, ddt, dA, dB, dC, dD, dstate):
+    """As gla_backward, for ssd_forward; dy as y."""
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
     n = T // L
@@ -2465,15 +2475,14 @@ def ssd_backward(x, dt, A, B, C, D, first, cum, low, read_weight, write_weight, 
 
 
 def ssd_save(ctx, inputs, output):
+    x, dt, A, B, C, D, state, first, ctx.L, ctx.R = inputs
+    ctx.has_state = state is not None
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6], inputs[7], *output[2:])
-    ctx.has_state = inputs[6] is not None
-    ctx.L, ctx.R = inputs[8:]
+    ctx.save_for_backward(x, dt, A, B, C, D, first, *output[2:])  # all but y and last
 
 
 def ssd_chain(backward, ctx, saved, dy, dlast, *_):
-    x = saved[0]
-    D = saved[5]
+    x, _, _, _, _, D, *_ = saved
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
     *gradients, dD, dstate = backward(*saved, dy, dlast, ctx.L, ctx.R, ctx.has_state)
@@ -2600,7 +2609,7 @@ def conv_gradients(
     dweights = (zero,) * TAPS  # over a tile's tokens they are summed once, at the end
     for step in range(STEPS):
         t = (tl.program_id(0) * STEPS + step) * BT + tl.arange(0, BT)
-        mine = (t < T)[:, None] & inside
+        stored = (t < T)[:, None] & inside
         pre = bias
         shifted = ()
         sums = ()
@@ -2610,10 +2619,10 @@ def conv_gradients(
             shifted += (load_shifted(x_ptr, document_ptr, s, t, seen, channel, batch, T, ROW, D),)
             pre += shifted[i] * weights[i]
         gate = tl.sigmoid(pre)
-        dy = tl.load(dy_ptr + t[:, None] * DY_ROW + channel[None, :], mine, 0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + t[:, None] * DY_ROW + channel[None, :], stored, 0.0).to(tl.float32)
         dpre = dy * gate * (1 + pre * (1 - gate))
         at = dpre_ptr + t[:, None] * D + channel[None, :]
-        tl.store(at, dpre.to(dpre_ptr.dtype.element_ty), mine)
+        tl.store(at, dpre.to(dpre_ptr.dtype.element_ty), stored)
         dbias += dpre
         for i in tl.static_range(TAPS):
             sums += (dweights[i] + dpre * shifted[i],)
