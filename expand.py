@@ -1,6 +1,8 @@
 """Transplant a trained model into one with a larger state (StateX, arXiv 2509.22630, section 4).
 
-Every layer that is not chosen is kept bit for bit. What becomes of a chosen one:
+Every layer that is not chosen is kept bit for bit. The state of a chosen one becomes f times as
+large. H heads of GLA have a state of K x V elements each; heads that share their keys have f K x V,
+and f heads that become one have f K x f V, for a fraction of the heads. What becomes of it:
 
     init         GLA                                     Mamba2
     preserve     groups of f heads share their keys:     d_state N -> f N: new rows of B are
@@ -16,8 +18,7 @@ Every layer that is not chosen is kept bit for bit. What becomes of a chosen one
 sums. GLA's gates and Mamba2's new rows of C learn from the first step, B's new rows from the
 second, when C's are no longer zero; `train.py --gates_rate` lets gates learn faster. `reinit`
 is the paper's choice, `inherit` its ablation. In Mamba2 tiled rows get equal gradients for
-ever, so that `inherit` can use its larger state only where --noise breaks the tie. The state of
-a chosen layer grows by f in all but `groups`.
+ever, so that `inherit` can use its larger state only where --noise breaks the tie.
 
 An init of your own: (1) its name in INITS, (2) how sizes grow, in `enlarged` (Mamba2: by d_state;
 GLA: heads share keys, or they merge), (3) what every parameter is made of, in `plan_gla` or

@@ -201,22 +201,26 @@ def causal_conv(x, weight, bias, before, sizes, first=None):
             raise BadInput(f"the convolution's state has shape {tuple(before.shape)}; expected "
                            f"{(batch, taps - 1, D)}")
         x = torch.cat((before.to(x.dtype), x), dim=1)
-    if T > 1 and first is None and conv_fits(x):
-        last = x[:, max(0, x.shape[1] - taps + 1):]
-        last = F.pad(last, (0, 0, taps - 1 - last.shape[1], 0))
+    last = x[:, max(0, x.shape[1] - taps + 1):]
+    document = None                             # of each token, its number; before x it is 0
+    if first is not None and T:
+        document = F.pad(first.cumsum(1), (x.shape[1] - T, 0))
+        of_last = document[:, document.shape[1] - last.shape[1]:]
+        last = last * (of_last == document[:, -1:])[..., None]      # the next call sees one
+    last = F.pad(last, (0, 0, taps - 1 - last.shape[1], 0))
+
+    if T > 1 and conv_fits(x):
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
         parts = zip(x.split(sizes, dim=-1), weight.split(sizes), biases, strict=True)
-        return [short_conv(*part)[:, -T:] for part in parts], last
+        return [short_conv(*part, document)[:, -T:] for part in parts], last
     if before is None:
         x = F.pad(x, (0, 0, taps - 1, 0))
-    last = x[:, T:]
-    if first is None or not T:
-        y = sum(x[:, i:i + T] * weight[:, 0, i] for i in range(taps))
-    else:
-        ids = F.pad(first.cumsum(1), (taps - 1, 0))     # of documents; what came before is in 0
-        alike = ids.unfold(1, taps, 1) == ids[:, taps - 1:, None]           # (B,T,taps)
-        y = sum(x[:, i:i + T] * alike[..., i, None] * weight[:, 0, i] for i in range(taps))
-        last = last * (ids[:, T:] == ids[:, -1:])[..., None]    # the next call sees one document
+    shifted = [x[:, i:i + T] for i in range(taps)]
+    if document is not None:
+        document = F.pad(document, (x.shape[1] - document.shape[1], 0))
+        own = document[:, taps - 1:]
+        shifted = [shifted[i] * (document[:, i:i + T] == own)[..., None] for i in range(taps)]
+    y = sum(shifted[i] * weight[:, 0, i] for i in range(taps))
     if bias is not None:
         y = y + bias
     return F.silu(y).to(x.dtype).split(sizes, dim=-1), last
@@ -258,7 +262,7 @@ class GLA(nn.Module):
         for module in self.children():
             if module is not self.gk_proj:
                 module.reset_parameters()
-        nn.init.kaiming_uniform_(self.gk_proj[0].weight, a=5 ** 0.5)
+        nn.init.kaiming_uniform_(self.gk_proj[0].weight, a=5 ** 0.5)    # as nn.Linear does
         nn.init.kaiming_uniform_(self.gk_proj[1].weight, a=5 ** 0.5)
         nn.init.zeros_(self.gk_proj[1].bias)
         if self.gates is not None:
@@ -267,7 +271,7 @@ class GLA(nn.Module):
 
     def log_decays(self, x):
         """x (B,T,d_model) -> g (B,T,d_k), <= 0 and near 0, in float32."""
-        return F.logsigmoid(at_least_float32(self.gk_proj(x))) / 16
+        return F.logsigmoid(at_least_float32(self.gk_proj(x))) / 16     # the paper's: slow decay
 
     def forward(self, x, state=None, first=None):
         """x (B,T,d_model); state: (S (B,H,f K,V), the convolution's inputs) or None;
@@ -326,6 +330,7 @@ class Mamba2(nn.Module):
         for module in (self.in_proj, self.conv1d, self.norm, self.out_proj):
             module.reset_parameters()
         with torch.no_grad():
+            # as mamba_ssm: decays of many speeds, steps dt of many lengths
             self.out_proj.weight /= math.sqrt(self.n_layer)
             self.D.fill_(1.0)
             self.A_log.uniform_(1, 16).log_()
@@ -335,8 +340,8 @@ class Mamba2(nn.Module):
     def forward(self, x, state=None, first=None):
         """As GLA's; the state is (S (B,H,P,N), the convolution's inputs)."""
         S, before = state or (None, None)
-        N = self.n_groups * self.d_state
-        sizes = (self.d_inner, N, N)
+        width = self.n_groups * self.d_state                # of B, and of C
+        sizes = (self.d_inner, width, width)
         z, xBC, dt = self.in_proj(x).split((self.d_inner, sum(sizes), len(self.D)), dim=-1)
         (x, B, C), before = causal_conv(
             xBC, self.conv1d.weight, self.conv1d.bias, before, sizes, first)

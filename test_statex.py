@@ -684,6 +684,26 @@ def test_short_convolution_of_packed_documents(taps):
 
 
 @needs_triton
+@pytest.mark.parametrize("taps,T", ((4, 2), (4, 3), (4, 50), (1, 5), (2, 17)))
+@pytest.mark.parametrize("held", (False, True))
+@pytest.mark.parametrize("packed", (False, True))
+def test_the_convolution_of_a_gpu_equals_that_of_a_cpu(monkeypatch, taps, T, held, packed):
+    """Both ways through model.causal_conv, also what they hand on to the next call."""
+    rng = torch.Generator().manual_seed(T)
+    x, before = (torch.randn(2, n, 12, generator=rng).to(DEVICE) for n in (T, taps - 1))
+    weight, bias = torch.randn(12, 1, taps, generator=rng), torch.randn(12, generator=rng)
+    first = torch.rand(2, T, generator=rng).to(DEVICE) < 0.3
+    found = []
+    for fits in (True, False):
+        monkeypatch.setattr(model_script, "conv_fits", lambda x, fits=fits: fits)
+        y, last = model_script.causal_conv(x, weight.to(DEVICE), bias.to(DEVICE),
+                                           before if held else None, (5, 3, 4),
+                                           first if packed else None)
+        found.append(torch.cat((torch.cat(y, dim=-1), last), dim=1))
+    assert gap(*found) < LIMITS[torch.float32]
+
+
+@needs_triton
 @pytest.mark.parametrize("change,says", (
     ({"weight": (4, 1, 4)}, "weight has shape (4, 1, 4)"), ({"bias": (4,)}, "bias has shape"),
     ({"document": (2, 6)}, "document has shape"), ({"x": (7, 5)}, "x has shape")))

@@ -1,14 +1,16 @@
 """One training loop for every phase, and the recipe that chains them.
 
-    python train.py                         the recipe: pre-train a small model, then post-train
-    python train.py --block=mamba2          it twice with the same tokens, order and schedule:
-                                            LPT (unchanged) and StateX (with a larger state)
+    python train.py                         the recipe, for GLA
+    python train.py --block=mamba2          the recipe, for Mamba2
     python train.py --plot=out/recipe-gla   the recipe's table and picture again
 
     python train.py --ckpt=scratch --d_model=512 --out_dir=out/run     one run, random weights
     python train.py --ckpt=out/expanded.pt --preset=paper-gla          one run from a checkpoint
     python train.py --ckpt=resume --out_dir=out/run                    go on with a run
     torchrun --nproc_per_node=8 train.py --ckpt=... --preset=...       the batch shared out
+
+The recipe pre-trains a small model and post-trains it twice with the same tokens, order and
+schedule: LPT (unchanged) and StateX (with a larger state).
 
 A run writes out_dir/NAME.pt and out_dir/log.jsonl. A folder that holds a run goes on with it
 if the options are the same, and is left alone if they are not. Ctrl-C, SIGTERM and a closed
@@ -319,6 +321,7 @@ class Run:
     start: str = ""                 # fingerprint of the weights it began with
     carried: list = field(default_factory=list)         # with --carry_state: per pass
     graphs: dict = field(default_factory=dict)          # with --graph, see replayed
+    pool: tuple | None = None                           # the graphs' memory
     recent: collections.deque = field(default_factory=lambda: collections.deque(maxlen=20))
 
 
@@ -347,6 +350,8 @@ def start_run(lm, options, corpus, processes, stop):
     run.carried = [None] * passes(options, processes)
     if options.device == "cpu" and processes.size == options.accumulate == 1:
         run.each = side_by_side(options)
+    if options.graph:
+        run.pool = torch.cuda.graph_pool_handle()
     if options.documents:
         run.end_of_text = prepare.load_tokenizer(corpus.meta["tokenizer"]).eot_token
     return run
@@ -401,7 +406,7 @@ def batches(run, part):
     what comes next."""
     options = run.options
     parts = passes(options, run.processes) * run.processes.size
-    rng = np.random.default_rng([options.seed, run.step, 0])
+    rng = np.random.default_rng([options.seed, run.step, 0])        # 0: as it always was
     data = [text_batch(run, rng, share(options.batch_size, part, parts))]
     if options.recall_tokens:
         data.append(recall_batch(run, rng, part, parts))
@@ -435,8 +440,9 @@ def recall_batch(run, rng, part, parts):
     options = run.options
     sizes = pair_sizes(options)
     growing = options.curriculum * options.steps
-    grown = run.step / growing if run.step < growing else 1.0
-    pairs = int(rng.choice(sizes[:1 + int(grown * len(sizes))]))
+    progress = run.step / growing if run.step < growing else 1.0
+    joined = sizes[:1 + int(progress * len(sizes))]
+    pairs = int(rng.choice(joined))
     n = -(-options.recall_tokens // (4 * pairs))
     rows = share(n, part, parts)
     idx, targets = recall.mqar(rng, n, pairs, run.lm.config.vocab_size)
@@ -483,7 +489,8 @@ def one_pass(run, k, i, batch):
     state = None
     if carries and run.step % slices_per_row(run):      # at 0 the text begins again
         state = run.carried[k]
-    last = k == passes(options, run.processes) - 1 and i == bool(options.recall_tokens)
+    last_kind = 1 if options.recall_tokens else 0
+    last = k == passes(options, run.processes) - 1 and i == last_kind
     if options.shard:                               # gradients are exchanged once per step
         run.model.set_requires_gradient_sync(last)
     elif run.processes.size > 1:
@@ -493,7 +500,7 @@ def one_pass(run, k, i, batch):
     else:
         loss, state = there_and_back(run, idx, targets, first, weight, state)
     if carries:
-        run.carried[k] = on_device(state, options.device)
+        run.carried[k] = cut_off(state, options.device)
     return loss, idx.numel()
 
 
@@ -516,21 +523,21 @@ def replayed(run, *batch):
         run.graphs[key] = None
         return there_and_back(run, *batch)[0]
     if run.graphs[key] is None:
-        held = [x.clone() if torch.is_tensor(x) else x for x in batch]
+        inputs = [x.clone() if torch.is_tensor(x) else x for x in batch]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss, _ = there_and_back(run, *held)
-        run.graphs[key] = graph, held, loss
-    graph, held, loss = run.graphs[key]
-    for old, new in zip(held, batch, strict=True):
+        with torch.cuda.graph(graph, pool=run.pool):    # one memory for all: they take turns
+            loss, _ = there_and_back(run, *inputs)
+        run.graphs[key] = graph, inputs, loss
+    graph, inputs, loss = run.graphs[key]
+    for old, new in zip(inputs, batch, strict=True):
         if torch.is_tensor(old):
             old.copy_(new)
     graph.replay()
     return loss
 
 
-def on_device(states, device):
-    """The states of all layers on a device, cut off from the graph."""
+def cut_off(states, device):
+    """The states of all layers on a device, cut off from autograd's graph."""
     return [tuple(None if t is None else t.detach().to(device) for t in layer)
             for layer in states]
 
@@ -566,7 +573,7 @@ def evaluate(run):
     with scoring(run.lm, options):
         text = recall.text_loss(run.lm, val, min(options.block_size, 8192, len(val) - 1))[0]
         for pairs in pair_sizes(options) if options.recall_tokens else ():
-            rng = np.random.default_rng([7, pairs])
+            rng = np.random.default_rng([7, pairs])         # none of training's
             idx, targets = recall.mqar(rng, 64, pairs, run.lm.config.vocab_size)
             idx = torch.from_numpy(idx).to(options.device)
             targets = torch.from_numpy(targets).to(options.device)
@@ -595,7 +602,7 @@ def gather_carried(run):
     """The carried states of all rows of the batch, in order, on the CPU; None without any."""
     if run.carried[0] is None:
         return None
-    parts = [on_device(state, "cpu") for state in run.carried]
+    parts = [cut_off(state, "cpu") for state in run.carried]
     if run.processes.size > 1:
         gathered = [None] * run.processes.size
         dist.all_gather_object(gathered, parts)
@@ -631,7 +638,7 @@ def restore(run, train):
             rows = share(run.options.batch_size, run.processes.rank * count + k,
                          count * run.processes.size)
             mine = [tuple(None if t is None else t[rows] for t in layer) for layer in carried]
-            run.carried[k] = on_device(mine, run.options.device)
+            run.carried[k] = cut_off(mine, run.options.device)
 
 
 def load_run(path):
@@ -871,9 +878,11 @@ def held_run(options, meta):
         return None, None
     lm, held = load_run(options.path)
     kept = asdict(Options()) | held["options"]
-    free = FREE
+    free = set(FREE)
     if options.ckpt != "resume":
-        free = FREE - {"data"} if kept["ckpt"] == "resume" else FREE - {"data", "ckpt"}
+        free.discard("data")
+        if kept["ckpt"] != "resume":
+            free.discard("ckpt")
         same_text(held, options, meta)
     other = [name for name, value in asdict(options).items()
              if name not in free and kept[name] != value]
@@ -1059,7 +1068,7 @@ def recipe(options, processes, stop):
             same_start(of_phase, held, lm)
             lm = held_lm
         trained = train(lm, of_phase, corpus, held, processes=processes, stop=stop)
-        return lm, report(lm, trained, of_phase, corpus, tokenizer)
+        return lm, arm_results(lm, trained, of_phase, corpus, tokenizer)
 
     results = {}
     small, results["pretrained"] = phase(small, "pretrained", steps=options.pretrain_steps)
@@ -1090,7 +1099,7 @@ def already_done(options, meta):
     return not options.overwrite and config == asdict(options) | {"corpus": meta}
 
 
-def report(lm, trained, options, corpus, tokenizer):
+def arm_results(lm, trained, options, corpus, tokenizer):
     """One arm's entry of results.json: what it cost (`train`'s dict) and what it scores."""
     with scoring(lm.to(options.device), options):
         scores = recall.score(lm, corpus.val, tokenizer, pairs=pair_sizes(options),

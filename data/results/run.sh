@@ -2,7 +2,7 @@
 # The commands that made the runs in this folder. Each part can be run by itself:
 #     bash data/results/run.sh corpus|larger_corpus|pilot|blocks|long|gates|why|larger|recipe
 #     bash data/results/run.sh speed|gpus|tables
-# pilot, blocks, long and gpus want four GPUs, gates three, why and larger two; each of their
+# pilot, blocks, long, why and gpus want four GPUs, gates three, larger two; each of their
 # rounds takes about ten minutes, each model of larger more.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -40,21 +40,44 @@ gates() {
     wait
 }
 
-# The arms of the table with a joint norm are of a patch that is not in the repository, and
-# preserve-x16-fast has not been run.
+# The arms with a joint norm are of a patch that is not in the repository (seeds 40 and 41).
 why() {
-    for gpu in 0 1; do
+    for gpu in 0 1 2 3; do
         CUDA_VISIBLE_DEVICES=$gpu python data/results/block.py --family=gla --phase=why \
-            --seed=$((40 + gpu)) --jobs=4 &
+            --seed=$((42 + gpu)) --jobs=4 &
     done
     wait
 }
 
-# Arguments: a family, its shape. What it prints last is in larger.jsonl. The last three rows of
-# the table are of these commands, but for each arm on one GPU (--nproc_per_node=1 and
-# --accumulate=4). The first six rows were 800 steps of data/packages without --compile, the next
-# three 2,609 of 3,600 steps of it. No GLA has had the larger corpus.
+# Arguments: a family, its shape. What data/recall.py prints is in larger.jsonl. The last three rows
+# of Mamba2 and all with the larger corpus of GLA are of these commands, but for GPUs (GLA: four,
+# --accumulate=1, 2,180 steps) and for each arm on one (--nproc_per_node=1 and --accumulate=4). The
+# first six rows were 800 steps of data/packages without --compile, the next three 2,609 of 3,600.
 one_larger() {
+    local family=$1 out=out/larger-$1
+    shift
+    local train="torchrun --nproc_per_node=2 train.py --data=data/packages-larger
+        --recall_tokens=0 --weight_decay=0.1 --beta1=0.9 --beta2=0.95 --clip=1
+        --eval_interval=100000 --compile --out_dir=$out"
+    $train --ckpt=scratch --block=$family "$@" --block_size=1024 --batch_size=256 \
+        --accumulate=4 --steps=2000 --lr=2e-3 --warmup=100 --name=lpt
+    python expand.py --ckpt=$out/lpt.pt --every=1 --factor=16 --out=$out/preserve-x16.pt
+    for init in reinit inherit; do
+        python expand.py --ckpt=$out/lpt.pt --layers=9,10,11 --init=$init --out=$out/$init.pt
+    done
+    arm() {                             # checkpoint, learning rate, other options
+        $train --ckpt=$out/$1.pt --block_size=4096 --batch_size=32 --accumulate=2 --steps=256 \
+            --warmup=32 --seed=1000 --lr=$2 "${@:3}" --name=post-$1-$2
+        python data/recall.py --ckpt=$out/post-$1-$2.pt --data=data/packages-larger --T=4096
+    }
+    for start in lpt preserve-x16 reinit; do arm $start 1e-3; done
+    if [ $family = gla ]; then
+        for start in lpt inherit reinit; do arm $start 4e-3; done
+        arm preserve-x16 4e-3 --gates_rate=10       # preserve-x16-fast
+    fi
+}
+
+larger() {
     local family=$1 out=out/larger-$1
     shift
     local train="torchrun --nproc_per_node=2 train.py --data=data/packages-larger

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 HERE = os.path.dirname(os.path.abspath(__file__))
 FAMILIES = {"gla": "GLA", "mamba2": "Mamba2"}
 PRIMARY = "preserve-x16"
+FAST = "preserve-x16-fast"       # the same at `inherit`'s rate, with gates ten times as fast
 BEST_RATE = 4e-3        # LPT's, by its loss on rare repeats, of those that all blocks ran
 
 
@@ -318,7 +319,7 @@ def gates_table():
 
 def why_table():
     """What GLA's `inherit` has that `preserve` has not: every model's own numbers."""
-    some = models("runs.jsonl", ("why",))["gla"]
+    some = [model for model in models("runs.jsonl", ("why",))["gla"] if not model.get(FAST)]
     rows = []
     for arm in arms_of(some):
         lines = [line for line in (model.get(arm) for model in some) if line]
@@ -329,6 +330,25 @@ def why_table():
     head = ["GLA, by model", "layers", "lr", "rare repeats, more than LPT", "everything else",
             "rare repeats, more than inherit"]
     return markdown(head, rows) if rows else "No runs yet."
+
+
+def fast_table():
+    """`preserve` at `inherit`'s learning rate and with fast gates, beside `inherit` and LPT."""
+    some = [model for model in models("runs.jsonl", ("why",))["gla"] if model.get(FAST)]
+    rows = []
+    for arm in ("inherit", FAST):
+        columns = [(repeats_loss, "lpt", None), (repeats_loss, "lpt", "same"),
+                   (other_loss, "lpt", None), (other_loss, "lpt", "same"),
+                   (group("far", "loss"), "lpt", "same"), (repeats_loss, "inherit", None),
+                   (other_loss, "inherit", None)]
+        cells = [cell(differences(some, arm, *column)) if column[1] != arm else ""
+                 for column in columns]
+        rows.append([arm, *cells, len(some)])
+    head = ["GLA, at 4e-3", "rare repeats, more than LPT", "than LPT at 4e-3",
+            "everything else, than LPT", "than LPT at 4e-3",
+            "from 2,048 tokens ago or more, than LPT at 4e-3", "rare repeats, than inherit",
+            "everything else, than inherit", "models"]
+    return markdown(head, rows) if some else "No runs yet."
 
 
 def fine_tuned_table():
@@ -393,10 +413,10 @@ def larger_table():
         if "rare_repeats" in line:
             cells = [f"{measure(line):.4f}" for measure in (repeats_loss, *MEASURES.values())]
         rows.append([FAMILIES[line["family"]], f"{line['params'] / 1e6:.0f}",
-                     f"{line['pretraining_tokens'] / 1e6:.0f}", line["arm"],
+                     f"{line['pretraining_tokens'] / 1e6:.0f}", line["arm"], f"{line['lr']:g}",
                      f"{line['state_elements']:,}", f"{line['loss']:.4f}", *cells])
-    head = ["", "M parameters", "M tokens before", "arm", "state elements", "loss on all text",
-            "rare repeats", *MEASURES]
+    head = ["", "M parameters", "M tokens before", "arm", "lr", "state elements",
+            "loss on all text", "rare repeats", *MEASURES]
     return markdown(head, rows) if rows else "No runs yet."
 
 
@@ -553,6 +573,7 @@ def rates_table():
 
 SECTIONS = {
     "primary": primary_table, "arms": arms_table, "gates": gates_table, "why": why_table,
+    "fast": fast_table,
     "tokens": tokens_table, "gap": gap_table,
     "fine-tuned": fine_tuned_table, "claims": claims_table, "larger": larger_table,
     "pilot": pilot_table, "levels": levels_table, "needle": needle_table,
@@ -604,9 +625,11 @@ def draw_differences(path):
     columns = len(found) + 1
     figure, axes = plt.subplots(1, columns, figsize=(4.2 * columns, 3.8), layout="constrained")
     for axis, (family, some) in zip(axes, found.items(), strict=False):
-        arms = [arm for arm in arms_of(some) if differences(some, arm, repeats_loss)][::-1]
+        rows = {arm: differences(some, arm, repeats_loss) for arm in arms_of(some)}
+        rows[FAST] = differences(models("runs.jsonl", ("why",))[family], FAST, repeats_loss)
+        arms = [arm for arm in rows if rows[arm]][::-1]
         for place, arm in enumerate(arms):
-            more = differences(some, arm, repeats_loss)
+            more = rows[arm]
             mean, half = bar(more)
             axis.plot(more, [place] * len(more), "o", ms=3, color="0.7")
             axis.errorbar(mean, place, xerr=half, fmt="o", ms=5, capsize=3, color=COLORS[family])
