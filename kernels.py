@@ -64,7 +64,7 @@ def gla(q, k, v, g, scale=None, state=None, impl="auto", gates=None):
     chunked any number of times, triton once (a second derivative raises RuntimeError).
     Raises BadInput where shapes, dtypes or devices do not fit.
     """
-    q, k, v, g, state, gates = check_gla(q, k, v, g, state, gates)
+    q, k, v, g, state, gates = broadcast("gla", q=q, k=k, v=v, g=g, state=state, gates=gates)
     impl = pick(impl, q, k, v, g, state, gates)
     if scale is None:
         scale = q.shape[-1] ** -0.5
@@ -98,7 +98,8 @@ def ssd(x, dt, A, B, C, D=None, state=None, impl="auto", first=None):
     Returns y (B,T,H,P) in x's dtype and the final state (B,H,P,N) in float32 (float64
     where any input is). Differentiable in every floating tensor, and raises, as gla.
     """
-    x, dt, A, B, C, D, state, first = check_ssd(x, dt, A, B, C, D, state, first)
+    x, dt, A, B, C, D, state, first = broadcast(
+        "ssd", x=x, dt=dt, A=A, B=B, C=C, D=D, state=state, first=first)
     impl = pick(impl, x, dt, A, B, C, D, state)
     if x.numel() == 0:
         sizes = (x.shape[0], x.shape[2], x.shape[3], B.shape[3])
@@ -342,48 +343,6 @@ SHAPES = {
 }
 
 
-def check_gla(q, k, v, g, state, gates):
-    """The arguments, broadcast; in a few microseconds where that changes nothing, for
-    in small layers the GPU waits for the host."""
-    try:
-        batch, T, H, K = q.shape
-        keys = k.shape
-        G = keys[2]
-        V = v.shape[3]
-        W = K if gates is None else H // G * K
-        if (K and V and H % G == 0 and g.shape == keys == (batch, T, G, W)
-                and v.shape == (batch, T, H, V)
-                and (state is None or state.shape == (batch, H, W, V))
-                and (gates is None or gates.shape == (G, H // G, H // G))
-                and of_a_kind(q, k, v, g, state, gates)):
-            return q, k, v, g, state, gates
-    except (AttributeError, IndexError, ValueError, ZeroDivisionError):
-        pass  # broadcast says what is wrong
-    return broadcast("gla", q=q, k=k, v=v, g=g, state=state, gates=gates)
-
-
-def check_ssd(x, dt, A, B, C, D, state, first):
-    """As check_gla."""
-    try:
-        batch, T, H, P = x.shape
-        _, _, G, N = keys = B.shape
-        if (P and N and H % G == 0 and first is None and keys == C.shape == (batch, T, G, N)
-                and dt.shape == (batch, T, H) and A.shape == (H,)
-                and (D is None or D.shape == (H,))
-                and (state is None or state.shape == (batch, H, P, N))
-                and of_a_kind(x, dt, A, B, C, D, state)):
-            return x, dt, A, B, C, D, state, first
-    except (AttributeError, IndexError, ValueError, ZeroDivisionError):
-        pass  # as above
-    return broadcast("ssd", x=x, dt=dt, A=A, B=B, C=C, D=D, state=state, first=first)
-
-
-def of_a_kind(*tensors):
-    """Whether all that are there have floating dtypes, on one device."""
-    device = tensors[0].get_device()
-    return all(x is None or x.is_floating_point() and x.get_device() == device for x in tensors)
-
-
 def broadcast(op, **tensors):
     """The tensors of `op`, expanded to the sizes that they share. Raises BadInput."""
     sizes = {}  # letter: its size, and the argument that says so
@@ -427,7 +386,9 @@ def broadcast(op, **tensors):
             raise misfit(wide, f", W = f K = {f * sizes['K'][0]} as gates of {f} heads")
     final = {letter: size for letter, (size, _) in sizes.items()} | {"H": H}
     for name, layout in layouts.items():
-        tensors[name] = tensors[name].expand([final[letter] for letter in layout])
+        shape = tuple(final[letter] for letter in layout)
+        if tensors[name].shape != shape:
+            tensors[name] = tensors[name].expand(shape)
     return tuple(tensors.values())
 
 
@@ -435,14 +396,15 @@ def check_kind(op, name, tensor, like_name, like):
     """That it is a tensor of the right dtype, on the device of the one named like_name."""
     if not isinstance(tensor, torch.Tensor):
         raise BadInput(f"{op}: {name} is of type {type(tensor).__name__}; expected a tensor")
-    about = f"{op}: {name}, of shape {tuple(tensor.shape)}, is"
+    wrong = ""
     if name == "first" and tensor.dtype != torch.bool:
-        raise BadInput(f"{about} {tensor.dtype}; expected torch.bool")
-    if name != "first" and not tensor.is_floating_point():
-        raise BadInput(f"{about} {tensor.dtype}; expected a floating dtype")
-    if tensor.device != like.device:
-        raise BadInput(f"{about} on {tensor.device}; expected {like.device}, where "
-                       f"{like_name} is")
+        wrong = f"{tensor.dtype}; expected torch.bool"
+    elif name != "first" and not tensor.is_floating_point():
+        wrong = f"{tensor.dtype}; expected a floating dtype"
+    elif tensor.device != like.device:
+        wrong = f"on {tensor.device}; expected {like.device}, where {like_name} is"
+    if wrong:
+        raise BadInput(f"{op}: {name}, of shape {tuple(tensor.shape)}, is {wrong}")
 
 
 def pick(impl, *tensors):
