@@ -102,12 +102,12 @@ def enlarged(config, layers, factor, init, same_state):
     d_state = list(config.d_state)
     for i in layers:
         f = factor or (n_key_head[i] if config.block == "gla" else 4)
-        expected = "a whole number above 1"
+        expected = f"a whole number, 2 to {1 << 16:,}"
         if config.block == "gla":
             expected = f"a divisor of its {n_key_head[i]} heads, above 1"
             if n_key_head[i] == 1:
                 raise BadInput(f"layer {i} has one head of keys already, and cannot merge more")
-        if f < 2 or config.block == "gla" and n_key_head[i] % f:
+        if not 2 <= f <= 1 << 16 or config.block == "gla" and n_key_head[i] % f:
             raise BadInput(f"factor {f} cannot enlarge layer {i}; expected {expected}")
         if same_state:
             continue                    # the control: the factor is looked at, nothing grows

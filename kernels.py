@@ -28,6 +28,7 @@ import contextlib
 import functools
 import inspect
 import math
+import os
 import types
 import warnings
 from dataclasses import dataclass
@@ -414,11 +415,19 @@ def pick(impl, *tensors):
     if impl == "triton" and not triton_installed:
         raise BadInput("impl is 'triton', which is not installed here; pip install triton, or "
                        "use impl='auto'")
+    if impl == "triton" and not can_launch(tensors[0]):
+        raise BadInput(f"impl is 'triton', which takes tensors of a GPU, and these are on "
+                       f"{tensors[0].device}; use impl='auto', or set TRITON_INTERPRET=1 first")
     if impl == "auto":
         impl = "triton" if tensors[0].is_cuda and triton_supports(tensors[0].device) else "chunked"
     if impl == "triton" and wide_dtype(tensors) == torch.float64:
         return "chunked"
     return impl
+
+
+def can_launch(tensor):
+    """Whether kernels take it: on a GPU, or anywhere in Triton's interpreter."""
+    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @torch.compiler.assume_constant_result

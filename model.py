@@ -30,6 +30,7 @@ import math
 import numbers
 import os
 import re
+import zipfile
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -788,10 +789,13 @@ def load_checkpoint(path):
     except OSError as e:
         raise BadInput(f"cannot read {path}: {e.strerror}") from e
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("a checksum is wrong")
         entries = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                  # whatever unpickling meets in a file of another kind
         raise BadInput(f"{path} is not a whole checkpoint ({type(e).__name__}); it may be cut "
-                       "short or of another format") from e
+                       "short, damaged or of another format") from e
     if not isinstance(entries, dict) or set(entries) != {"config", "model", "train"}:
         raise BadInput(f"{path} is not a StateX checkpoint; expected config, model and train in it")
     return build(entries["config"], entries["model"], path), entries["train"]
@@ -801,6 +805,12 @@ def build(config, weights, path):
     """An LM from a dict of Config's fields and a state_dict, which must fit each other."""
     if not isinstance(config, dict) or not isinstance(weights, dict):
         raise BadInput(f"{path} is not a StateX checkpoint; expected config and model to be dicts")
+    odd = [name for name, x in weights.items() if not (
+        isinstance(name, str) and torch.is_tensor(x) and x.is_floating_point()
+        and x.layout == torch.strided)]
+    if odd:
+        raise BadInput(f"{path} is not a StateX checkpoint: {odd[0]!r} in it is no tensor of real "
+                       "numbers with a name")
     unknown = set(config) - {field.name for field in fields(Config)}
     if unknown:
         raise BadInput(f"{path} has options that this version does not know: "

@@ -704,6 +704,14 @@ def test_the_convolution_of_a_gpu_equals_that_of_a_cpu(monkeypatch, taps, T, hel
 
 
 @needs_triton
+def test_kernels_refuse_what_is_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for op in ("gla", "ssd"):
+        with raises_one_line("takes tensors of a GPU, and these are on cpu"):
+            run(op, inputs(op, 1, 3, 2, 2, 4, 4), "triton")
+
+
+@needs_triton
 @pytest.mark.parametrize("change,says", (
     ({"weight": (4, 1, 4)}, "weight has shape (4, 1, 4)"), ({"bias": (4,)}, "bias has shape"),
     ({"document": (2, 6)}, "document has shape"), ({"x": (7, 5)}, "x has shape")))
@@ -835,6 +843,7 @@ def compile_for_an_absent_gpu(capability, shared, dtype, layers):
                               load_binary=lambda *args: (1, 1, 0, 0, 1024)),
         get_current_target=lambda: GPUTarget("cuda", capability, 32), launcher_cls=launcher,
         get_current_device=lambda: 0, get_current_stream=lambda device: 0))
+    kernels.can_launch = lambda tensor: True
     CUDABackend.make_cubin = lambda *args: b""              # the assembler takes half of the time
     CUDABackend.make_ttgir = staticmethod(checked)
     for T in (256, 2048):
@@ -2640,6 +2649,26 @@ def test_a_recorded_pass_equals_one_as_ever(corpus, tmp_path, more):
     assert losses(tmp_path / "true") == losses(tmp_path / "false")
 
 
+def test_a_step_that_breaks_the_weights_is_not_saved(corpus, tmp_path):
+    """Its own loss is finite: only what is held out tells."""
+    args = (f"--data={corpus}", "--ckpt=scratch", *TINY, "--eval_interval=1", "--warmup=0",
+            f"--out_dir={tmp_path}")
+    refused(train_script, *args, "--steps=1", "--weight_decay=1e300", says="held-out loss is nan")
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_what_a_killed_save_and_a_foreign_hand_left(corpus, tmp_path):
+    """The first goes, the second does not keep a run from going on."""
+    args = (f"--data={corpus}", "--ckpt=scratch", *TINY, f"--out_dir={tmp_path}")
+    ran(train_script, *args, "--steps=10")
+    fill(tmp_path, {"ckpt.pt.123.tmp": "half", "mine.tmp": "kept"})
+    with open(tmp_path / "log.jsonl", "ab") as f:
+        f.write(b'[1]\nnull\n{"run": "ckpt", "step": "x"}\n\xff\xfe\n')
+    ran(train_script, "--ckpt=resume", f"--out_dir={tmp_path}", "--steps=10")
+    assert not (tmp_path / "ckpt.pt.123.tmp").exists() and (tmp_path / "mine.tmp").exists()
+    assert all(isinstance(entry, dict) for entry in logged(tmp_path))
+
+
 def test_carried_state_equals_one_long_sequence(corpus, tmp_path):
     """Without learning, the mean loss of ten slices is that of the ten in one."""
     ran(train_script, f"--data={corpus}", "--ckpt=scratch", *TINY, "--batch_size=2", "--lr=0",
@@ -2888,6 +2917,12 @@ BAD = (
     (train_script, ("--ckpt=resume", "--out_dir={tmp}/step"), "cannot be resumed"),
     (train_script, ("--ckpt=resume", "--out_dir={tmp}/optimizer", "--device=cpu"),
      "cannot be resumed"),
+    (train_script, ("--ckpt=resume", "--out_dir={tmp}/seconds"), "its seconds is not of type"),
+    (train_script, ("--ckpt=resume", "--out_dir={tmp}/tokens"), "after -5 tokens"),
+    (train_script, ("--ckpt=resume", "--overwrite"), "are for a new one"),
+    (model_script, ("--ckpt={tmp}/flipped.pt",), "damaged"),
+    (recall, ("--ckpt={tmp}/odd.pt",), "7 in it is no tensor of real numbers"),
+    (train_script, ("--plot={tmp}/foreign",), "is not one of this version's (KeyError"),
     (expand_script, (), "name a checkpoint"),
     # the transplant
     (expand_script, (*EXPAND, "--layers=0,7"), "out of range"),
@@ -2899,7 +2934,7 @@ BAD = (
     (expand_script, (*EXPAND, "--paper"), "what starts afresh"),
     (expand_script, (*EXPAND, "--out={tmp}"), "which ends in .pt"),
     (expand_script, (*EXPAND, "--out=README.md"), "which ends in .pt"),
-    (expand_script, (*EXPAND, "--ckpt={tmp}/mamba.pt", "--factor=1e15"), "out of memory"),
+    (expand_script, (*EXPAND, "--ckpt={tmp}/mamba.pt", "--factor=1e15"), "a whole number, 2 to"),
     (expand_script, (*EXPAND, "--ckpt=gla-1.3b"), "add --dry-run"),
     (train_script, ("--data={corpus}", "--out_dir={tmp}/o", "--layers=9"), "out of range"),
     (train_script, ("--data={corpus}", "--out_dir={tmp}/o", "--factor=3"), "a divisor of its 4"),
@@ -2983,13 +3018,19 @@ def bad_files(ckpt, corpus, tmp_path_factory):
                "odd.tiktoken": "".join(f"{token} {i}\n" for token, i in pairs)})
     torch.save({"weights": torch.ones(3)}, tmp / "other.pt")
     entries = torch.load(ckpt)
-    for name, value in (("step", "two"), ("optimizer", {})):
+    for name, value in (("step", "two"), ("optimizer", {}), ("seconds", "ten"), ("tokens", -5)):
         (tmp / name).mkdir()
         changed = entries["train"] | {name: value, "options": entries["train"]["options"] | {
             "steps": 3}}
         torch.save(entries | {"train": changed}, tmp / name / "ckpt.pt")
     del entries["model"]["norm.weight"]
     torch.save(entries, tmp / "lacking.pt")
+    torch.save(entries | {"model": entries["model"] | {7: torch.ones(3)}}, tmp / "odd.pt")
+    with open(ckpt, "rb") as f:
+        whole = bytearray(f.read())
+    whole[len(whole) // 2] ^= 1                             # one bit, of a weight
+    (tmp / "flipped.pt").write_bytes(whole)
+    fill(tmp / "foreign", {"results.json": "{}"})
     for name, vocab_size, tokenizer in (("public", 4096, "hf:someone/else"), ("few", 300, ""),
                                         ("code", 4096, "code4096")):
         save_checkpoint(tmp / f"{name}.pt",

@@ -33,6 +33,7 @@ import concurrent.futures
 import contextlib
 import copy
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -179,9 +180,9 @@ def check(options, processes):
     if max(options.beta1, options.beta2) >= 1 or not options.clip:
         raise BadInput(f"beta1 {options.beta1} and beta2 {options.beta2} must be below 1, and "
                        f"clip {options.clip} above 0")
-    if max(options.lr, options.post_lr) * max(1, options.gates_rate) > 1e38:
+    if max(options.lr, options.post_lr) * max(1, options.gates_rate) > 1e30:
         raise BadInput(f"lr {options.lr:g}, post_lr {options.post_lr:g}, gates_rate "
-                       f"{options.gates_rate:g}: the product is beyond float32; take less")
+                       f"{options.gates_rate:g}: the product is beyond float32, or near; take less")
     if not options.name or os.path.basename(options.name) != options.name:
         raise BadInput(f"--name={options.name} is not a file's name; the folder is --out_dir")
     parts = passes(options, processes) * processes.size
@@ -647,8 +648,20 @@ def load_run(path):
     if held is None:
         raise BadInput(f"{path} holds a model and no run to go on with; start one from it by "
                        f"--ckpt={path}, in another --out_dir or by another --name, or --overwrite")
-    if not isinstance(held.get("options"), dict) or not isinstance(held.get("step"), int):
-        raise other_version(path, "its options or its step are not there")
+    kinds = {"options": dict, "optimizer": dict, "corpus": dict, "evaluations": list, "step": int,
+             "tokens": int, "seconds": float}
+    for name, kind in kinds.items():
+        if not isinstance(held, dict) or type(held.get(name)) is not kind:
+            raise other_version(path, f"its {name} is not of type {kind.__name__}")
+    known = asdict(Options())
+    for name, value in held["options"].items():
+        kind = type(known.get(name, value))
+        if type(value) is not kind and (kind, type(value)) != (float, int):
+            raise other_version(path, f"its option {name} is {value!r}")
+    steps = held["options"].get("steps", 0)
+    if not 0 <= held["step"] <= steps or held["tokens"] < 0 or not held["seconds"] >= 0:
+        raise other_version(path, f"it is at step {held['step']} of {steps}, after "
+                                  f"{held['tokens']} tokens and {held['seconds']} s")
     return lm, held
 
 
@@ -688,11 +701,11 @@ def drop_later(path, name, step):
     if not os.path.isfile(path):                        # none yet, or a device, without an end
         return
     kept = []
-    with open(path) as f:
+    with open(path, errors="replace") as f:
         for line in f:
-            with contextlib.suppress(ValueError):       # a line that was cut off
-                entry = json.loads(line)
-                if entry.get("run") != name or entry["step"] <= step:
+            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+                entry = json.loads(line)                # or a line that was cut off, or no entry
+                if entry["run"] != name or entry["step"] <= step:
                     kept.append(line)
     write_file(path, lambda file: file.write("".join(kept).encode()))
 
@@ -790,10 +803,8 @@ def train(lm, options, corpus, resume=None, until=None, processes=Processes(), s
         summed = torch.cat((sums, norm.double()[None])).tolist()       # waits for the GPU
         text_loss, recall_loss, count, stopping, norm = summed
         if not math.isfinite(text_loss + recall_loss + norm):
-            log.close()
-            raise BadInput(f"step {run.step}: the loss is {text_loss + recall_loss:.4g} and the "
-                           f"gradient's norm {norm:.4g}; what was saved before is kept; try a "
-                           "smaller --lr or a longer --warmup")
+            raise diverged(log, f"the loss is {text_loss + recall_loss:.4g} and the gradient's "
+                                f"norm {norm:.4g}")
         run.step += 1
         run.tokens += int(count)
         run.recent.append((count, time.time() - begin))
@@ -805,6 +816,8 @@ def train(lm, options, corpus, resume=None, until=None, processes=Processes(), s
                       **log.speed())
         if run.step % options.eval_interval == 0 or run.step == until:
             evaluate(run)
+            if not all(map(math.isfinite, run.evaluations[-1])):
+                raise diverged(log, f"after it the held-out loss is {run.evaluations[-1][1]:.4g}")
             log.write(val_loss=run.evaluations[-1][1], val_recall_loss=run.evaluations[-1][2],
                       peak_mem_mib=peak_memory(options.cuda))
             save(run)
@@ -827,8 +840,16 @@ def train(lm, options, corpus, resume=None, until=None, processes=Processes(), s
 # folders and corpora
 
 
+def diverged(log, what):
+    """The BadInput of a run that came to an end by itself."""
+    log.close()
+    return BadInput(f"step {log.run.step}: {what}; what was saved before is kept; try a smaller "
+                    "--lr or a longer --warmup")
+
+
 def open_folder(options, processes):
-    """Make out_dir and keep other runs out of it while this process lives. -> what to hold."""
+    """Make out_dir and keep other runs out of it while this process lives. What a save left
+    that was killed goes. -> what to hold."""
     try:
         os.makedirs(options.out_dir, exist_ok=True)
         if not processes.first:
@@ -845,6 +866,9 @@ def open_folder(options, processes):
     except OSError as e:                    # some network file systems have no locks
         say(f"train.py: {options.out_dir} cannot be locked ({e.strerror}); see to it that no other "
             "process writes there")
+        return lock
+    for part in glob.glob(f"{glob.escape(options.out_dir)}/*.pt.*.tmp"):       # see write_file
+        os.remove(part)
     return lock
 
 
@@ -1120,6 +1144,9 @@ RECIPE_ALONE = ("pretrain_steps", "every", "layers", "factor", "init", "post_lr"
 def resolve(given):
     """Defaults, then the preset, then what was typed."""
     name = given.get("preset")
+    if given.get("ckpt") == "resume" and (name or given.get("overwrite")):
+        raise BadInput("--ckpt=resume goes on with a run as it is; --preset and --overwrite are "
+                       "for a new one")
     if not given.get("ckpt"):
         name = name or f"recipe-{given.get('block', 'gla')}"
         if not name.startswith("recipe-"):

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import io
 import math
 import os
 import sys
@@ -116,6 +117,8 @@ def pick_device(name):
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cpu":
+            return "cpu"                                # cpu:0 is no other
         if device.type != "cuda":
             torch.zeros(1, device=device).item()
         elif (device.index or 0) >= torch.cuda.device_count():
@@ -175,6 +178,8 @@ def out_of_memory(error):
 
 def run_script(main):
     """Run a script's main; what the user can mend ends it with one line and status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")        # text that the terminal cannot show
     try:
         try:
             main()

@@ -2,7 +2,7 @@
 
     python train.py --plot=out/recipe-gla
 """
-from data.options import BadInput
+from data.options import BadInput, one_line
 
 import json
 import math
@@ -21,8 +21,12 @@ def print_report(folder):
     except (OSError, ValueError) as e:
         raise BadInput(f"no results.json in {folder} ({type(e).__name__}); `python train.py` "
                        "writes one when it has ended") from e
-    print(f"\n{table(results)}\n\n{closing(results)}\n")
-    print(f"{folder}/results.json{picture(results, f'{folder}/recipe.png')}")
+    try:
+        print(f"\n{table(results)}\n\n{closing(results)}\n")
+        print(f"{folder}/results.json{picture(results, f'{folder}/recipe.png')}")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+        raise BadInput(f"{folder}/results.json is not one of this version's ({type(e).__name__} "
+                       f"{one_line(e, 60)}); without it the recipe scores its models again") from e
 
 
 def difference(results, task, size=None):
