@@ -205,6 +205,31 @@ def each_family(make, name="runs.jsonl", phases=("block",)):
     return "\n\n".join(part for part in parts if part) or "No runs yet."
 
 
+def summary_table():
+    """The main differences to LPT on rare repeats, families side by side."""
+    blocks = models("runs.jsonl")
+    fast = models("runs.jsonl", ("why",))
+    long = models("runs.jsonl", ("long",))
+    best = f"LPT at {BEST_RATE:g}"
+    entries = (
+        (f"{PRIMARY}, the primary comparison", blocks, PRIMARY, repeats_loss, "lpt", None),
+        (f"{PRIMARY}, against {best}", blocks, PRIMARY, repeats_loss, "lpt", BEST_RATE),
+        (f"{PRIMARY}, on all other text", blocks, PRIMARY, other_loss, "lpt", None),
+        (f"{PRIMARY}, after three times the post-training", long, f"{PRIMARY}-long", repeats_loss,
+         "lpt-long", None),
+        (f"{PRIMARY} at 4e-3, gates ten times as fast, against {best}", fast, FAST, repeats_loss,
+         "lpt", BEST_RATE),
+        (f"preserve-x4, against {best}", blocks, "preserve-x4", repeats_loss, "lpt", BEST_RATE),
+        ("inherit, against LPT at its rate", blocks, "inherit", repeats_loss, "lpt", "same"),
+        ("reinit, against LPT at its rate", blocks, "reinit", repeats_loss, "lpt", "same"))
+    rows = []
+    for label, some, arm, measure, control, rate in entries:
+        more = [differences(some[family], arm, measure, control, rate) for family in FAMILIES]
+        cells = [f"{cell(one, '{:+.2f}')} ({len(one)})" if one else "not run" for one in more]
+        rows.append([label, *cells])
+    return markdown(["loss, arm minus LPT, nats (models)", *FAMILIES.values()], rows)
+
+
 def primary_table():
     """The primary comparison of both families, corrected for there being two."""
     rows = []
@@ -572,7 +597,7 @@ def rates_table():
 
 
 SECTIONS = {
-    "primary": primary_table, "arms": arms_table, "gates": gates_table, "why": why_table,
+    "summary": summary_table, "primary": primary_table, "arms": arms_table, "gates": gates_table, "why": why_table,
     "fast": fast_table,
     "tokens": tokens_table, "gap": gap_table,
     "fine-tuned": fine_tuned_table, "claims": claims_table, "larger": larger_table,
