@@ -1177,8 +1177,8 @@ def resolve(given):
         options = resumed(options, given)
     if options.device == "cpu" and "compile" not in given:
         options.compile = False                 # presets and runs of GPUs compile: it is for them
-    if "graph" not in given and (not options.cuda or "RANK" in os.environ):
-        options.graph = False
+    if "graph" not in given and (not options.cuda or "RANK" in os.environ or options.carry_state):
+        options.graph = False                   # a preset's
     return options
 
 
