@@ -442,7 +442,8 @@ def capability(device):
     """That of a GPU. Warns once where its compiler is known to make wrong code: ptxas
     before 13.3 may reuse a register that a matrix product still reads (triton-lang/triton
     issue 9433), and before pull request 11056 a wait did not span warp groups (11047).
-    Triton 3.9 has both mended. The largest layers were right on an H100 with 3.6."""
+    Triton 3.9 has both mended. In our kernels as Triton 3.6 makes them neither was found
+    (see data/results/README.md)."""
     found = torch.cuda.get_device_capability(device)
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if found[0] == 9 and version < (3, 9):
@@ -673,7 +674,9 @@ def waited_for(x):
 
     Triton's pipeliner counts too few buffers for a tile that both registers and a
     product still under way read: the next fetch may write over it (triton-lang/triton
-    issue 6691). Loops with such a tile need this until that is closed."""
+    issue 6691). Loops with such a tile need this until that is closed. So do loops whose
+    left factor is in registers: ptxas before 13.3 gives these to others while the product
+    still reads them (issue 9433; Triton 3.9 brings 13.4)."""
     return x + 0.0
 
 
@@ -2042,7 +2045,7 @@ def ssd_outputs(
         table = decay_table(cum_ptr, low_ptr, of_head, query, key)
         scores *= table * tl.load(dt_ptr + key * H)[None, :]
         x = tl.load(x_ptr + key[:, None] * (H * P) + p[None, :])
-        y = tl.dot(scores.to(x.dtype), x, y, input_precision=DOT)
+        y = waited_for(tl.dot(scores.to(x.dtype), x, y, input_precision=DOT))
 
     if D_ptr is not None:
         y += tl.load(D_ptr + head) * tl.load(x_ptr + mine).to(tl.float32)
@@ -2116,7 +2119,8 @@ def ssd_grad_values(
         scores = tl.load(scores_ptr + query[:, None] * (G * L) + key[None, :]).to(tl.float32)
         scores *= decay_table(cum_ptr, low_ptr, of_head, query, key)
         dy = tl.load(dy_ptr + query[:, None] * (H * P) + p[None, :])
-        dv = tl.dot(tl.trans(scores.to(dy.dtype)), dy, dv, input_precision=DOT)
+        scores = tl.trans(scores.to(dy.dtype))
+        dv = waited_for(tl.dot(scores, dy, dv, input_precision=DOT))
     tl.store(ddt_ptr + of_head + key, tl.sum(x * dv, axis=1))
     dx = dv * dt[:, None]
     if D_ptr is not None:

@@ -597,8 +597,8 @@ def rates_table():
 
 
 SECTIONS = {
-    "summary": summary_table, "primary": primary_table, "arms": arms_table, "gates": gates_table, "why": why_table,
-    "fast": fast_table,
+    "summary": summary_table, "primary": primary_table, "arms": arms_table,
+    "gates": gates_table, "why": why_table, "fast": fast_table,
     "tokens": tokens_table, "gap": gap_table,
     "fine-tuned": fine_tuned_table, "claims": claims_table, "larger": larger_table,
     "pilot": pilot_table, "levels": levels_table, "needle": needle_table,
