@@ -94,7 +94,7 @@ class Config:
             setattr(self, name, self.per_layer(name))
         if self.block == "gla":
             self.check_gla()
-        else:
+        elif self.block == "mamba2":
             self.check_mamba2()
 
     def per_layer(self, name):
@@ -153,7 +153,9 @@ class Config:
         inputs, a few per channel, are not counted.)"""
         if self.block == "gla":
             return self.d_k * self.d_v // self.n_key_head[layer]
-        return self.d_inner * self.d_state[layer]
+        if self.block == "mamba2":
+            return self.d_inner * self.d_state[layer]
+        raise BadInput(f"Config.state_elements does not say how large the state of {self.block} is")
 
     def total_state(self):
         """Elements of state per sequence, of all layers."""

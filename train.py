@@ -96,7 +96,8 @@ class Options:
     # what to run
     ckpt: str = option("", "scratch | resume | the checkpoint, folder or hub id to start from; "
                        "empty: the recipe", alias="init_from")
-    preset: str = option("", "other values for the options below; they are listed above",
+    preset: str = option("", "other values for the options below, listed above; the recipe takes "
+                             "recipe-BLOCK",
                          choices=tuple(PRESETS))
     block: str = option("gla", "of the recipe or from scratch", choices=("gla", "mamba2"))
     data: str = option(f"{HERE}/data/python", "folder of token files, see data/prepare.py")
@@ -108,7 +109,7 @@ class Options:
     plot: str = option("", "make the table and the picture of the recipe in this folder, only")
     # the model, from scratch
     size: str = option("", f"a public shape: {', '.join(SIZES)}; empty: the shape below",
-                       choices=tuple(SIZES))
+                       choices=("", *SIZES))
     vocab_size: int = option(0, "0: the corpus's")
     n_layer: int = option(2, "layers")
     d_model: int = option(64, "channels of the residual stream")
@@ -1162,8 +1163,9 @@ def resolve(given):
                        "another --size, or no --block")
     shaped = [name for name in SHAPE[1:] if name in given]
     if options.size and shaped:
-        raise BadInput(f"--{shaped[0]} is part of the shape that --size={options.size} names")
-    idle = OTHERS[options.block] & set(shaped)
+        raise BadInput(f"--{shaped[0]} is part of the shape that --size={options.size} names; with "
+                       "--size= a preset has none")
+    idle = OTHERS.get(options.block, set()) & set(shaped)
     if options.ckpt in ("", "scratch") and idle:
         say(f"train.py: --{min(idle)} does nothing to a {options.block} model")
     shaped += [name for name in ("size", "block") if name in given]

@@ -269,10 +269,12 @@ def is_source(name):
 
 
 def files_below(folder):
-    """Paths of a folder's files, sorted, without those and the folders that are hidden."""
+    """Paths of a folder's files, sorted, without those and the folders that are hidden, and
+    without virtual environments."""
     found = []
     for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".")
+                      and not os.path.exists(f"{root}/{name}/pyvenv.cfg")]
         found += [os.path.join(root, name) for name in files if not name.startswith(".")]
     return sorted(filter(os.path.isfile, found))
 
@@ -570,7 +572,7 @@ def load_corpus(folder):
         val = np.memmap(f"{folder}/val.bin", dtype=dtype, mode="r")
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise BadInput(f"no token files in {folder} ({type(e).__name__}: {one_line(e)}); "
-                       "make them: python data/prepare.py") from e
+                       "data/prepare.py makes them, see its --help") from e
     if (len(train), len(val)) != expected:
         raise BadInput(f"the token files in {folder} are cut short; make them again: "
                        "python data/prepare.py")

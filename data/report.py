@@ -80,7 +80,8 @@ def closing(results):
     late = ""
     if learnt < 0.6:
         late = (f"\nThe pre-trained model had not learnt to recall yet ({learnt:.1%} of 4 pairs), "
-                "and has little use for a larger state: another --seed, and --out_dir, may have.")
+                "and has little use for a larger state: more --pretrain_steps or another --seed, "
+                "in another --out_dir, may help.")
     return (f"With {times:.3g} times the state, StateX recalls {share['statex']} of {size} pairs, "
             f"LPT {share['lpt']}: {100 * recalled:+.1f} ± {100 * recall_error:.1f} points.\n"
             f"Held-out text, StateX - LPT: {text:+.3f} ± {text_error:.3f} nats per token.\n(± is "
