@@ -23,7 +23,8 @@ ever, so that `inherit` can use its larger state only where --noise breaks the t
 An init of your own: (1) its name in INITS, (2) how sizes grow, in `enlarged` (Mamba2: by d_state;
 GLA: heads share keys, or they merge), (3) what every parameter is made of, in `plan_gla` or
 `plan_mamba2`, and (4) a case in `make` if that is a new way. `python train.py --init=NAME
---out_dir=out/NAME` runs it, for Mamba2 with --block=mamba2.
+--out_dir=out/NAME` runs it, for Mamba2 with --block=mamba2; with pretrained.pt and lpt.pt of an
+earlier recipe in out/NAME it trains StateX alone.
 
     python expand.py --ckpt=out/recipe-gla/pretrained.pt --every=1 --out=out/expanded.pt
     python expand.py --ckpt=gla-1.3b --every=6 --dry-run     the report for a public size

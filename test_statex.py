@@ -1875,6 +1875,7 @@ def test_which_files_of_a_folder_are_read(tmp_path):
     folder = fill(tmp_path / "text", {
         "a.md": "markdown " * 900, "b/c.RST": "restructured " * 900, "d.csv": "1,2,3,4\n" * 900,
         "latin.txt": b"caf\xe9 " * 1000, "blank.txt": " \n" * 9, ".hidden.txt": "secret " * 999,
+        "venv/pyvenv.cfg": "home = /usr", "venv/lib/x.txt": "not mine " * 999,
         ".git/config.txt": "secret " * 999})
     said = ran(prepare, folder, f"--out={tmp_path}/out")
     assert "3 documents" in said and f"left out, not UTF-8: {folder}/latin.txt" in said
@@ -2854,7 +2855,7 @@ def test_presets_start_on_any_number_of_processes(preset, processes):
 @pytest.mark.parametrize("block", ("gla", "mamba2"))
 def test_the_recipe_on_real_text(block, tmp_path):
     """From the command line, on the default corpus: stopped once, gone on with, and then every
-    number of the table is there."""
+    number of the table is there; and with another transplant."""
     args = (f"--block={block}", "--pretrain_steps=12", "--steps=8", f"--out_dir={tmp_path}",
             "--device=cpu", "--eval_interval=4", "--d_model=32", "--block_size=64")
     process = run_in_background(train_script, *args)
@@ -2881,6 +2882,12 @@ def test_the_recipe_on_real_text(block, tmp_path):
     said = ran(model_script, f"--ckpt={tmp_path}/statex.pt", "--prompt=def read(", "--n=5",
                "--device=cpu")
     assert said.startswith("def read(")
+    other = tmp_path / "inherit"            # another transplant: StateX alone is trained anew
+    other.mkdir()
+    for name in ("pretrained.pt", "lpt.pt"):
+        shutil.copy(tmp_path / name, other)
+    ran(train_script, *args, "--init=inherit", f"--out_dir={other}")
+    assert {entry["run"] for entry in logged(other)} == {"statex"}
 
 
 # ---------------------------------------------------------------------------------------

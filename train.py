@@ -42,6 +42,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
@@ -340,6 +341,8 @@ def start_run(lm, options, corpus, processes, stop):
     model = lm
     if options.shard:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        # layers return their states as views, which nothing writes to
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         mesh = dist.init_device_mesh(torch.device(options.device).type, (dist.get_world_size(),))
         for module in (*lm.layers, lm):     # a layer's weights are gathered once per pass:
             fully_shard(module, mesh=mesh, reshard_after_forward=False)     # twice takes longer
@@ -908,6 +911,8 @@ def held_run(options, meta):
         free.discard("data")
         if kept["ckpt"] != "resume":
             free.discard("ckpt")
+        if not options.ckpt and options.name in ("pretrained", "lpt"):
+            free |= {"every", "layers", "factor", "init"}           # of StateX alone
         same_text(held, options, meta)
     other = [name for name, value in asdict(options).items()
              if name not in free and kept[name] != value]
@@ -991,7 +996,7 @@ def print_banner(lm, options, corpus, steps):
     if options.cuda:
         where = torch.cuda.get_device_name(where)
     if where == "cpu":
-        where = f"a CPU with {torch.get_num_threads()} threads (OMP_NUM_THREADS sets them)"
+        where = f"a CPU, threads: {torch.get_num_threads()} (OMP_NUM_THREADS sets them)"
     print(f"{c.block}, {c.n_layer} layers, {params:,} parameters, {c.total_state():,} elements "
           f"of state per sequence\non {where}\n"
           f"text: {options.data}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} "

@@ -455,6 +455,7 @@ def write_folder(config, tensors, folder):
             json.dump(public_config(config, tensors, end_of_text), file, indent=1)
         safetensors.torch.save_file(public_tensors(config, tensors),
                                     f"{temporary}/model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(f"{temporary}/config.json", f"{temporary}/model.safetensors")
         for name in os.listdir(temporary):
             with open(f"{temporary}/{name}", "rb") as file:
                 os.fsync(file.fileno())

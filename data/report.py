@@ -10,7 +10,7 @@ import statistics
 
 ARMS = {"pretrained": "pre-trained", "lpt": "LPT", "statex": "StateX"}
 COLORS = {"pretrained": "0.6", "lpt": "tab:blue", "statex": "tab:red"}
-TASKS = {"mqar": "of {} pairs recalled", "fewshot": "right after {} shots"}
+TASKS = {"mqar": "of {} pairs recalled", "fewshot": "few-shot, right after {}"}
 
 
 def print_report(folder):
@@ -82,6 +82,9 @@ def closing(results):
         late = (f"\nThe pre-trained model had not learnt to recall yet ({learnt:.1%} of 4 pairs), "
                 "and has little use for a larger state: more --pretrain_steps or another --seed, "
                 "in another --out_dir, may help.")
+    if results["lpt"]["recall"].get("fewshot", {}).get("4", 1.0) < 0.125:
+        late += ("\nFew-shot far below chance is a habit from recall sequences, where every value "
+                 "occurs once.")
     return (f"With {times:.3g} times the state, StateX recalls {share['statex']} of {size} pairs, "
             f"LPT {share['lpt']}: {100 * recalled:+.1f} ± {100 * recall_error:.1f} points.\n"
             f"Held-out text, StateX - LPT: {text:+.3f} ± {text_error:.3f} nats per token.\n(± is "
