@@ -503,13 +503,13 @@ def one_pass(run, k, i, batch):
     if options.graph:
         loss = replayed(run, idx, targets, first, weight)
     else:
-        loss, state = there_and_back(run, idx, targets, first, weight, state)
+        loss, state = loss_and_gradients(run, idx, targets, first, weight, state)
     if carries:
         run.carried[k] = cut_off(state, options.device)
     return loss, idx.numel()
 
 
-def there_and_back(run, idx, targets, first, weight, state=None):
+def loss_and_gradients(run, idx, targets, first, weight, state=None):
     """Forward and backward of one batch. -> its share of the loss, the state at its end"""
     with precision(run.options):
         _, loss, state = run.model(idx, targets, state, first)
@@ -519,19 +519,19 @@ def there_and_back(run, idx, targets, first, weight, state=None):
 
 
 def replayed(run, *batch):
-    """there_and_back as a CUDA graph, which is one launch for hundreds. The first batch of a
-    shape goes there and back as ever, and so compiles kernels; the second is recorded; from
-    then on each is copied to where the graph reads. It adds to the gradients where they are, so
-    that these are set to 0 after a step, not given back. -> the batch's share of the loss"""
+    """loss_and_gradients as a CUDA graph: one launch in place of hundreds. The first batch of a
+    shape is computed as ever, which compiles the kernels; the second is recorded; from then on a
+    batch is copied to where the graph reads. The graph adds to the gradients where they lie,
+    and so they are set to 0 after a step, not given back. -> the batch's share of the loss"""
     key = tuple(x.shape if torch.is_tensor(x) else x for x in batch)
     if key not in run.graphs:
         run.graphs[key] = None
-        return there_and_back(run, *batch)[0]
+        return loss_and_gradients(run, *batch)[0]
     if run.graphs[key] is None:
         inputs = [x.clone() if torch.is_tensor(x) else x for x in batch]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=run.pool):    # one memory for all: they take turns
-            loss, _ = there_and_back(run, *inputs)
+            loss, _ = loss_and_gradients(run, *inputs)
         run.graphs[key] = graph, inputs, loss
     graph, inputs, loss = run.graphs[key]
     for old, new in zip(inputs, batch, strict=True):

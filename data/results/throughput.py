@@ -93,7 +93,7 @@ def ours(config, options):
     run = train.start_run(lm, options, (None, None, {}), train.Processes(), train.Stop())
     if options.graph:
         return lm, lambda idx, targets: train.replayed(run, idx, targets, None, 1.0)
-    return lm, lambda idx, targets: train.there_and_back(run, idx, targets, None, 1.0)[0]
+    return lm, lambda idx, targets: train.loss_and_gradients(run, idx, targets, None, 1.0)[0]
 
 
 def of_peer(loss, options):
