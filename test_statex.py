@@ -2872,7 +2872,8 @@ def test_the_recipe_on_real_text(block, tmp_path):
         assert set(results[arm]["recall"]["mqar"]) == {"2", "4", "8", "16", "32"}
         assert math.isfinite(results[arm]["val_loss"]) and results[arm]["evaluations"]
     results["pretrained"]["recall"]["mqar"]["4"] = 0.9
-    assert "not learnt" not in report.closing(results)
+    results["lpt"]["recall"]["fewshot"]["4"] = 0.02
+    assert "not learnt" not in (said := report.closing(results)) and "a habit from" in said
     assert {path.name for path in tmp_path.glob("*.pt")} == {"lpt.pt", "pretrained.pt", "statex.pt"}
     lpt, statex, pretrained = (LM.from_pretrained(tmp_path / f"{name}.pt").config
                                for name in ("lpt", "statex", "pretrained"))

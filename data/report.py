@@ -77,18 +77,18 @@ def closing(results):
     times = statex["state_elements"] / lpt["state_elements"]
     share = {arm: f"{results[arm]['recall']['mqar'][size]:.1%}" for arm in ("statex", "lpt")}
     learnt = results["pretrained"]["recall"]["mqar"].get("4", 1.0)
-    late = ""
+    remark = ""
     if learnt < 0.6:
-        late = (f"\nThe pre-trained model had not learnt to recall yet ({learnt:.1%} of 4 pairs), "
+        remark = (f"\nThe pre-trained model had not learnt to recall yet ({learnt:.1%} of 4 pairs), "
                 "and has little use for a larger state: more --pretrain_steps or another --seed, "
                 "in another --out_dir, may help.")
-    if results["lpt"]["recall"].get("fewshot", {}).get("4", 1.0) < 0.125:
-        late += ("\nFew-shot far below chance is a habit from recall sequences, where every value "
+    elif results["lpt"]["recall"].get("fewshot", {}).get("4", 1.0) < 0.125:
+        remark = ("\nFew-shot far below chance is a habit from recall sequences, where every value "
                  "occurs once.")
     return (f"With {times:.3g} times the state, StateX recalls {share['statex']} of {size} pairs, "
             f"LPT {share['lpt']}: {100 * recalled:+.1f} ± {100 * recall_error:.1f} points.\n"
             f"Held-out text, StateX - LPT: {text:+.3f} ± {text_error:.3f} nats per token.\n(± is "
-            "the 95 % interval over the sequences asked; another seed makes another model.)" + late)
+            "the 95 % interval over the sequences asked; another seed makes another model.)" + remark)
 
 
 def picture(results, path):
