@@ -79,16 +79,16 @@ def closing(results):
     learnt = results["pretrained"]["recall"]["mqar"].get("4", 1.0)
     remark = ""
     if learnt < 0.6:
-        remark = (f"\nThe pre-trained model had not learnt to recall yet ({learnt:.1%} of 4 pairs), "
-                "and has little use for a larger state: more --pretrain_steps or another --seed, "
-                "in another --out_dir, may help.")
+        remark = (f"\nThe pre-trained model had not learnt to recall yet ({learnt:.1%} of 4 pairs) "
+                  "and has little use for a larger state: more --pretrain_steps or another --seed, "
+                  "in another --out_dir, may help.")
     elif results["lpt"]["recall"].get("fewshot", {}).get("4", 1.0) < 0.125:
         remark = ("\nFew-shot far below chance is a habit from recall sequences, where every value "
-                 "occurs once.")
+                  "occurs once.")
     return (f"With {times:.3g} times the state, StateX recalls {share['statex']} of {size} pairs, "
             f"LPT {share['lpt']}: {100 * recalled:+.1f} ± {100 * recall_error:.1f} points.\n"
             f"Held-out text, StateX - LPT: {text:+.3f} ± {text_error:.3f} nats per token.\n(± is "
-            "the 95 % interval over the sequences asked; another seed makes another model.)" + remark)
+            f"the 95 % interval over the sequences asked; another seed makes another model.){remark}")
 
 
 def picture(results, path):
