@@ -88,7 +88,8 @@ def closing(results):
     return (f"With {times:.3g} times the state, StateX recalls {share['statex']} of {size} pairs, "
             f"LPT {share['lpt']}: {100 * recalled:+.1f} ± {100 * recall_error:.1f} points.\n"
             f"Held-out text, StateX - LPT: {text:+.3f} ± {text_error:.3f} nats per token.\n(± is "
-            f"the 95 % interval over the sequences asked; another seed makes another model.){remark}")
+            "the 95 % interval over the sequences asked; another seed makes another model.)"
+            + remark)
 
 
 def picture(results, path):
