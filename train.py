@@ -687,7 +687,8 @@ def flops_per_token(lm):
 
 
 def peak_memory(cuda):
-    """MiB: on a GPU what this process's tensors took at most, on a CPU the process itself."""
+    """MiB: on a GPU what this process's tensors took at most, without what --graph recorded; on
+    a CPU the process itself."""
     if cuda:
         return round(torch.cuda.max_memory_allocated() / 2**20)
     if resource is None:
