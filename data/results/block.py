@@ -28,6 +28,7 @@ import concurrent.futures
 import contextlib
 import fcntl
 import gc
+import hashlib
 import json
 import multiprocessing
 import shutil
@@ -424,7 +425,17 @@ def train_and_score(job, options, folder, place):
         "peak_mem_mib": trained["peak_mem_mib"], "tokens_per_s": trained["tokens_per_s"],
         "jobs": options.jobs, "seconds": round(seconds, 1),
         "scoring_seconds": round(time.time() - begin - seconds, 1),
-        "corpus": corpus.meta.get("sha256"), "torch": torch.__version__, "device": device}
+        "gates_rate": training.gates_rate, "corpus": corpus.meta.get("sha256"),
+        "code": code_version(), "torch": torch.__version__, "device": device}
+
+
+def code_version():
+    """A name for the code that a run was made by, whatever is committed: equal code, equal name."""
+    code = hashlib.sha256()
+    for name in ("kernels.py", "model.py", "expand.py", "train.py", "data/recall.py"):
+        with open(f"{ROOT}/{name}", "rb") as f:
+            code.update(f.read())
+    return code.hexdigest()[:12]
 
 
 def starting_model(job, training, corpus, folder):
