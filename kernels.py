@@ -172,10 +172,11 @@ def ssd_recurrent(x, dt, A, B, C, D, state, first):
 # exp(FORGOTTEN) is 0 even in float64. g below it is raised to it, so that sums stay
 # finite, and in float64 (ssd) still tell the small decays beside it.
 FORGOTTEN = -1000.0
-# gla_inside multiplies keys by exp(-c), where c is the running sum of g in a chunk. Where
-# that would be more than exp(MAX_EXPONENT) anywhere, the whole call goes through
-# gla_inside_steep, four times slower, which never forms it. It is far from exp(88), where
-# float32 ends, because c is rounded too: near 30 by 1e-6, which is then exp(-c)'s error.
+# gla_inside multiplies keys by exp(-c), where c is the running sum of g in a chunk.
+# Where that would be more than exp(MAX_EXPONENT) anywhere, the whole call goes through
+# gla_inside_steep, four times slower, which never forms it. It is far from exp(88),
+# where float32 ends, because c is rounded too: near 30 by 1e-6, which is then exp(-c)'s
+# error.
 MAX_EXPONENT = 30.0
 
 
@@ -236,9 +237,9 @@ def gla_inside(q, k, v, g):
     Arguments (B,G,n,heads,L,D). Returns o and v (B,G,n,heads,L,V), the queries with the
     decay since the chunk began (B,G,n,heads,L,K), the keys with that to its end
     (B,G,n,L,K), and the decay of whole chunks (B,G,n,K,1)."""
-    # A token's own key has no decay, and stays out of the product: there the gradients of
-    # its two factors would cancel but for rounding, which may drown the true ones. For the
-    # same reason `after` is a sum of its own, not a difference.
+    # A token's own key has no decay, and stays out of the product: there the gradients
+    # of its two factors would cancel but for rounding, which may drown the true ones.
+    # For the same reason `after` is a sum of its own, not a difference.
     o = (q * k).sum(-1, keepdim=True) * v
     k = k.squeeze(3)
     g = g.squeeze(3)
@@ -442,7 +443,7 @@ def capability(device):
     """That of a GPU. Warns once where its compiler is known to make wrong code: ptxas
     before 13.3 may reuse a register that a matrix product still reads (triton-lang/triton
     issue 9433), and before pull request 11056 a wait did not span warp groups (11047).
-    Triton 3.9 has both mended. In our kernels as Triton 3.6 makes them neither was found
+    Triton 3.9 has both mended. In our kernels as Triton 3.6 makes them neither is left
     (see data/results/README.md)."""
     found = torch.cuda.get_device_capability(device)
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -484,8 +485,8 @@ def no_tokens(v, state, sizes, *others):
 
 
 # --------------------------------------------------------------------------------------
-# Triton, first: each recurrence as one short kernel, forward only. Nothing but a test calls
-# them: they are here to be read before the fast path.
+# Triton, first: each recurrence as one short kernel, forward only. Nothing but a test
+# calls them: they are here to be read before the fast path.
 
 
 # Kernels may read no globals but tl.constexpr.
@@ -637,9 +638,9 @@ def ssd_first(
 #                     BF, BH: its heads
 #   DOT               tl.dot's input_precision: None for bfloat16, "tf32x3" for float32.
 #                     Gates are float32: where they mix scores, "tf32" for None
-#   upto, after       sums of g (c, cum) from the start of a chunk or block up to a token, and
-#                     after it to the end, in bits (log2, exp2), though formulas write
-#                     exp; in gla_grad_decays and its helpers their exp2
+#   upto, after       sums of g (c, cum) from the start of a chunk or block up to a
+#                     token, and after it to the end, in bits (log2, exp2), though
+#                     formulas write exp; in gla_grad_decays and its helpers their exp2
 #   q_start, k_end    q exp(upto), k exp(after): what meets the states around a chunk
 #   q_seam, k_seam    the same of a block, where a chunk's two blocks meet
 #   dx, grad_x        the gradient of x; S is a state, dS its gradient
@@ -649,9 +650,9 @@ def ssd_first(
 # Programs next to each other read the same tiles, while these are in the cache.
 
 
-# Sizes are constants of the compilation, so that addresses fold into instructions, but not
-# the numbers of chunks and heads, nor whether these are 1 or multiples of 16. So one
-# compilation serves all T and B.
+# Sizes are constants of the compilation, so that addresses fold into instructions, but
+# not the numbers of chunks and heads, nor whether these are 1 or multiples of 16. So
+# one compilation serves all T and B.
 chunk_kernel = triton.jit(do_not_specialize=["n", "heads"])
 LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None
 
@@ -708,8 +709,8 @@ def load_gate(gates_ptr, channel, head, K: tl.constexpr, F: tl.constexpr):
     return tl.load(gates_ptr + (head // F * F + asked) * F + head % F)
 
 
-# What scan_states adds up. (With gates K is f K, and in reverse a product is multiplied by
-# the gate with which the head reads these channels.)
+# What scan_states adds up. (With gates K is f K, and in reverse a product is multiplied
+# by the gate with which the head reads these channels.)
 #
 #                  x        y   weight         S (K x V)
 #     gla          k_end    v   None           K x V
@@ -876,8 +877,8 @@ def multiply_rows(
     tl.store(scores_ptr + at, scores.to(scores_ptr.dtype.element_ty))
 
 
-# Both families launch them by names of their own, as their other kernels: who looks here
-# for a family's kernels by its name finds all of them.
+# Both families launch them by names of their own, as their other kernels: who looks
+# here for a family's kernels by its name finds all of them.
 gla_scan_states = ssd_scan_states = scan_states
 gla_step_state = ssd_step_state = step_state
 gla_grad_scores = ssd_scores = multiply_rows
@@ -1519,9 +1520,9 @@ def gla_grad_queries_keys(
 #   inside   after     j < t                          k dk_after: writes     writes
 #   before   after     all                            around                 always
 #
-# Summed over a query's pairs, weight x gradient is q dq, channel by channel, where dq is what
-# these pairs add to its gradient; over a key's pairs it is k dk. A query with its own key
-# spans nothing: it is left out, for it would drown small gradients.
+# Summed over a query's pairs, weight x gradient is q dq, channel by channel, where dq
+# is what these pairs add to its gradient; over a key's pairs it is k dk. A query with
+# its own key spans nothing: it is left out, for it would drown small gradients.
 
 
 @triton.jit
@@ -1615,7 +1616,8 @@ def store_grad_decays(
     i = tl.arange(0, pairs.shape[0])
     earlier = i[:, None] > i[None, :]
     # A running sum less its last term would drown what is small, so earlier rows are a
-    # product. Only ordinary blocks in bfloat16 afford "all pairs, less the earlier ones".
+    # product. Only ordinary blocks in bfloat16 afford "all pairs, less the earlier
+    # ones".
     if STEEP or DOT is not None:
         dg = tl.cumsum(pairs, 0, reverse=True) + sum_rows(earlier, writes, DOT)
     else:  # one product
@@ -2320,8 +2322,9 @@ def ssd_grad_decays(
     tl.store(dA_ptr + (batch * H + head) * n + chunk, tl.sum(dg * dt, axis=0))
 
 
-# States of more columns are read by ssd_read_states: at N = 512 the kernels of a step of
-# Mamba2-1.3b take 4.61 ms so, and 5.00 where outputs and gradients read them themselves.
+# States of more columns are read by ssd_read_states: at N = 512 the kernels of a step
+# of Mamba2-1.3b take 4.61 ms so, and 5.00 where outputs and gradients read them
+# themselves.
 READ_APART = 128
 
 

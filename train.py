@@ -411,7 +411,7 @@ def batches(run, part):
     what comes next."""
     options = run.options
     parts = passes(options, run.processes) * run.processes.size
-    rng = np.random.default_rng([options.seed, run.step, 0])        # 0: as it always was
+    rng = np.random.default_rng([options.seed, run.step, 0])        # 0: so runs repeat
     data = [text_batch(run, rng, share(options.batch_size, part, parts))]
     if options.recall_tokens:
         data.append(recall_batch(run, rng, part, parts))
@@ -652,6 +652,12 @@ def load_run(path):
     if held is None:
         raise BadInput(f"{path} holds a model and no run to go on with; start one from it by "
                        f"--ckpt={path}, in another --out_dir or by another --name, or --overwrite")
+    check_held(held, path)
+    return lm, held
+
+
+def check_held(held, path):
+    """Raises BadInput where the "train" entry of the checkpoint at path cannot be a run's."""
     kinds = {"options": dict, "optimizer": dict, "corpus": dict, "evaluations": list, "step": int,
              "tokens": int, "seconds": float}
     for name, kind in kinds.items():
@@ -666,7 +672,6 @@ def load_run(path):
     if not 0 <= held["step"] <= steps or held["tokens"] < 0 or not held["seconds"] >= 0:
         raise other_version(path, f"it is at step {held['step']} of {steps}, after "
                                   f"{held['tokens']} tokens and {held['seconds']} s")
-    return lm, held
 
 
 def other_version(path, why):
@@ -853,8 +858,8 @@ def diverged(log, what):
 
 
 def open_folder(options, processes):
-    """Make out_dir and keep other runs out of it while this process lives. What a save left
-    that was killed goes. -> what to hold."""
+    """Make out_dir, keep other runs out of it while this process lives, and remove what a killed
+    save left. -> what to hold."""
     try:
         os.makedirs(options.out_dir, exist_ok=True)
         if not processes.first:
