@@ -2322,9 +2322,8 @@ def ssd_grad_decays(
     tl.store(dA_ptr + (batch * H + head) * n + chunk, tl.sum(dg * dt, axis=0))
 
 
-# States of more columns are read by ssd_read_states: at N = 512 the kernels of a step
-# of Mamba2-1.3b take 4.61 ms so, and 5.00 where outputs and gradients read them
-# themselves.
+# States of more columns are read by ssd_read_states, and not again by outputs and
+# gradients, which took a tenth longer at N = 512 (data/results/README.md).
 READ_APART = 128
 
 
