@@ -635,7 +635,7 @@ def ssd_first(
 #                     blocks, in gla one or two, counted over the sequence, and in ssd
 #                     several, counted over the chunk. heads: B H
 #   BK, BV, BN        channels of a tile; BT, BR, BI, BJ: its tokens; BE: its scores;
-#                     BF, BH: its heads
+#                     BF, BH: its heads; PK: channels of a program with several tiles
 #   DOT               tl.dot's input_precision: None for bfloat16, "tf32x3" for float32.
 #                     Gates are float32: where they mix scores, "tf32" for None
 #   upto, after       sums of g (c, cum) from the start of a chunk or block up to a
@@ -682,9 +682,9 @@ def waited_for(x):
     left factor is in registers: ptxas before 13.3 gives these to others while the product
     still reads them (issue 9433; Triton 3.9 brings 13.4).
 
-    Not where every turn uses the sum (scan_states), nor with num_stages=1 (gla_scores,
-    gla_grad_decays): there no product is under way when the next turn begins. No compiler
-    drops the addition, since -0.0 + 0.0 is 0.0."""
+    Not where every turn uses what it multiplies (scan_states, gla_grad_decays), nor with
+    num_stages=1 (gla_scores): there no product is under way when the next turn begins. No
+    compiler drops the addition, since -0.0 + 0.0 is 0.0."""
     return x + 0.0
 
 
@@ -1638,11 +1638,10 @@ def gla_grad_decays(
     H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     PK: tl.constexpr, BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq, dk and dg; STEEP: of steep blocks again, written over it.
-
-    One program owns PK channels of one block of one head, BK at a time. It fills a
-    processor, where nothing else goes on while it waits for memory: what it reads it asks
-    for at once, and where it has more channels than BK, for the next ones too."""
+    """dq, dk and dg; STEEP: of steep blocks again, written over it. One program owns PK
+    channels of one block of one head. It fills a processor, where nothing else goes on
+    while it waits for memory: so it asks at once for all that it reads, and in bfloat16
+    for the next BK channels too."""
     program, rest = split(tl.program_id(0), K // PK)
     head, block, batch = split3(rest, H, n, L // R)
     of_block = ((batch * H + head) * n * (L // R) + block) * K
@@ -1654,7 +1653,6 @@ def gla_grad_decays(
     of_state = ((batch * H + head) * n + block // (L // R)) * K
     grad_scores = tl.load(grad_scores_ptr + at_scores)
     diagonal = tl.load(diagonal_ptr + (batch * H + head) * n * L + block * R + i)
-
     for k0 in range(0, PK, BK):
         channel = program * PK + k0 + tl.arange(0, BK)
         at = row * K + i * (H * K) + channel[None, :]
@@ -1722,8 +1720,8 @@ def gla_launches(K, V, states, L, R, dtype):
     rows = dict(BK=BK, BV=wide_v)
     rows |= dict(num_warps=8, num_stages=4) if L > R else dict(num_warps=4, num_stages=3)
     few_k = power_of_two(K, 16, 32)  # where many tiles are in registers at once
-    # one program for all channels, the next ones fetched ahead: faster by 15 %, but in chunks
-    # of two blocks slower by 6 to 10 %
+    # One program for all channels, the next ones fetched ahead, is faster by 15 %; in chunks
+    # of two blocks slower by 6 to 10 %.
     all_k = narrow and L == R
     of_decays = dict(cut={"PK": "K"}, PK=K if all_k else few_k, BK=few_k, num_warps=8)
     return types.SimpleNamespace(
@@ -2923,7 +2921,8 @@ def time_layer(name, layer, B, T, rates, options):
 
 
 def time_kernels(step, bandwidth):
-    """Every launch of a step again, alone, beside the time to move its tensors once."""
+    """Every launch of a step again, alone, beside the time to move its tensors once. In
+    small layers they take less than the step, which waits for the processor to launch."""
     import unittest.mock
     launched = []
     launch = Launch.__call__
@@ -2934,11 +2933,14 @@ def time_kernels(step, bandwidth):
 
     with unittest.mock.patch.object(Launch, "__call__", record):
         step()
+    total = 0.0
     for self, args, named in launched:
         ms = median_ms(lambda s=self, a=args, n=named: s(*a, **n))
+        total += ms
         tensors = {a.data_ptr(): a.nbytes for a in args if isinstance(a, torch.Tensor)}
         floor = sum(tensors.values()) / bandwidth * 1e3
         print(f"    {self.kernel.fn.__name__:24s} {ms:7.3f} {ms / floor:5.1f} x floor", flush=True)
+    print(f"    {'together':24s} {total:7.3f}", flush=True)
 
 
 def time_step(name, layer, bandwidth):
