@@ -2350,12 +2350,12 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
         scan_n = min(scan_n, 32)
     width = 128 if narrow and shared * P % 128 == 0 else P
     if apart and narrow and L >= 128:
-        through = dict(BR=128, BN=128, num_warps=8, num_stages=3 if L == 128 else 2)
+        through = dict(BR=128, BN=128, num_warps=8, num_stages=3)
     else:
         through = dict(BR=R, BN=BN, num_warps=4, num_stages=3)
     scan = dict(cut={"BK": "K", "BV": "V"}, BK=P, BV=scan_n,
                 BT=min(L, 64 if scan_n > 32 else 128), num_warps=4)
-    # maxnreg, a thread's registers: at 128 four programs fit a processor, at 168 three
+    # maxnreg, a thread's registers: at 128 four programs fit a processor
     return types.SimpleNamespace(
         decays=Launch(ssd_decays, cut={"BH": "H"}, BH=8, num_warps=4),
         scores=Launch(ssd_scores, BK=BN, num_warps=4),
@@ -2367,7 +2367,7 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
         grad_scan=Launch(ssd_scan_states, num_stages=3, **scan),
         grad_values=Launch(
             ssd_grad_values, BN=BN, num_warps=4, num_stages=3 if narrow else 2,
-            maxnreg=168 if narrow else None),
+            maxnreg=128 if narrow else None),
         grad_scores=Launch(ssd_grad_scores, num_warps=4, num_stages=3),
         grad_queries_keys=Launch(ssd_grad_queries_keys, cut={"BN": "N", "BR": "L"}, **through),
         grad_decays=Launch(ssd_grad_decays, num_warps=4),
