@@ -596,8 +596,8 @@ def ssd_first(
 #
 #   all chunks at once   one kernel scans the states over the chunks and keeps them;
 #                        outputs and gradients then take all chunks side by side
-#   products only        scores too are a matrix product: the decay of a pair is split
-#                        at a point between the two, into a factor for each of them
+#   products only        scores too are a matrix product: in gla the decay of a pair is
+#                        split into a factor for each of the two
 #   long chunks          a kept state costs K V / L elements per token, most of the
 #                        traffic: 256 tokens where states are large, else 128
 #   small tiles          several programs share a state, and fetch ahead their factors
@@ -611,11 +611,11 @@ def ssd_first(
 #
 # With gates the scores of each head with its own keys are computed once, and a second
 # kernel mixes them into the scores of every head of the group. Only kernels that touch
-# states see the group's f K channels: there K is f K, and G = H / f heads (HX of the
-# scan) have queries and keys.
+# states see the group's f K channels: there K is f K, and q_start and k_end are, in the
+# same memory, (B,T,G,f K), with G = H / f (HX of the scan).
 #
-#   launch             gla                           ssd
-#   decays             (in gla_scores)               ssd_decays
+#   launch             gla (with gates)              ssd (where N > READ_APART)
+#   decays             in gla_scores                 ssd_decays
 #   scores             gla_scores, _steep, _across   multiply_rows
 #     of all heads     (gla_mix_scores)
 #   states             scan_states                   scan_states
@@ -629,18 +629,18 @@ def ssd_first(
 #
 # The chunk kernels (all but step_state) mask neither tokens nor channels: callers pad T
 # to whole chunks (as in gla_chunked, for ssd with dt = 0) and channels to whole tiles.
-# In all of them, in whose shapes B is the batch:
+# Their names, where in shapes B is the batch:
 #
-#   n, L, R           chunks of a sequence, tokens of a chunk, of a block; a chunk has
-#                     blocks, in gla one or two, counted over the sequence, and in ssd
-#                     several, counted over the chunk. heads: B H
+#   n, L, R           chunks of a sequence, tokens of a chunk, of a block. L is R or 2 R
+#                     in gla, where `block` counts from the sequence's start, up to 4 R
+#                     in ssd, where it counts from the chunk's. heads: B H
 #   BK, BV, BN        channels of a tile; BT, BR, BI, BJ: its tokens; BE: its scores;
 #                     BF, BH: its heads; PK: channels of a program with several tiles
 #   DOT               tl.dot's input_precision: None for bfloat16, "tf32x3" for float32.
 #                     Gates are float32: where they mix scores, "tf32" for None
 #   upto, after       sums of g (c, cum) from the start of a chunk or block up to a
 #                     token, and after it to the end, in bits (log2, exp2), though
-#                     formulas write exp; in gla_grad_decays and its helpers their exp2
+#                     formulas write exp
 #   q_start, k_end    q exp(upto), k exp(after): what meets the states around a chunk
 #   q_seam, k_seam    the same of a block, where a chunk's two blocks meet
 #   dx, grad_x        the gradient of x; S is a state, dS its gradient
@@ -650,9 +650,9 @@ def ssd_first(
 # Programs next to each other read the same tiles, while these are in the cache.
 
 
-# Sizes are constants of the compilation, so that addresses fold into instructions, but
-# not the numbers of chunks and heads, nor whether these are 1 or multiples of 16. So
-# one compilation serves all T and B.
+# Sizes are constants of the compilation, so that addresses fold into instructions. Not
+# n and heads, for which Triton would by itself compile anew where they are 1 or
+# multiples of 16: so one compilation serves all T and B.
 chunk_kernel = triton.jit(do_not_specialize=["n", "heads"])
 LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None
 
@@ -682,9 +682,9 @@ def waited_for(x):
     left factor is in registers: ptxas before 13.3 gives these to others while the product
     still reads them (issue 9433; Triton 3.9 brings 13.4).
 
-    Not where every turn uses what it multiplies (scan_states, gla_grad_decays), nor with
-    num_stages=1 (gla_scores): there no product is under way when the next turn begins. No
-    compiler drops the addition, since -0.0 + 0.0 is 0.0."""
+    Not where each turn needs its product, or the sum before it (gla_grad_decays,
+    scan_states), nor with num_stages=1 (gla_scores): there no product is under way when
+    the next turn begins. No compiler drops the addition, since -0.0 + 0.0 is 0.0."""
     return x + 0.0
 
 
@@ -709,8 +709,8 @@ def load_gate(gates_ptr, channel, head, K: tl.constexpr, F: tl.constexpr):
     return tl.load(gates_ptr + (head // F * F + asked) * F + head % F)
 
 
-# What scan_states adds up. (With gates K is f K, and in reverse a product is multiplied
-# by the gate with which the head reads these channels.)
+# What scan_states adds up. (With gates K is f K, and since q_start has no gates in it,
+# in reverse x y^T is multiplied by the one with which the head reads these channels.)
 #
 #                  x        y   weight         S (K x V)
 #     gla          k_end    v   None           K x V
@@ -721,10 +721,10 @@ def load_gate(gates_ptr, channel, head, K: tl.constexpr, F: tl.constexpr):
 
 @chunk_kernel
 def scan_states(
-    x_ptr, y_ptr,            # (B,T,HX,K), (B,T,HY,V)  less than H where heads share
-    weight_ptr, gates_ptr,   # (B,H,T) or None, (HX,F,F) or None: F = H / HX
-    decay_ptr,               # (B,H,n,K/F), with weights (B,H,n): of a chunk, log2
-    initial_ptr, final_ptr,  # (B,H,K,V)  S to begin with and at the end, or None
+    x_ptr, y_ptr,            # (B,T,HX,K), (B,T,HY,V)  F = H / HX heads share an x
+    weight_ptr, gates_ptr,   # (B,H,T) or None (gla), (HX,F,F) or None
+    decay_ptr,               # (B,H,n,K/F), for ssd (B,H,n): of a whole chunk, log2
+    initial_ptr, final_ptr,  # (B,H,K,V)  S (dS) at the start and the end, or None
     states_ptr,              # (B,H,n,K,V)
     n,
     H: tl.constexpr, HX: tl.constexpr, HY: tl.constexpr,
@@ -748,7 +748,7 @@ def scan_states(
     x_ptr += (batch * n * L * HX + head // F) * K
     y_ptr += (batch * n * L * HY + head // (H // HY)) * V
     states_ptr += (batch * H + head) * n * K * V
-    # the tile's channels are keys of one head of the group, and decay as these
+    # the head of the group whose keys, and so decays, the tile's channels have
     key_head = batch * H + head // F * F + k_block * BK // (K // F)
     if gates_ptr is not None:
         gate = load_gate(gates_ptr, k_block * BK, head, K, F)
@@ -784,13 +784,13 @@ def scan_states(
 
 @triton.jit
 def step_state(
-    q_ptr, k_ptr, v_ptr,   # (B,HQ,K), (B,G,K), (B,H,V)
+    q_ptr, k_ptr, v_ptr,   # (B,H,K), for ssd (B,G,K); (B,G,K), (B,H,V)
     g_ptr, dt_ptr, A_ptr,  # gla: (B,G,K), None, None; ssd: None, (B,H), (H,)
     D_ptr,                 # (H,) or None
     state_ptr, new_ptr,    # (B,H,K,V), for ssd (B,H,V,K)
     out_ptr,               # (B,H,V)
     scale,
-    H: tl.constexpr, HQ: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
 ):
     """One token of either recurrence. For ssd q is C, k is B, v is x: K is N and V is P,
@@ -803,7 +803,7 @@ def step_state(
     v = v_block * BV + tl.arange(0, BV)
     bh = batch * H + head
     shared = batch * G + head // (H // G)
-    query = batch * HQ + head // (H // HQ)
+    query = bh if dt_ptr is None else shared
     v_inside = v < V
 
     x = tl.load(v_ptr + bh * V + v, v_inside, 0.0).to(tl.float32)
@@ -821,10 +821,9 @@ def step_state(
             at = bh * K * V + v[None, :] * K + k[:, None]
         else:
             at = bh * K * V + k[:, None] * V + v[None, :]
+            log_decay = tl.load(g_ptr + shared * K + k, k_inside, 0.0)[:, None]
         key = tl.load(k_ptr + shared * K + k, k_inside, 0.0).to(tl.float32)
         q = tl.load(q_ptr + query * K + k, k_inside, 0.0).to(tl.float32)
-        if g_ptr is not None:
-            log_decay = tl.load(g_ptr + shared * K + k, k_inside, 0.0)[:, None]
         state = tl.exp2(log_decay * LOG2E) * tl.load(state_ptr + at, inside, 0.0)
         state += key[:, None] * value[None, :]
         tl.store(new_ptr + at, state, inside)
@@ -978,14 +977,14 @@ def one_step(kernel, q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None,
         None if t is None else t.float().contiguous() for t in (g, dt, A, D, state))
     q, k, v = (t.contiguous() for t in (q, k, v))
     B, _, H, V = v.shape
-    HQ, K = q.shape[2:]
+    K = q.shape[3]
     BV = power_of_two(V, 16, BV)
     out = torch.empty_like(v)
     new = torch.empty_like(state)
     with on_device(q):
         kernel[(B * H * -(-V // BV),)](
             q, k, v, g, dt, A, D, state_ptr=state, new_ptr=new, out_ptr=out, scale=scale,
-            H=H, HQ=HQ, G=k.shape[2], K=K, V=V, BK=power_of_two(K, 16, BK), BV=BV,
+            H=H, G=k.shape[2], K=K, V=V, BK=power_of_two(K, 16, BK), BV=BV,
             num_warps=4)
     return out, new
 
@@ -1150,8 +1149,8 @@ def gla_scores_steep(
     H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
-    """For steep blocks gla_scores again, but for the diagonal and the decay, written over
-    it; at others, nearly all in a GLA model, programs return at once.
+    """Of steep blocks stores again what gla_scores did, all but the diagonal and decay;
+    the programs of others, nearly all in a GLA model, return at once.
 
     Pieces of 2^bit tokens meet in pairs, as in gla_inside_steep: tokens j < i meet at the
     highest bit in which they differ. One matrix product a bit; that bit's pairs are stored."""
@@ -1239,8 +1238,8 @@ def tile_of_group(
     start, element, heads,
     H: tl.constexpr, F: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
 ):
-    """Offsets in a group's scores of elements of (BT,L), BT queries from the chunk's token
-    `start` on by its L keys; and which of them were stored (see load_scores)."""
+    """Elements of a BT x L table, its rows queries from a chunk's token `start` on, its
+    columns keys: offsets for each head, and which were stored (see load_scores)."""
     query = element // L
     key = element % L
     at = query[None, :] * (H * L) + heads[:, None] * L + key[None, :]
@@ -1299,9 +1298,9 @@ def gla_outputs(
 ):
     """o_i = S^T q_start_i + sum over j <= i in its chunk of scores_ij v_j.
 
-    With gates, o is kept divided by the gate of the head whose channels are read, and
-    rescaled where the next one's begin: a second sum would not fit the registers. A gate
-    below 1e-20 in size counts as 1e-20, so that o divided by it stays finite.
+    With gates S^T q_start is a sum of gate_h S_h^T q_h over the group's heads h. While
+    those of h are added o is the sum / gate_h, for a second one would not fit the
+    registers; a gate below 1e-20 in size counts as 1e-20, so that o stays finite.
     One program owns BV channels of the L tokens of one chunk of one head."""
     v_block, rest = split(tl.program_id(0), V // BV)
     head, chunk, batch = split3(rest, H, n)
@@ -1356,10 +1355,9 @@ def gla_grad_values(
     One program owns BV channels of one chunk of one head."""
     v_block, rest = split(tl.program_id(0), V // BV)
     head, chunk, batch = split3(rest, H, n)
-    group = head // (H // G)
     j = tl.arange(0, L)
     token = batch * n * L + chunk * L
-    k_end_ptr += (token * G + group) * K
+    k_end_ptr += (token * G + head // (H // G)) * K
     scores_ptr += (token * H + head) * L
     do_ptr += (token * H + head) * V + v_block * BV
     dv_ptr += (token * H + head) * V + v_block * BV
@@ -1427,13 +1425,28 @@ def gla_grad_mix_scores(
     tl.store(dgates_ptr + of_gates, dgates, inside)
 
 
+# The gradient of decays. Key j reaches query i with weight exp(g_{j+1} + ... + g_i), so
+# dg_t sums weight x its gradient over all pairs that span t, j < t <= i. For a token t
+# of a block (in ssd: of a chunk) these are, with the variables that hold them,
+#
+#   key      query     pairs                          gla                    ssd
+#   inside   inside    i >= t, less those of j >= t   pairs                  ends, begins
+#   before   inside    i >= t                         q dq_before, in pairs  reads
+#   inside   after     j < t                          k dk_after: writes     writes
+#   before   after     all                            around                 always
+#
+# Summed over a query's pairs, weight x gradient is q dq, channel by channel, where dq
+# is what these pairs add to its gradient; over a key's pairs it is k dk. A query with
+# its own key spans nothing: it is left out, for it would drown small gradients.
+
+
 @triton.jit
 def through_states(
     do_ptr, v_ptr, states_ptr, grad_states_ptr, k, dk, state_pairs,
     H: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq (R,BK) of one head; and dk (R,BK) and state_pairs (BK,), sums over the heads of
-    its group, with what this head adds."""
+    """One head's dq (R,BK), S do; dk (R,BK) and state_pairs (BK,), sums over a group's
+    heads so far, with this one's dS v and S dS. k: numbers of the channels."""
     at_v = tl.arange(0, R)[:, None] * (H * V)
     dq = tl.zeros(dk.shape, tl.float32)
     for v0 in range(0, V, BV):
@@ -1457,18 +1470,17 @@ def gla_grad_queries_keys(
     q_start_ptr, k_end_ptr,       # (B,T,G,K)
     dq_start_ptr, dk_end_ptr,     # (B,T,G,K)
     state_pairs_ptr,              # (B,H,n,K/F)    S dS, summed over V and a group's heads
-    around_ptr,                   # (B,H,T/R,K/F)  or None: one block a chunk
+    around_ptr,                   # (B,H,T/R,K/F)  by the block spanned, or None
     gates_ptr, dgates_ptr,        # (G,F,F), (B,T/R,G,K/BK,F)  or None: F = H / G
     n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq_start_i = S do_i and dk_end_j = dS v_j, the gradients through the states. For
-    dg (see below) also state_pairs and, of two blocks, `around`, the pairs that span a
-    whole block. Those of the second block's queries with the state before the chunk (q dq)
-    span the first; those of the first one's keys with the state after it (k dk) span the
-    second. With gates, dq_start sums the heads that read
-    these channels, each with its gate, whose gradient is q dq.
+    """dq_start_i = S do_i and dk_end_j = dS v_j, the gradients through the states. With
+    gates dq_start sums over the heads that read these channels, each times its gate,
+    whose gradient is q dq. For dg also state_pairs and, of two blocks, `around`: what
+    spans the other block, q dq of the second one's queries with the state before the
+    chunk, or k dk of the first one's keys with the state after it.
     One program owns BK channels of one block of one group, its heads in turn: without
     gates one head."""
     F: tl.constexpr = H // G
@@ -1510,39 +1522,6 @@ def gla_grad_queries_keys(
         tl.store(around_ptr + other * (K // F) + channel_of_head, around)
 
 
-# The gradient of decays. Key j reaches query i with weight exp(g_{j+1} + ... + g_i), so
-# dg_t sums weight x its gradient over all pairs that span t, j < t <= i. For a token t
-# of a block (in ssd: of a chunk) these are, with the variables that hold them,
-#
-#   key      query     pairs                          gla                    ssd
-#   inside   inside    i >= t, less those of j >= t   pairs                  ends, begins
-#   before   inside    i >= t                         q dq_before, in pairs  reads
-#   inside   after     j < t                          k dk_after: writes     writes
-#   before   after     all                            around                 always
-#
-# Summed over a query's pairs, weight x gradient is q dq, channel by channel, where dq
-# is what these pairs add to its gradient; over a key's pairs it is k dk. A query with
-# its own key spans nothing: it is left out, for it would drown small gradients.
-
-
-@triton.jit
-def decays_of_block(g, total, STEEP: tl.constexpr, DOT: tl.constexpr):
-    """Of every row of g (R,BK), in all `total` (1,BK): exp(c - m) and exp(m - c) as in
-    gla_scores, which a steep block does not use, exp(upto) and exp(after)."""
-    if STEEP:
-        upto, after = decays_of_piece(g, 7, DOT)
-        return upto, after, upto, after
-    if DOT is not None:
-        from_middle = tl.cumsum(g, 0) - 0.5 * total
-    else:  # in bfloat16 a product is faster than a scan, and exact to 16 bits
-        i = tl.arange(0, g.shape[0])
-        from_middle = sum_rows(i[:, None] >= i[None, :], g, DOT) - 0.5 * total
-    half = tl.exp2(0.5 * total)
-    to_q = tl.exp2(from_middle)
-    to_k = tl.exp2(-from_middle)
-    return to_q, to_k, to_q * half, to_k * half
-
-
 @triton.jit
 def meet(q, k, to_q, to_k, grad_scores, pairs, DOT: tl.constexpr):
     """What queries and keys, decayed to where they meet, give each other through the
@@ -1559,49 +1538,55 @@ def meet(q, k, to_q, to_k, grad_scores, pairs, DOT: tl.constexpr):
 
 @triton.jit
 def within_block(
-    q, k, g, to_q, to_k, grad_scores, diagonal, STEEP: tl.constexpr, DOT: tl.constexpr,
+    q, k, g, total, grad_scores, diagonal, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
     """dq and dk by the queries and keys of one block, and their pairs: all at once as in
-    gla_scores, or bit by bit as in gla_scores_steep. grad_scores is 0 above the diagonal
-    (multiply_rows) and on it: a query with its own key has no decay, and comes as
-    diagonal (R,1)."""
+    gla_scores, or bit by bit as in gla_scores_steep; then exp(upto) and exp(after).
+    grad_scores is 0 above the diagonal (multiply_rows) and on it: a query with its own
+    key has no decay, and comes as diagonal (R,1). total (1,BK): the sum of g (R,BK)."""
+    i = tl.arange(0, q.shape[0])[:, None]
+    j = tl.arange(0, q.shape[0])[None, :]
     pairs = tl.zeros(q.shape, tl.float32)
     if STEEP:
-        i = tl.arange(0, q.shape[0])[:, None]
-        j = tl.arange(0, q.shape[0])[None, :]
+        exp_upto, exp_after = decays_of_piece(g, 7, DOT)
         dq = diagonal * k
         dk = diagonal * q
         for bit in range(7):
-            upto, after = decays_of_piece(g, bit, DOT)
+            to_q, to_k = decays_of_piece(g, bit, DOT)
             of_bit = tl.where((i ^ j) >> bit == 1, grad_scores, 0.0)
-            dq_of_bit, dk_of_bit, pairs = meet(q, k, upto, after, of_bit, pairs, DOT)
+            dq_of_bit, dk_of_bit, pairs = meet(q, k, to_q, to_k, of_bit, pairs, DOT)
             dq += dq_of_bit
             dk += dk_of_bit
-    else:
-        dq, dk, pairs = meet(q, k, to_q, to_k, grad_scores, pairs, DOT)
-        dq += diagonal * k
-        dk += diagonal * q
-    return dq, dk, pairs
+        return dq, dk, pairs, exp_upto, exp_after
+    if DOT is not None:
+        from_middle = tl.cumsum(g, 0) - 0.5 * total
+    else:  # in bfloat16 a product is faster than a scan, and exact to 16 bits
+        from_middle = sum_rows(i >= j, g, DOT) - 0.5 * total
+    half = tl.exp2(0.5 * total)
+    to_q = tl.exp2(from_middle)
+    to_k = tl.exp2(-from_middle)
+    dq, dk, pairs = meet(q, k, to_q, to_k, grad_scores, pairs, DOT)
+    return dq + diagonal * k, dk + diagonal * q, pairs, to_q * half, to_k * half
 
 
 @triton.jit
 def across_blocks(
-    dq, dk, other, second, grad_scores_ptr, q_seam_ptr, k_seam_ptr, at,
+    dq, dk, other, second, grad_scores_ptr, q_seam, k_seam,
     ROW: tl.constexpr, DOT: tl.constexpr,
 ):
-    """In a chunk of two blocks, the second one's dq_start, or the first one's dk_end, taken
-    on to the seam, and what the other block adds there. other: that block's decay."""
+    """Of a chunk's two blocks: the second's dq_start (dq), or the first's dk_end (dk),
+    times the other block's decay (other): at the seam, plus what scores add there."""
     dq = dq.to(tl.float32)
     dk = dk.to(tl.float32)
     i = tl.arange(0, dq.shape[0])
     at_scores = i[:, None] * ROW + i[None, :]
     if second:
         grad_scores = tl.load(grad_scores_ptr + at_scores)
-        keys = tl.load(k_seam_ptr + at)
+        keys = tl.load(k_seam)
         dq = tl.dot(grad_scores, keys, dq * other, input_precision=DOT)
     else:
         grad_scores = tl.load(grad_scores_ptr + dq.shape[0] * ROW + at_scores)
-        queries = tl.load(q_seam_ptr + at)
+        queries = tl.load(q_seam)
         dk = tl.dot(tl.trans(grad_scores), queries, dk * other, input_precision=DOT)
     return dq, dk
 
@@ -1638,10 +1623,10 @@ def gla_grad_decays(
     H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     PK: tl.constexpr, BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq, dk and dg; STEEP: of steep blocks again, written over it. One program owns PK
-    channels of one block of one head. It fills a processor, where nothing else goes on
-    while it waits for memory: so it asks at once for all that it reads, and in bfloat16
-    for the next BK channels too."""
+    """dq, dk and dg; STEEP: of steep blocks, over what the first launch stored. One
+    program owns PK channels of one block of one head. It fills a processor, where
+    nothing else goes on while it waits for memory: so loads come first, and where PK >
+    BK those of the next BK channels before the work on these."""
     program, rest = split(tl.program_id(0), K // PK)
     head, block, batch = split3(rest, H, n, L // R)
     of_block = ((batch * H + head) * n * (L // R) + block) * K
@@ -1665,23 +1650,22 @@ def gla_grad_decays(
         around = tl.load(state_pairs_ptr + of_state + channel)
         around *= tl.exp2(tl.load(decay_ptr + of_state + channel))
 
-        # converted after all loads, for to convert is to wait
+        # converted after these loads, for to convert is to wait
         g = log2_decay(g)
-        to_q, to_k, upto, after = decays_of_block(g, total, STEEP, DOT)
         q = q.to(tl.float32) * scale
         k = k.to(tl.float32)
-        dq, dk, pairs = within_block(q, k, g, to_q, to_k, grad_scores, diagonal, STEEP, DOT)
+        dq, dk, pairs, exp_upto, exp_after = within_block(
+            q, k, g, total, grad_scores, diagonal, STEEP, DOT)
         if L > R:
             to_other = ((block ^ 1) - block) * K
             other = tl.exp2(tl.load(block_decay_ptr + of_block + channel + to_other))[None, :]
-            # rows at the seam, less those that `at` has
-            seam = ((batch * n + block // 2) * R * H + head) * K - row * K
+            seam = at + ((batch * n + block // 2) * R * H + head - row) * K  # its rows
             dq_start, dk_end = across_blocks(
                 dq_start, dk_end, other, block % 2 == 1, grad_scores_ptr + row * L,
-                q_seam_ptr + seam, k_seam_ptr + seam, at, H * L, DOT)
+                q_seam_ptr + seam, k_seam_ptr + seam, H * L, DOT)
             around += tl.load(around_ptr + of_block + channel)
-        dq_before = dq_start * upto
-        dk_after = dk_end * after
+        dq_before = dq_start * exp_upto
+        dk_after = dk_end * exp_after
         tl.store(dq_ptr + at, ((dq + dq_before) * scale).to(dq_ptr.dtype.element_ty))
         tl.store(dk_ptr + at, (dk + dk_after).to(dk_ptr.dtype.element_ty))
         store_grad_decays(
@@ -1702,8 +1686,8 @@ def gla_chunk(T, K, V, dtype):
 @functools.cache
 def gla_launches(K, V, states, L, R, dtype):
     """The kernels with their tiles, the fastest of those measured on an H100 at the
-    sizes of layers(). K is of one head; states: B H f, of K x V. Wide tiles of float32 are half as
-    wide, for they take twice the registers and shared memory."""
+    sizes of layers(), for `states` = B H f states of K x V. Wide tiles of float32 are
+    half as wide, for they take twice the registers and shared memory."""
     narrow = dtype == torch.bfloat16
     BK = power_of_two(K, 16, 64)
     BV = power_of_two(V, 16, 64)
@@ -1775,10 +1759,7 @@ def gla_results(q, k, v, g, gates, L, R, **others):
 def gla_forward(q, k, v, g, gates, state, scale, L, R, *,
                 o, last, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, mixed, states):
     """q, k, g (B,T,H,K): every head has keys of its own. T is a multiple of L; K and V
-    multiples of 128, or powers of two from 16.
-
-    With gates q_start and k_end are, in the same memory, also (B,T,H/f,f K): so kernels
-    that touch states read them."""
+    multiples of 128, or powers of two from 16."""
     B, T, H, K = q.shape
     V = v.shape[3]
     f = 1 if gates is None else gates.shape[1]
@@ -1848,7 +1829,7 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
         B * H * n, k_end, grad_states, mixed, do, dv, G=H // f, R=R, **of_states)
     launches.grad_scores(
         B * H * n * (L // R) ** 2, do, v, grad_scores, diagonal, K=V, R=R, DOT=DOT, **sizes)
-    of_mixing = of_reading = None
+    of_reading = None
     if gates is not None:
         tile = launches.grad_queries_keys.options["BK"]
         of_mixing = g.new_empty(B * T // MIX_TOKENS, *gates.shape)
@@ -1970,6 +1951,11 @@ def ssd_decays(
     tl.store(decay_ptr + (batch * H + head) * n + chunk, total.to(tl.float32), head < H)
 
 
+# States of more columns are read by ssd_read_states, not by each block of outputs and
+# grad_values, which took a tenth longer at N = 512 (data/results/README.md).
+READ_APART = 128
+
+
 @chunk_kernel
 def ssd_read_states(
     c_ptr,       # (B,T,G,N)    C, or B
@@ -1979,7 +1965,7 @@ def ssd_read_states(
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
     BV: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """read = S c, where N > READ_APART: neighbouring heads share c's tile.
+    """read = S c, where N > READ_APART; neighbouring heads of a group share c's tile.
 
     One program owns BV channels, of one head or several of one group, of one chunk."""
     v_block, chunk, batch = split3(tl.program_id(0), H * P // BV, n)
@@ -1990,30 +1976,24 @@ def ssd_read_states(
     c_ptr += (token * G + group) * N
     read_ptr += token * H * P
     rows = ((batch * H + v // P) * n + chunk) * P * N + v % P * N
-
-    read = tl.zeros((L, BV), tl.float32)
-    for n0 in range(0, N, BN):
-        channel = n0 + tl.arange(0, BN)
-        c = tl.load(c_ptr + i[:, None] * (G * N) + channel[None, :])
-        s = tl.load(states_ptr + rows[None, :] + channel[:, None])
-        read = tl.dot(c, s, read, input_precision=DOT)
+    read = read_rows(None, 0, 0, c_ptr, states_ptr, i, rows, G, N, BN, DOT)
     at = i[:, None] * (H * P) + v[None, :]
     tl.store(read_ptr + at, read.to(read_ptr.dtype.element_ty))
 
 
 @triton.jit
 def read_rows(
-    read_ptr, of_rows, mine, c_ptr, states_ptr, token, p,
+    read_ptr, of_rows, mine, c_ptr, states_ptr, token, rows,
     G: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
     """S c for tokens of one head: loaded where ssd_read_states made it, else made here."""
     if read_ptr is not None:
         return tl.load(read_ptr + of_rows + mine).to(tl.float32)
-    read = tl.zeros((token.shape[0], p.shape[0]), tl.float32)
+    read = tl.zeros((token.shape[0], rows.shape[0]), tl.float32)
     for n0 in range(0, N, BN):
         channel = n0 + tl.arange(0, BN)
         c = tl.load(c_ptr + token[:, None] * (G * N) + channel[None, :])
-        s = tl.load(states_ptr + p[None, :] * N + channel[:, None])
+        s = tl.load(states_ptr + rows[None, :] + channel[:, None])
         read = tl.dot(c, s, read, input_precision=DOT)
     return read
 
@@ -2051,7 +2031,7 @@ def ssd_outputs(
 
     # what queries read from the state
     of_rows = (token * H + head) * P
-    y = read_rows(state_read_ptr, of_rows, mine, C_ptr, states_ptr, query, p, G, N, BN, DOT)
+    y = read_rows(state_read_ptr, of_rows, mine, C_ptr, states_ptr, query, p * N, G, N, BN, DOT)
     y *= tl.exp2(tl.load(cum_ptr + of_head + query))[:, None]
 
     # and from the keys of their chunk, block by block up to the diagonal
@@ -2072,9 +2052,8 @@ def ssd_outputs(
 def written(
     x, dv, cum_ptr, low_ptr, write_weight_ptr, writes_ptr, of_head, key, L: tl.constexpr,
 ):
-    """What keys get of dv through the state after their chunk: dS B, which comes in as
-    dv, decayed from the chunk's end (by weight / dt, but dt may be 0). Stores weight x
-    gradient of these pairs."""
+    """dv through the state after a chunk: dS B, which comes in as dv, times exp(after)
+    (weight / dt, but dt may be 0). Stores weight x gradient of these pairs."""
     weight = tl.load(write_weight_ptr + of_head + key)
     tl.store(writes_ptr + of_head + key, weight * tl.sum(x * dv, axis=1))
     end = tl.load(cum_ptr + of_head + L - 1) - tl.load(cum_ptr + of_head + key)
@@ -2124,7 +2103,7 @@ def ssd_grad_values(
         tl.store(reads_ptr + of_head + key, tl.exp2(tl.load(cum_ptr + of_head + key)) * read)
 
     # what keys write to the state
-    dv = read_rows(grad_read_ptr, of_rows, mine, B_ptr, grad_states_ptr, key, p, G, N, BN, DOT)
+    dv = read_rows(grad_read_ptr, of_rows, mine, B_ptr, grad_states_ptr, key, p * N, G, N, BN, DOT)
     x = tl.load(x_ptr + mine).to(tl.float32)
     dt = tl.load(dt_ptr + key * H)
     dv = written(x, dv, cum_ptr, low_ptr, write_weight_ptr, writes_ptr, of_head, key, L)
@@ -2157,7 +2136,7 @@ def ssd_grad_scores(
     DOT: tl.constexpr,
 ):
     """grad_scores_ij sums exp(cum_i - cum_j) dt_j (dy_i . x_j) over the group's heads.
-    ends and begins: weight x gradient of the pairs that end and begin at a token.
+    ends and begins: weight x gradient (pairs), summed over a query's, over a key's.
 
     One program owns R queries and R keys, no later, of one chunk of one group, its
     heads in turn."""
@@ -2184,12 +2163,12 @@ def ssd_grad_scores(
         dy = tl.load(dy_ptr + row * P + (query[:, None] * (H * P) + p))
         x = tl.load(x_ptr + row * P + (key[:, None] * (H * P) + p))
         dt = tl.load(dt_ptr + row + key * H)
-        pairs = tl.dot(dy, tl.trans(x), input_precision=DOT) * dt[None, :]
-        pairs *= decay_table(cum_ptr, low_ptr, of_head, query, key)
-        grad_scores += pairs
+        grad = tl.dot(dy, tl.trans(x), input_precision=DOT) * dt[None, :]
+        grad *= decay_table(cum_ptr, low_ptr, of_head, query, key)
+        grad_scores += grad
 
         # ends and begins nearly cancel: float64 for float32
-        pairs = tl.where(below, pairs * scores, 0.0).to(ends_ptr.dtype.element_ty)
+        pairs = tl.where(below, grad * scores, 0.0).to(ends_ptr.dtype.element_ty)
         of_query = (key_block * heads).to(tl.int64) * n * L + of_head + query
         of_key = (query_block * heads).to(tl.int64) * n * L + of_head + key
         tl.store(ends_ptr + of_query, tl.sum(pairs, axis=1))
@@ -2293,7 +2272,7 @@ def ssd_grad_decays(
     H: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     READS: tl.constexpr, PARTS: tl.constexpr,
 ):
-    """dg by the table above decays_of_block, with a chunk for a block; from it, as g =
+    """dg by the table above through_states, with a chunk for a block; from it, as g =
     dt A, the gradients of dt and A. One program owns one chunk of one head."""
     head, chunk, batch = split3(tl.program_id(0), H, n)
     i = tl.arange(0, L)
@@ -2301,7 +2280,7 @@ def ssd_grad_decays(
     mine = (batch * H + head) * T + chunk * L + i
     all_heads = heads.to(tl.int64) * T
 
-    # pairs that end at a token, less those that begin there, by the other's block
+    # pairs of a token as query, less those as key, part by part: the other's block
     ended = tl.zeros((L,), ends_ptr.dtype.element_ty)
     for block in range(L // R):
         ended += tl.load(ends_ptr + block * all_heads + mine, block <= i // R, 0.0)
@@ -2325,11 +2304,6 @@ def ssd_grad_decays(
     tl.store(dA_ptr + (batch * H + head) * n + chunk, tl.sum(dg * dt, axis=0))
 
 
-# States of more columns are read by ssd_read_states, and not again by outputs and
-# gradients, which took a tenth longer at N = 512 (data/results/README.md).
-READ_APART = 128
-
-
 def ssd_chunk(T, N, dtype):
     """L and R: tokens of a chunk, and of its blocks."""
     if T <= 32:
@@ -2345,7 +2319,7 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
     apart = N > READ_APART
     BN = power_of_two(N, 16, 64)
     scan_n = power_of_two(N, 16, 128)
-    # a program for each of a large GPU's processors, or small ones
+    # small tiles where others are too few for a large GPU's processors
     if N // scan_n * heads < 128:
         scan_n = min(scan_n, 32)
     width = 128 if narrow and shared * P % 128 == 0 else P
