@@ -42,9 +42,11 @@ gates() {
 
 # The arms with a joint norm are of a patch that is not in the repository (seeds 40 and 41).
 why() {
-    for gpu in 0 1 2 3; do
-        CUDA_VISIBLE_DEVICES=$gpu python data/results/block.py --family=gla --phase=why \
-            --seed=$((42 + gpu)) --jobs=4 &
+    local seed
+    for seed in 42 43 44 45 46 47 48; do
+        CUDA_VISIBLE_DEVICES=$(((seed - 42) % 4)) python data/results/block.py --family=gla \
+            --phase=why --seed=$seed --jobs=4 --optional=preserve-x16 &
+        if [ $seed = 45 ]; then wait; fi
     done
     wait
 }

@@ -226,7 +226,7 @@ def summary_table():
         cells = []
         for family in FAMILIES:
             more = differences(some[family], arm, measure, control, rate)
-            text = cell(more, "{:+.2f}") if len(more) != 2 else "{:+.2f}, {:+.2f}".format(*more)
+            text = cell(more, "{:+.3f}") if len(more) != 2 else "{:+.3f}, {:+.3f}".format(*more)
             cells.append(f"{text} ({len(more)})" if more else "not run")
         rows.append([label, *cells])
     return markdown(["arm minus LPT, nats (models)", *FAMILIES.values()], rows)
@@ -241,7 +241,7 @@ def primary_table():
     corrected = holm({family: p_value(more) for family, (_, more) in found.items()})
     for family, (some, more) in found.items():
         rows.append([FAMILIES[family], len(more), cell(values(some, "lpt", repeats_loss), "{:.4f}"),
-                     cell(more), f"{p_value(more):.2g}", f"{corrected[family]:.2g}",
+                     cell(more), f"{p_value(more):.1g}", f"{corrected[family]:.1g}",
                      f"{sum(x < 0 for x in more)} of {len(more)}",
                      cell(differences(some, PRIMARY, repeats_loss, rate=BEST_RATE))])
     if not rows:
