@@ -172,8 +172,9 @@ def one_line(error, most=200):
 def out_of_memory(error):
     """Whether it is one of Python's, NumPy's or PyTorch's exceptions that say so."""
     names = [kind.__name__ for kind in type(error).__mro__]
+    signs = ("DefaultCPUAllocator", "Storage size calculation overflowed", "array is too big")
     return ("MemoryError" in names or "OutOfMemoryError" in names
-            or "DefaultCPUAllocator" in str(error))
+            or any(sign in str(error) for sign in signs))
 
 
 def run_script(main):
@@ -183,7 +184,7 @@ def run_script(main):
     try:
         try:
             main()
-        except (MemoryError, RuntimeError) as e:
+        except (MemoryError, RuntimeError, ValueError) as e:
             if not out_of_memory(e):
                 raise
             raise BadInput("out of memory; a smaller model or fewer tokens at a time take "

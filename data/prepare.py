@@ -291,6 +291,8 @@ def text_files(words, endings=()):
         else:
             nearest = difflib.get_close_matches(word, DATASETS, 1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            if word in DATASETS:
+                hint = "; the data set of this name is read when nothing else is named"
             raise BadInput(f"no file or folder {word}{hint}")
     if not found:
         kind = f" that end in {' or '.join(endings)}" if endings else ""
@@ -503,7 +505,8 @@ def write_tokens(documents, folder, encoder, max_tokens):
         raise BadInput("no text in there: every file is empty or not UTF-8")
     if min(n_train, n_val) < 64:
         raise BadInput(f"{n_train + n_val} tokens, {n_val} of them held out, are too short a text; "
-                       "expected 64 held out: take more text, or a larger --tokens")
+                       "expected 64 held out (of many documents every 20th, of few the last "
+                       "twentieth of each): take more text, or a larger --tokens")
     return {"vocab_size": encoder.n_vocab, "end_of_text": encoder.eot_token, "dtype": dtype.name,
             "documents": n_documents, "train_tokens": n_train, "val_tokens": n_val,
             "largest_id": largest, "sha256": digest.hexdigest()}
@@ -560,6 +563,8 @@ class Corpus(NamedTuple):
 
 def load_corpus(folder):
     """-> Corpus. Raises BadInput."""
+    if not folder:
+        raise BadInput("--data is empty; name a folder of token files")
     try:
         with open(f"{folder}/meta.json") as f:
             meta = json.load(f)

@@ -616,6 +616,10 @@ def main():
     for length in contexts:
         needle.room(length, text)
     print(f"{options.ckpt} on the held-out text of {options.data}; +- is one standard error")
+    if "data" in trained and not same_folder(trained["data"], options.data):
+        print(f"(it was trained on {trained['data']})")
+    if not trained and not options.T:
+        print("(the checkpoint does not say in which windows it was trained; --T does)")
     with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
         result = score(lm, text, tokenizer, **sizes)
         print_scores(result, sizes["T"])
@@ -641,6 +645,10 @@ def read_checkpoint(name):
         return LM.from_pretrained(name), {}
     lm, train = load_checkpoint(name)
     return lm, (train or {}).get("options", {})
+
+
+def same_folder(one, other):
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def chosen_sizes(options, trained, text):
@@ -672,15 +680,20 @@ def without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def error(se, digits=4):
+    """A standard error as text; a dash where one window or document says nothing of it."""
+    return "-" if math.isnan(se) else f"{se:.{digits}f}"
+
+
 def print_scores(result, T):
-    print(f"\nloss {result['val_loss']:.4f} +- {result['val_loss_se']:.4f} nats per token, "
+    print(f"\nloss {result['val_loss']:.4f} +- {error(result['val_loss_se'])} nats per token, "
           f"in-context score {result['icl_score']:+.4f}, windows of {T} tokens")
     for task, table in result["recall"].items():
         cells = []
         for size, mean in table.items():
-            error = result["recall_se"][task][size]
+            se = result["recall_se"][task][size]
             chance = result["chance"][task][size]
-            cells.append(f"{size}: {mean:.3f} +- {error:.3f} ({chance:.2g})")
+            cells.append(f"{size}: {mean:.3f} +- {error(se, 3)} ({chance:.2g})")
         if cells:
             print(f"{task:8s}", "   ".join(cells))
 
@@ -701,16 +714,16 @@ def print_groups(groups, measures, sign=""):
               "far": f"{FAR} or more", "repeats": "all repeats", "new": "as rare, but new",
               "other": "everything else"}
     for name, group in groups.items():
-        cells = [f"{group[m]:{sign}.4f} +- {group[m + '_se']:.4f}, {group[m + '_se_documents']:.4f}"
-                 for m in measures]
+        cells = [f"{group[m]:{sign}.4f} +- {error(group[m + '_se'])}, "
+                 f"{error(group[m + '_se_documents'])}" for m in measures]
         print(f"  {labels[name]:23s}{group['tokens']:9d}   {cells[0]:34s}{cells[1]}")
 
 
 def print_gains(gains):
     print("\nneedle gain, nats per digit (among the ten digits, of 2.303)")
     for length, gain in gains.items():
-        print(f"  {length} tokens: {gain['gain']:+.4f} +- {gain['gain_se']:.4f} "
-              f"({gain['digits']:+.4f} +- {gain['digits_se']:.4f})")
+        print(f"  {length} tokens: {gain['gain']:+.4f} +- {error(gain['gain_se'])} "
+              f"({gain['digits']:+.4f} +- {error(gain['digits_se'])})")
 
 
 if __name__ == "__main__":
