@@ -2535,6 +2535,13 @@ def test_a_folder_goes_on_with_its_run_or_is_left_alone(corpus, tmp_path):
     (tmp_path / "x.pt").unlink()                        # not needed any more
     assert "all steps are done" in ran(train_script, *onward)
     refused(train_script, "--ckpt=resume", f"--ckpt={tmp_path}", says="is the folder of a run")
+    refused(train_script, "--ckpt=resume", f"--out_dir={tmp_path}", "--name=y",
+            says="--name is one of ckpt, onward")
+    new = tmp_path / "new"
+    refused(train_script, "--ckpt=resume", f"--out_dir={new}", says="before its first save")
+    refused(train_script, args[0], "--ckpt=scratch", *TINY, "--n_head=3", f"--out_dir={new}",
+            says="n_head")
+    assert not new.exists()                             # what is refused leaves nothing
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     ran(train_script, *args, "--steps=20", "--overwrite")
     steps = [line["step"] for line in logged(tmp_path) if "val_loss" in line and
@@ -2889,6 +2896,18 @@ def test_the_recipe_on_real_text(block, tmp_path):
         shutil.copy(tmp_path / name, other)
     ran(train_script, *args, "--init=inherit", f"--out_dir={other}")
     assert {entry["run"] for entry in logged(other)} == {"statex"}
+    lines = len(logged(tmp_path))           # in this folder it is refused, before anything is done
+    (tmp_path / "results.json").unlink()
+    (tmp_path / "lpt.pt").unlink()
+    refused(train_script, *args, "--init=inherit", says="run with init = preserve")
+    assert len(logged(tmp_path)) == lines and not (tmp_path / "lpt.pt").exists()
+
+
+def test_the_recipe_on_text_alone(tmp_path):
+    said = ran(train_script, "--pretrain_steps=2", "--steps=2", f"--out_dir={tmp_path}",
+               "--device=cpu", "--d_model=32", "--block_size=64", "--recall_tokens=0")
+    assert "Held-out text, StateX - LPT" in said
+    assert "recalled" not in said and "not learnt" not in said
 
 
 # ---------------------------------------------------------------------------------------
@@ -2902,6 +2921,9 @@ BAD = (
     # the command line
     (train_script, ("--learning_rat=1",), "unknown option --learning_rat"),
     (train_script, ("--batchsize=1",), "nearest known one is --batch_size"),
+    (train_script, ("--ckpt=scratch", "--name=ckpt.pt"), "and .pt is added"),
+    (train_script, ("--ckpt=scratch", "--name=" + "x" * 300), "has 300 letters"),
+    (train_script, ("--ckpt=scratch", "--d_model=9e18", "--device=cpu"), "out of memory"),
     (train_script, ("--steps=many",), "many is not a number from 0 up"),
     (train_script, ("--steps=1.5",), "1.5 is not a whole number"),
     (train_script, ("--seed=99999999999999999999",), "is not a whole number"),

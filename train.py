@@ -35,9 +35,11 @@ import copy
 import functools
 import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -49,7 +51,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import state_dict as sharded  # by name, however it is cut
+from torch.distributed.checkpoint import state_dict as sharded  # gathers what --shard cut
 from tqdm import tqdm
 
 try:
@@ -170,7 +172,7 @@ class Options:
 # The shape of a model from scratch without --size.
 SHAPE = ("block", "n_layer", "d_model", "tie_embeddings", "norm_eps", "conv_size", "n_head",
          "d_mlp", "d_state", "headdim")
-OTHERS = {"gla": {"d_state", "headdim"}, "mamba2": {"n_head", "d_mlp"}}     # the other family's
+OTHERS = {"gla": {"d_state", "headdim"}, "mamba2": {"n_head", "d_mlp"}}     # idle, by block
 
 
 def check(options, processes):
@@ -185,8 +187,14 @@ def check(options, processes):
     if max(options.lr, options.post_lr) * max(1, options.gates_rate) > 1e30:
         raise BadInput(f"lr {options.lr:g}, post_lr {options.post_lr:g}, gates_rate "
                        f"{options.gates_rate:g}: the product is beyond float32, or near; take less")
-    if not options.name or os.path.basename(options.name) != options.name:
-        raise BadInput(f"--name={options.name} is not a file's name; the folder is --out_dir")
+    if (not options.name or os.path.basename(options.name) != options.name
+            or options.name.startswith(".") or options.name.endswith(".pt")):
+        raise BadInput(f"--name={options.name} is not a file's name; expected a word such as lpt: "
+                       "the folder is --out_dir, and .pt is added")
+    if len(options.name) > 100:
+        raise BadInput(f"--name has {len(options.name)} letters; expected at most 100")
+    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise BadInput("--tensorboard writes for TensorBoard: pip install tensorboard")
     parts = passes(options, processes) * processes.size
     if options.batch_size % parts:
         raise BadInput(f"batch_size {options.batch_size} cannot be shared out: accumulate "
@@ -256,9 +264,9 @@ def passes(options, processes):
     return -(-options.accumulate // processes.size)
 
 
-def share(n, part, parts):
-    """The rows of part `part` when n rows are cut into `parts` parts, as equal as can be."""
-    return slice(n * part // parts, n * (part + 1) // parts)
+def say(line):
+    """To the terminal, whatever else is being printed."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class Stop:
@@ -296,11 +304,6 @@ class Stop:
         os._exit(128 + self.signal)
 
 
-def say(line):
-    """To the terminal, whatever else is being printed."""
-    print(line, file=sys.stderr, flush=True)
-
-
 # ---------------------------------------------------------------------------------------
 # the state of one run
 
@@ -322,9 +325,10 @@ class Run:
     seconds: float = 0.0            # of training
     evaluations: list = field(default_factory=list)     # [tokens, text loss, recall loss]
     start: str = ""                 # fingerprint of the weights it began with
-    carried: list = field(default_factory=list)         # with --carry_state: per pass
+    carried: dict = field(default_factory=dict)         # with --carry_state: {pass: state}
     graphs: dict = field(default_factory=dict)          # with --graph, see replayed
     pool: tuple | None = None                           # the graphs' memory
+    # of the last steps: (tokens, seconds)
     recent: collections.deque = field(default_factory=lambda: collections.deque(maxlen=20))
 
 
@@ -344,15 +348,14 @@ def start_run(lm, options, corpus, processes, stop):
         # layers return their states as views, which nothing writes to
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         mesh = dist.init_device_mesh(torch.device(options.device).type, (dist.get_world_size(),))
-        for module in (*lm.layers, lm):     # a layer's weights are gathered once per pass:
-            fully_shard(module, mesh=mesh, reshard_after_forward=False)     # twice takes longer
+        for module in (*lm.layers, lm):     # weights are gathered once per pass, not twice
+            fully_shard(module, mesh=mesh, reshard_after_forward=False)
         register_fsdp_forward_method(lm, "features")        # scores call it, not forward
     elif processes.size > 1:
         device_ids = [processes.local] if options.cuda else None
         model = torch.nn.parallel.DistributedDataParallel(
             lm, device_ids=device_ids, gradient_as_bucket_view=True)    # one copy less
     run = Run(lm, model, make_optimizer(lm, options), options, corpus, processes, stop)
-    run.carried = [None] * passes(options, processes)
     if options.device == "cpu" and processes.size == options.accumulate == 1:
         run.each = side_by_side(options)
     if options.graph:
@@ -370,7 +373,7 @@ def side_by_side(options):
     threads = torch.get_num_threads() // 2
     text = options.batch_size * options.block_size
     alike = text <= options.recall_tokens <= 4 * text
-    if not threads or options.compile or options.shard or not alike:
+    if not threads or options.compile or not alike:
         return map
     return concurrent.futures.ThreadPoolExecutor(
         2, initializer=torch.set_num_threads, initargs=(threads,)).map
@@ -393,54 +396,60 @@ def make_optimizer(lm, options):
 def precision(options):
     """bfloat16 matrix products on a GPU; parameters, residuals, norms and states stay in
     float32."""
-    if options.cuda:
-        return torch.autocast("cuda", torch.bfloat16)
-    return contextlib.nullcontext()
+    return torch.autocast("cuda", torch.bfloat16) if options.cuda else contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------------------------------
 # one step
 
 
-def batches(run, part):
-    """Part `part` of this step's data: a list of (idx, targets, first, share of the rows),
-    text first, then recall sequences of one size.
+def share(run, n, k):
+    """Of n rows, those of this process's k-th pass: every pass of every process gets a
+    part, as equal as can be."""
+    count = passes(run.options, run.processes)
+    part = run.processes.rank * count + k
+    parts = run.processes.size * count
+    return slice(n * part // parts, n * (part + 1) // parts)
+
+
+def batches(run, k):
+    """What this process's k-th pass reads: a list of (idx, targets, first, share of the
+    step's rows), text first, then recall sequences of one size.
 
     The data depends on the seed and the step alone, so that both arms see the same tokens in
     the same order, any number of processes the same batch, and a resumed run goes on with
     what comes next."""
     options = run.options
-    parts = passes(options, run.processes) * run.processes.size
-    rng = np.random.default_rng([options.seed, run.step, 0])        # 0: so runs repeat
-    data = [text_batch(run, rng, share(options.batch_size, part, parts))]
+    rng = np.random.default_rng([options.seed, run.step, 0])    # 0: as in earlier runs
+    data = [text_batch(run, rng, k)]
     if options.recall_tokens:
-        data.append(recall_batch(run, rng, part, parts))
+        data.append(recall_batch(run, rng, k))
     return [tuple(torch.from_numpy(x).to(options.device) if isinstance(x, np.ndarray) else x
                   for x in entry) for entry in data]
 
 
-def text_batch(run, rng, rows):
-    """These rows of the step's text."""
+def text_batch(run, rng, k):
+    """The entry of text, in NumPy."""
     options = run.options
     tokens = run.corpus.train
     if options.carry_state:                 # row r reads the r-th stretch of the text
         slices = slices_per_row(run)
-        starts = np.arange(options.batch_size) * slices + run.step % slices
-        starts = starts * options.block_size
+        starts = (np.arange(options.batch_size) * slices + run.step % slices) * options.block_size
     else:
         starts = rng.integers(len(tokens) - options.block_size, size=options.batch_size)
-    text = np.stack([tokens[start:start + options.block_size + 1] for start in starts[rows]])
+    starts = starts[share(run, options.batch_size, k)]
+    text = np.stack([tokens[start:start + options.block_size + 1] for start in starts])
     text = text.astype(np.int64)
     first = None
     if options.documents:                   # one begins after the end of the one before
         first = np.zeros((len(text), options.block_size), bool)
         first[:, 1:] = text[:, :-2] == run.end_of_text
-        first[:, 0] = tokens[starts[rows] - 1] == run.end_of_text       # with --carry_state
+        first[:, 0] = tokens[starts - 1] == run.end_of_text     # for a carried state
     return text[:, :-1], text[:, 1:], first, len(text) / options.batch_size
 
 
-def recall_batch(run, rng, part, parts):
-    """A part of the step's recall sequences. With a curriculum the sizes join in one by one,
+def recall_batch(run, rng, k):
+    """The entry of recall sequences. With a curriculum the sizes join in one by one,
     from the smallest."""
     options = run.options
     sizes = pair_sizes(options)
@@ -449,7 +458,7 @@ def recall_batch(run, rng, part, parts):
     joined = sizes[:1 + int(progress * len(sizes))]
     pairs = int(rng.choice(joined))
     n = -(-options.recall_tokens // (4 * pairs))
-    rows = share(n, part, parts)
+    rows = share(run, n, k)
     idx, targets = recall.mqar(rng, n, pairs, run.lm.config.vocab_size)
     return idx[rows], targets[rows], None, (rows.stop - rows.start) / n
 
@@ -471,11 +480,10 @@ def learning_rate(options, step):
 def forward_backward(run):
     """Add up the gradients of this step. Returns a tensor: loss of text, loss of recall,
     tokens, 1 if a signal asked to stop; each summed over the processes."""
-    count = passes(run.options, run.processes)
     sums = torch.zeros(4, dtype=torch.float64, device=run.options.device)
-    for k in range(count):
-        parts = batches(run, run.processes.rank * count + k)    # text, and recall if any
-        done = run.each(functools.partial(one_pass, run, k), (0, 1), parts)
+    for k in range(passes(run.options, run.processes)):
+        # text, and recall if any: map ends with the shorter list
+        done = run.each(functools.partial(one_pass, run, k), (0, 1), batches(run, k))
         for i, (loss, tokens) in enumerate(done):
             sums[i] += loss
             sums[2] += tokens
@@ -486,14 +494,14 @@ def forward_backward(run):
 
 
 def one_pass(run, k, i, batch):
-    """Forward and backward of this process's k-th part of the step's text (i = 0) or of its
-    recall sequences (i = 1). -> its share of the loss, its tokens"""
+    """Forward and backward of what the k-th pass reads of text (i = 0) or of recall
+    sequences (i = 1). -> its share of the loss, its tokens"""
     options = run.options
     idx, targets, first, weight = batch
     carries = options.carry_state and i == 0
     state = None
     if carries and run.step % slices_per_row(run):      # at 0 the text begins again
-        state = run.carried[k]
+        state = run.carried.get(k)
     last_kind = 1 if options.recall_tokens else 0
     last = k == passes(options, run.processes) - 1 and i == last_kind
     if options.shard:                               # gradients are exchanged once per step
@@ -514,7 +522,7 @@ def loss_and_gradients(run, idx, targets, first, weight, state=None):
     with precision(run.options):
         _, loss, state = run.model(idx, targets, state, first)
     loss = loss * weight
-    (loss * run.processes.size).backward()          # averaged over the processes
+    (loss * run.processes.size).backward()      # DDP and FSDP average, where a sum is meant
     return loss.detach(), state
 
 
@@ -571,19 +579,20 @@ def scoring(lm, options):
 
 def evaluate(run):
     """Loss on held-out text, in windows of block_size but at most 8192 tokens, and on recall
-    sequences, the same ones every time, in nats per answer; appended to run.evaluations."""
+    sequences, the same ones every time, in nats per answer (0 without any). Appended to
+    run.evaluations, and -> both"""
     options = run.options
-    val = run.corpus.val
+    sizes = pair_sizes(options) if options.recall_tokens else []
     asked = 0.0
     with scoring(run.lm, options):
-        text = recall.text_loss(run.lm, val, min(options.block_size, 8192, len(val) - 1))[0]
-        for pairs in pair_sizes(options) if options.recall_tokens else ():
+        text = recall.text_loss(run.lm, run.corpus.val, min(options.block_size, 8192))[0]
+        for pairs in sizes:
             rng = np.random.default_rng([7, pairs])         # none of training's
-            idx, targets = recall.mqar(rng, 64, pairs, run.lm.config.vocab_size)
-            idx = torch.from_numpy(idx).to(options.device)
-            targets = torch.from_numpy(targets).to(options.device)
-            asked += run.lm(idx, targets)[1].item() / len(pair_sizes(options))
+            idx, targets = (torch.from_numpy(x).to(options.device)
+                            for x in recall.mqar(rng, 64, pairs, run.lm.config.vocab_size))
+            asked += run.lm(idx, targets)[1].item() / len(sizes)
     run.evaluations.append([run.tokens, text, asked])
+    return text, asked
 
 
 def save(run):
@@ -593,61 +602,58 @@ def save(run):
     carried = gather_carried(run)
     if run.processes.first:
         meta = run.corpus.meta
-        train = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds,
+        entry = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds,
                  "evaluations": run.evaluations, "carried": carried,
                  "best": min((text + asked for _, text, asked in run.evaluations), default=None),
                  "options": asdict(run.options), "optimizer": optimizer, "start": run.start,
                  "corpus": {"sha256": meta.get("sha256"), "tokenizer": meta.get("tokenizer")}}
-        save_checkpoint(run.options.path, run.lm, train, weights)
+        save_checkpoint(run.options.path, run.lm, entry, weights)
     if run.processes.size > 1:
         dist.barrier()
 
 
 def gather_carried(run):
     """The carried states of all rows of the batch, in order, on the CPU; None without any."""
-    if run.carried[0] is None:
+    if not run.carried:
         return None
-    parts = [cut_off(state, "cpu") for state in run.carried]
+    states = [cut_off(state, "cpu") for state in run.carried.values()]
     if run.processes.size > 1:
         gathered = [None] * run.processes.size
-        dist.all_gather_object(gathered, parts)
-        parts = [state for of_rank in gathered for state in of_rank]
+        dist.all_gather_object(gathered, states)
+        states = [state for of_rank in gathered for state in of_rank]
     return [tuple(None if rows[0] is None else torch.cat(rows)
-                  for rows in zip(*layers, strict=True)) for layers in zip(*parts, strict=True)]
+                  for rows in zip(*layers, strict=True)) for layers in zip(*states, strict=True)]
 
 
-def restore(run, train):
-    """Put a run where the "train" entry of a checkpoint says it was. Raises BadInput."""
+def restore(run, held):
+    """Put a run where its checkpoint's "train" entry says it was. Raises BadInput."""
     try:
         # What this torch's AdamW does not know is left out, and `fused` is this device's.
-        groups = run.optimizer.state_dict()["param_groups"]
-        kept = {key for group in groups for key in group}
-        saved = train["optimizer"]
+        kept = {key for group in run.optimizer.param_groups for key in group}
+        saved = held["optimizer"]
         for group in saved["param_groups"]:
             for key in set(group) - kept:
                 del group[key]
             group["fused"] = run.options.cuda
         full = sharded.StateDictOptions(full_state_dict=True)
         sharded.set_optimizer_state_dict(run.lm, run.optimizer, saved, options=full)
-        run.step = train["step"]
-        run.start = train.get("start", "")
-        run.tokens = train["tokens"]
-        run.seconds = train["seconds"]
-        run.evaluations = list(train["evaluations"])
-        carried = train["carried"]
+        run.step = held["step"]
+        run.start = held.get("start", "")
+        run.tokens = held["tokens"]
+        run.seconds = held["seconds"]
+        run.evaluations = list(held["evaluations"])
+        carried = held["carried"]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
         raise other_version(run.options.path, f"{type(e).__name__}: {one_line(e, 100)}") from e
     if carried:
-        count = passes(run.options, run.processes)
-        for k in range(count):
-            rows = share(run.options.batch_size, run.processes.rank * count + k,
-                         count * run.processes.size)
+        for k in range(passes(run.options, run.processes)):
+            rows = share(run, run.options.batch_size, k)
             mine = [tuple(None if t is None else t[rows] for t in layer) for layer in carried]
             run.carried[k] = cut_off(mine, run.options.device)
 
 
 def load_run(path):
-    """load_checkpoint, for a run that is to go on. Raises BadInput."""
+    """-> (model, "train" entry) of a run that is to go on. Raises BadInput."""
     lm, held = load_checkpoint(path)
     if held is None:
         raise BadInput(f"{path} holds a model and no run to go on with; start one from it by "
@@ -666,7 +672,7 @@ def check_held(held, path):
     known = asdict(Options())
     for name, value in held["options"].items():
         kind = type(known.get(name, value))
-        if type(value) is not kind and (kind, type(value)) != (float, int):
+        if type(value) is not kind and (kind, type(value)) != (float, int):     # such as lr=1
             raise other_version(path, f"its option {name} is {value!r}")
     steps = held["options"].get("steps", 0)
     if not 0 <= held["step"] <= steps or held["tokens"] < 0 or not held["seconds"] >= 0:
@@ -714,7 +720,7 @@ def drop_later(path, name, step):
     with open(path, errors="replace") as f:
         for line in f:
             with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-                entry = json.loads(line)                # or a line that was cut off, or no entry
+                entry = json.loads(line)                # a line that is none goes, too
                 if entry["run"] != name or entry["step"] <= step:
                     kept.append(line)
     write_file(path, lambda file: file.write("".join(kept).encode()))
@@ -730,31 +736,35 @@ class Log:
         path = f"{options.out_dir}/log.jsonl" if first else os.devnull
         drop_later(path, options.name, run.step)
         self.file = open(path, "a", buffering=1)
-        self.board = tensorboard(options.out_dir) if options.tensorboard and first else None
-        self.every = max(1, until // 8)
+        self.board = None
+        if options.tensorboard and first:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(options.out_dir)
+        self.every = max(1, until // 8)     # steps from line to line, where there is no bar
         self.bar = tqdm(total=until, initial=run.step, desc=options.name, unit="step",
                         mininterval=1, dynamic_ncols=True,
                         disable=not first or not sys.stderr.isatty())
-        peaks = [f for card, f in PEAK.items()
-                 if options.cuda and card in torch.cuda.get_device_name()]
-        self.peak_flops = peaks[0] * run.processes.size if peaks else None
+        card = torch.cuda.get_device_name() if options.cuda else ""
+        peak = next((flops for name, flops in PEAK.items() if name in card), 0)
+        self.peak_flops = peak * run.processes.size     # 0: not known
         self.work = flops_per_token(run.lm)
 
     def speed(self):
         """Of the last steps: tokens per second, and where it is known the share of the peak."""
         recent = self.run.recent
-        rate = sum(count for count, _ in recent) / sum(seconds for _, seconds in recent)
+        rate = sum(tokens for tokens, _ in recent) / sum(seconds for _, seconds in recent)
         mfu = {"mfu": round(self.work * rate / self.peak_flops, 4)} if self.peak_flops else {}
         return {"tokens_per_s": round(rate), **mfu}
 
     def write(self, **line):
+        """To log.jsonl and TensorBoard."""
         run = self.run
-        mean = sum(seconds for _, seconds in run.recent) / len(run.recent)
+        per_step = sum(seconds for _, seconds in run.recent) / len(run.recent)
         line = {"run": run.options.name, "step": run.step, "tokens": run.tokens, **line,
-                "seconds_left": round(mean * (run.options.steps - run.step), 1)}
+                "seconds_left": round(per_step * (run.options.steps - run.step), 1)}
         self.file.write(json.dumps(line) + "\n")
-        for key, value in line.items() if self.board else ():
-            if isinstance(value, (int, float)):
+        for key, value in line.items():
+            if self.board and isinstance(value, (int, float)):
                 self.board.add_scalar(f"{run.options.name}/{key}", value, run.step)
 
     def show(self, text_loss, recall_loss):
@@ -777,28 +787,20 @@ class Log:
         self.file.close()
 
 
-def tensorboard(folder):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e:
-        raise BadInput("--tensorboard writes for TensorBoard: pip install tensorboard") from e
-    return SummaryWriter(folder)
-
-
 # ---------------------------------------------------------------------------------------
 # the loop
 
 
-def train(lm, options, corpus, resume=None, until=None, processes=Processes(), stop=None):
-    """Train lm in place, to the end or to step `until`. resume: the "train" entry of the
+def train(lm, options, corpus, held=None, until=None, processes=Processes(), stop=None):
+    """Train lm in place, to the end or to step `until`. held: the "train" entry of the
     checkpoint to go on from. Saves out_dir/NAME.pt. Returns {"tokens", "tokens_per_s",
     "val_loss", "recall_loss", "peak_mem_mib", "evaluations"}. Raises BadInput."""
     corpus = prepare.Corpus(*corpus)
-    start = "" if resume else fingerprint(lm)
+    start = "" if held else fingerprint(lm)         # before --shard cuts the weights
     run = start_run(lm, options, corpus, processes, stop or Stop())
     run.start = start
-    if resume:
-        restore(run, resume)
+    if held:
+        restore(run, held)
     until = until or options.steps
     log = Log(run, until)
     if options.cuda:
@@ -810,25 +812,26 @@ def train(lm, options, corpus, resume=None, until=None, processes=Processes(), s
             group["lr"] = lr * group.get("times", 1.0)
         sums = forward_backward(run)
         norm = clip_and_step(run)
-        summed = torch.cat((sums, norm.double()[None])).tolist()       # waits for the GPU
-        text_loss, recall_loss, count, stopping, norm = summed
+        text_loss, recall_loss, tokens, stopping, norm = torch.cat(
+            (sums, norm.double()[None])).tolist()           # waits for the GPU
         if not math.isfinite(text_loss + recall_loss + norm):
             raise diverged(log, f"the loss is {text_loss + recall_loss:.4g} and the gradient's "
                                 f"norm {norm:.4g}")
         run.step += 1
-        run.tokens += int(count)
-        run.recent.append((count, time.time() - begin))
-        run.seconds += run.recent[-1][1]
+        seconds = time.time() - begin
+        run.tokens += int(tokens)
+        run.seconds += seconds
+        run.recent.append((tokens, seconds))
         run.stop.agreed = bool(stopping)
         log.show(text_loss, recall_loss)
         if run.step % 10 == 0 or run.step == until:
             log.write(loss=text_loss, recall_loss=recall_loss, grad_norm=norm, lr=lr,
                       **log.speed())
         if run.step % options.eval_interval == 0 or run.step == until:
-            evaluate(run)
-            if not all(map(math.isfinite, run.evaluations[-1])):
-                raise diverged(log, f"after it the held-out loss is {run.evaluations[-1][1]:.4g}")
-            log.write(val_loss=run.evaluations[-1][1], val_recall_loss=run.evaluations[-1][2],
+            val_loss, val_recall_loss = evaluate(run)
+            if not math.isfinite(val_loss + val_recall_loss):
+                raise diverged(log, f"after it the held-out loss is {val_loss:.4g}")
+            log.write(val_loss=val_loss, val_recall_loss=val_recall_loss,
                       peak_mem_mib=peak_memory(options.cuda))
             save(run)
         elif stopping:
@@ -837,17 +840,13 @@ def train(lm, options, corpus, resume=None, until=None, processes=Processes(), s
             log.close()
             print(f"stopped by a signal: {options.path} holds step {run.step}; the same command, "
                   "without --overwrite, goes on, or for this run alone --ckpt=resume "
-                  f"--out_dir={options.out_dir} --name={options.name}", flush=True)
+                  f"--out_dir={shlex.quote(options.out_dir)} --name={options.name}", flush=True)
             raise SystemExit(128 + (run.stop.signal or signal.SIGTERM))
     log.close()
-    _, text_loss, recall_loss = run.evaluations[-1]
+    _, val_loss, val_recall_loss = run.evaluations[-1]
     return {"tokens": run.tokens, "tokens_per_s": round(run.tokens / max(run.seconds, 1e-9)),
-            "val_loss": text_loss, "recall_loss": recall_loss,
+            "val_loss": val_loss, "recall_loss": val_recall_loss,
             "peak_mem_mib": peak_memory(options.cuda), "evaluations": run.evaluations}
-
-
-# ---------------------------------------------------------------------------------------
-# folders and corpora
 
 
 def diverged(log, what):
@@ -857,9 +856,13 @@ def diverged(log, what):
                     "--lr or a longer --warmup")
 
 
+# ---------------------------------------------------------------------------------------
+# folders, corpora, and what a run starts with
+
+
 def open_folder(options, processes):
     """Make out_dir, keep other runs out of it while this process lives, and remove what a killed
-    save left. -> what to hold."""
+    save left. -> what holds the lock"""
     try:
         os.makedirs(options.out_dir, exist_ok=True)
         if not processes.first:
@@ -882,8 +885,8 @@ def open_folder(options, processes):
     return lock
 
 
-# What may differ between a run and its continuation: it changes nothing that is computed.
-# A folder's run that goes on without being asked to resume keeps its start and its text, too.
+# What --ckpt=resume may change. Nothing that is computed depends on it, but for `data`,
+# which is then typed on purpose.
 FREE = {"ckpt", "preset", "device", "out_dir", "name", "overwrite", "plot", "accumulate",
         "compile", "graph", "checkpoint_activations", "shard", "tensorboard", "eval_interval",
         "data"}
@@ -913,9 +916,9 @@ def held_run(options, meta):
     lm, held = load_run(options.path)
     kept = asdict(Options()) | held["options"]
     free = set(FREE)
-    if options.ckpt != "resume":
+    if options.ckpt != "resume":            # the same command again: with the same start, too
         free.discard("data")
-        if kept["ckpt"] != "resume":
+        if kept["ckpt"] != "resume":        # a run once resumed does not say what it began with
             free.discard("ckpt")
         if not options.ckpt and options.name in ("pretrained", "lpt"):
             free |= {"every", "layers", "factor", "init"}           # of StateX alone
@@ -926,7 +929,9 @@ def held_run(options, meta):
         had = ", ".join(f"{name} = {kept[name]}" for name in other)
         how = ""
         if options.ckpt:
-            how = f"--ckpt=resume goes on with that and may change {', '.join(sorted(FREE))}; or "
+            free = sorted(FREE - {"ckpt", "preset", "out_dir", "name", "overwrite", "plot"})
+            how = (f"--ckpt=resume goes on with that and may change {', '.join(free)}; a run from "
+                   f"its end on is --ckpt={shlex.quote(options.path)} in another --out_dir; or ")
         raise BadInput(f"{options.path} holds a run with {had}; {how}take another --out_dir, or "
                        "--overwrite")
     return lm, held
@@ -934,11 +939,12 @@ def held_run(options, meta):
 
 def same_text(held, options, meta):
     """Raises BadInput where the held run began with another text than is there now."""
-    saved = held.get("corpus", {}).get("sha256")
+    saved = held["corpus"].get("sha256")
     if saved and meta.get("sha256") != saved:
         raise BadInput(f"the text in {options.data} has changed since the run in {options.path} "
                        "began (another sha256); make it as it was, or go on with this one: "
-                       f"--ckpt=resume --out_dir={options.out_dir} --data={options.data}")
+                       f"--ckpt=resume --out_dir={shlex.quote(options.out_dir)} "
+                       f"--data={shlex.quote(options.data)}")
 
 
 def prepared(options, processes):
@@ -962,8 +968,9 @@ def prepared(options, processes):
     return corpus
 
 
-def check_corpus(lm, options, meta):
-    """Raises BadInput where the corpus' token ids mean nothing to the model."""
+def check_model(lm, options, meta):
+    """Raises BadInput where the corpus' token ids mean nothing to the model, or where
+    --gates_rate finds no gates in it."""
     c = lm.config
     prepare.same_tokenizer(c.tokenizer, meta)
     prepare.check_vocabulary(c, meta, options.data)
@@ -971,10 +978,6 @@ def check_corpus(lm, options, meta):
     if options.recall_tokens and pair_sizes(options)[-1] > half:
         raise BadInput(f"--pairs={options.pairs}; expected at most {half}, as a vocabulary of "
                        f"{c.vocab_size} has {2 * half} symbols for recall")
-
-
-def check_gates(lm, options):
-    """Raises BadInput where --gates_rate finds no gates."""
     gates = [name for name, _ in lm.named_parameters() if name.endswith("gates")]
     if options.gates_rate != 1 and not gates:
         raise BadInput(f"--gates_rate={options.gates_rate:g} is for GLA whose heads share keys, "
@@ -1001,7 +1004,7 @@ def print_banner(lm, options, corpus, steps):
     where = options.device
     if options.cuda:
         where = torch.cuda.get_device_name(where)
-    if where == "cpu":
+    elif where == "cpu":
         where = f"a CPU, threads: {torch.get_num_threads()} (OMP_NUM_THREADS sets them)"
     print(f"{c.block}, {c.n_layer} layers, {params:,} parameters, {c.total_state():,} elements "
           f"of state per sequence\non {where}\n"
@@ -1011,7 +1014,10 @@ def print_banner(lm, options, corpus, steps):
         print("this is a model for GPUs", flush=True)
     elif options.device == "cpu" and steps:
         expected = max(1, round(minutes(lm, options, corpus, steps)))
-        print(f"about {expected} minute{'s' * (expected > 1)}", flush=True)
+        text = f"{expected} minute{'s' * (expected > 1)}"
+        if expected > 180:
+            text = f"{round(expected / 60)} hours"
+        print(f"about {text}", flush=True)
 
 
 def minutes(lm, options, corpus, steps):
@@ -1032,32 +1038,39 @@ def minutes(lm, options, corpus, steps):
 
 def one_run(options, processes, stop):
     """--ckpt=scratch, or from a checkpoint, or a run that is resumed."""
-    folder = open_folder(options, processes)
+    lock = open_folder(options, processes) if os.path.exists(options.out_dir) else None
     corpus = prepared(options, processes)
     lm, held = held_run(options, corpus.meta)
-    if held is None and options.ckpt == "scratch":
+    if held:
+        if os.path.isfile(options.ckpt):        # else it is not needed any more
+            same_start(options, held, LM.from_pretrained(options.ckpt))
+    elif options.ckpt == "scratch":
         lm = new_model(options, corpus.meta)
-    elif held and os.path.isfile(options.ckpt):
-        same_start(options, held, LM.from_pretrained(options.ckpt))
-    elif held is None:
+    else:
         lm = LM.from_pretrained(options.ckpt)
         if options.preset and lm.config.block != options.block:
             raise BadInput(f"{options.ckpt} holds a {lm.config.block} model, and --preset="
                            f"{options.preset} is for {options.block}; take that family's preset")
-    check_corpus(lm, options, corpus.meta)
-    check_gates(lm, options)
+    check_model(lm, options, corpus.meta)
+    lock = lock or open_folder(options, processes)      # a refused run leaves no new folder
     print_banner(lm, options, corpus, options.steps - (held["step"] if held else 0))
     if held and held["step"] == options.steps:
         print("all steps are done already")
     r = train(lm, options, corpus, held, processes=processes, stop=stop)
     print(f"{options.path}: {r['tokens']:,} tokens, val loss {r['val_loss']:.4f}, "
           f"{r['tokens_per_s']:,} tokens/s")
-    del folder
+    del lock                                    # kept until here
 
 
 def resumed(options, given):
-    """The options of the run in options.path, and over them what was typed. held_run says
-    whether it may change."""
+    """The options of the run in options.path, and over them what was typed: held_run
+    refuses later what may not change."""
+    if not os.path.exists(options.path):
+        others = glob.glob(f"{glob.escape(options.out_dir)}/*.pt")
+        names = ", ".join(sorted(os.path.basename(path)[:-3] for path in others))
+        how = f"--name is one of {names}" if names else (
+            "a run that was killed before its first save (--eval_interval) starts again")
+        raise BadInput(f"no checkpoint at {options.path}; {how}")
     _, held = load_run(options.path)
     here = {"out_dir": options.out_dir, "name": options.name, "device": options.device,
             "overwrite": False}                     # the run may have begun with it
@@ -1082,38 +1095,46 @@ def recipe(options, processes, stop):
               "as after a change of the code, and without results.json the models are scored again")
         return print_report(options.out_dir)
     small = new_model(options, corpus.meta)
-    check_corpus(small, options, corpus.meta)
     layers = choose_layers(options.n_layer, options.every, options.layers)
     transplant = dict(factor=options.factor or None, init=options.init, seed=options.seed)
-    check_gates(expand(small, layers, **transplant)[0], options)    # what cannot be, stops here
+    check_model(expand(small, layers, **transplant)[0], options, corpus.meta)   # before training
     tokenizer = prepare.load_tokenizer(corpus.meta["tokenizer"])
-    recall.check_text(corpus.val, tokenizer, pairs=pair_sizes(options), T=options.block_size)
-    folder = open_folder(options, processes)
-    steps = options.pretrain_steps + 2 * options.steps
-    for name in ("pretrained", "lpt", "statex"):    # what an earlier start has done
-        path = replace(options, name=name).path
-        if os.path.exists(path) and not options.overwrite:
-            steps -= load_run(path)[1]["step"]
+    sizes = dict(pairs=pair_sizes(options), T=options.block_size)      # of what is scored
+    if not options.recall_tokens:
+        sizes |= dict(pairs=(), shots=())
+    recall.check_text(corpus.val, tokenizer, **sizes)
+    lock = open_folder(options, processes)
+    post = dict(seed=options.seed + 1, curriculum=0.0, lr=options.post_lr)     # new data
+    phases = {"pretrained": replace(options, name="pretrained", steps=options.pretrain_steps),
+              "lpt": replace(options, name="lpt", **post),
+              "statex": replace(options, name="statex", **post)}
+    steps = 0
+    for of_phase in phases.values():                # a run of other options is refused here
+        _, held = held_run(of_phase, corpus.meta)
+        steps += of_phase.steps - (held["step"] if held else 0)
     print_banner(small, options, corpus, steps)
 
-    def phase(lm, name, **changes):
-        """Train lm, or go on where an earlier start of this recipe stopped."""
-        of_phase = replace(options, name=name, **changes)
+    def phase(lm, name):
+        """Train lm, or go on where an earlier start of this recipe stopped. -> lm, its
+        entry of results.json: what it cost and what it scores"""
+        of_phase = phases[name]
         held_lm, held = held_run(of_phase, corpus.meta)
         if held:
             same_start(of_phase, held, lm)
             lm = held_lm
         trained = train(lm, of_phase, corpus, held, processes=processes, stop=stop)
-        return lm, arm_results(lm, trained, of_phase, corpus, tokenizer)
+        with scoring(lm, of_phase):
+            scores = recall.score(lm, corpus.val, tokenizer, **sizes)
+        costs = {"params": sum(p.numel() for p in lm.parameters()),
+                 "state_elements": lm.config.total_state(), "lr": of_phase.lr}
+        return lm, costs | trained | scores             # val_loss is that of scores
 
     results = {}
-    small, results["pretrained"] = phase(small, "pretrained", steps=options.pretrain_steps)
-    larger, changes = expand(small, layers, **transplant)
-    print(describe(changes))
-    post = dict(seed=options.seed + 1, curriculum=0.0,      # another seed: the data is new
-                lr=options.post_lr)
+    small, results["pretrained"] = phase(small, "pretrained")
+    larger, report = expand(small, layers, **transplant)
+    print(describe(report))
     for arm, lm in (("lpt", small), ("statex", larger)):
-        _, results[arm] = phase(lm, arm, **post)
+        _, results[arm] = phase(lm, arm)
         results[arm]["tokens"] += results["pretrained"]["tokens"]
     results["config"] = asdict(options) | {"corpus": corpus.meta}
     results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__,
@@ -1122,7 +1143,7 @@ def recipe(options, processes, stop):
         encoded = json.dumps(results, indent=1).encode()
         write_file(f"{options.out_dir}/results.json", lambda file: file.write(encoded))
         print_report(options.out_dir)
-    del folder
+    del lock                                            # kept until here
 
 
 def already_done(options, meta):
@@ -1135,16 +1156,6 @@ def already_done(options, meta):
     return not options.overwrite and config == asdict(options) | {"corpus": meta}
 
 
-def arm_results(lm, trained, options, corpus, tokenizer):
-    """One arm's entry of results.json: what it cost (`train`'s dict) and what it scores."""
-    with scoring(lm.to(options.device), options):
-        scores = recall.score(lm, corpus.val, tokenizer, pairs=pair_sizes(options),
-                              T=options.block_size)
-    costs = {"params": sum(p.numel() for p in lm.parameters()),
-             "state_elements": lm.config.total_state(), "lr": options.lr}
-    return costs | trained | scores                     # val_loss is that of scores
-
-
 # ---------------------------------------------------------------------------------------
 # run as a script
 
@@ -1155,20 +1166,20 @@ RECIPE_ALONE = ("pretrain_steps", "every", "layers", "factor", "init", "post_lr"
 
 def resolve(given):
     """Defaults, then the preset, then what was typed."""
-    name = given.get("preset")
-    if given.get("ckpt") == "resume" and (name or given.get("overwrite")):
+    preset = given.get("preset")
+    if given.get("ckpt") == "resume" and (preset or given.get("overwrite")):
         raise BadInput("--ckpt=resume goes on with a run as it is; --preset and --overwrite are "
                        "for a new one")
     if not given.get("ckpt"):
-        name = name or f"recipe-{given.get('block', 'gla')}"
-        if not name.startswith("recipe-"):
-            raise BadInput(f"--preset={name} is of one run; add --ckpt=scratch, or the checkpoint "
-                           "that it goes on from")
-    options = Options(**PRESETS.get(name, {}) | given)      # a block of your own has no preset
-    idle = [name for name in RECIPE_ALONE if name in given]
-    if options.ckpt not in ("", "resume") and idle:
-        raise BadInput(f"--{idle[0]} is for the recipe, and --ckpt asks for one run; expand.py "
-                       "makes the checkpoint of an expanded model")
+        preset = preset or f"recipe-{given.get('block', 'gla')}"
+        if not preset.startswith("recipe-"):
+            raise BadInput(f"--preset={preset} is of one run; add --ckpt=scratch, or the "
+                           "checkpoint that it goes on from")
+    options = Options(**PRESETS.get(preset, {}) | given)    # a block of your own has no preset
+    of_recipe = [name for name in RECIPE_ALONE if name in given]
+    if of_recipe and options.ckpt not in ("", "resume"):
+        raise BadInput(f"--{of_recipe[0]} is for the recipe, and --ckpt asks for one run; "
+                       "expand.py makes the checkpoint of an expanded model")
     if options.size and "block" in given and SIZES[options.size].block != options.block:
         raise BadInput(f"--size={options.size} is a {SIZES[options.size].block} model; take "
                        "another --size, or no --block")
@@ -1189,9 +1200,9 @@ def resolve(given):
     if options.ckpt == "resume":
         options = resumed(options, given)
     if options.device == "cpu" and "compile" not in given:
-        options.compile = False                 # presets and runs of GPUs compile: it is for them
+        options.compile = False             # a preset's, or that of a run begun on a GPU
     if "graph" not in given and (not options.cuda or "RANK" in os.environ or options.carry_state):
-        options.graph = False                   # a preset's
+        options.graph = False               # likewise
     return options
 
 

@@ -71,9 +71,13 @@ def closing(results):
     """What was seen, what the intervals are of, and whether the model could recall at all."""
     lpt = results["lpt"]
     statex = results["statex"]
-    size = list(statex["recall"]["mqar"])[-1]
-    recalled, recall_error = difference(results, "mqar", size)
     text, text_error = difference(results, "text")
+    text = f"Held-out text, StateX - LPT: {text:+.3f} ± {text_error:.3f} nats per token."
+    sizes = list(statex["recall"]["mqar"])
+    if not sizes:                               # trained on text alone
+        return text
+    size = sizes[-1]
+    recalled, recall_error = difference(results, "mqar", size)
     times = statex["state_elements"] / lpt["state_elements"]
     share = {arm: f"{results[arm]['recall']['mqar'][size]:.1%}" for arm in ("statex", "lpt")}
     learnt = results["pretrained"]["recall"]["mqar"].get("4", 1.0)
@@ -87,9 +91,8 @@ def closing(results):
                   "occurs once.")
     return (f"With {times:.3g} times the state, StateX recalls {share['statex']} of {size} pairs, "
             f"LPT {share['lpt']}: {100 * recalled:+.1f} ± {100 * recall_error:.1f} points.\n"
-            f"Held-out text, StateX - LPT: {text:+.3f} ± {text_error:.3f} nats per token.\n(± is "
-            "the 95 % interval over the sequences asked; another seed makes another model.)"
-            + remark)
+            f"{text}\n(± is the 95 % interval over the sequences asked; another seed makes another "
+            f"model.){remark}")
 
 
 def picture(results, path):
