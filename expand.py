@@ -1,33 +1,34 @@
-"""Transplant a trained model into one with a larger state (StateX, arXiv 2509.22630, section 4).
+"""Transplant a model into one with a larger state (StateX, arXiv 2509.22630, sec. 4).
 
-Every layer that is not chosen is kept bit for bit. The state of a chosen one becomes f times as
-large. H heads of GLA have a state of K x V elements each; heads that share their keys have f K x V,
-and f heads that become one have f K x f V, for a fraction of the heads. What becomes of it:
+Every layer that is not chosen is kept bit for bit. The state of a chosen one becomes f
+times as large. In GLA a head's state has K x V elements: f heads that share their keys
+have f K x V each, f heads that become one have f K x f V. What becomes of the weights:
 
-    init         GLA                                     Mamba2
-    preserve     groups of f heads share their keys:     d_state N -> f N: new rows of B are
-                 gates, at the start the identity        random, new rows of C are zero
-    inherit      f heads become one; norm gains tiled    rows of B and C tiled
-    reinit       f heads become one; mixer and           A_log, dt_bias, gated norm and all
-                 pre-norm start afresh                   rows of B and C start afresh
-    reinit-keys  f heads become one; q, k, gk afresh     all rows of B and C afresh
-    groups                                               n_groups x f, rows of B and C tiled:
-                                                         more parameters, the same state
+    init         GLA                                   Mamba2
+    preserve     groups of f heads share their keys:   d_state N -> f N: new rows of B
+                 gates, at the start the identity      random, new rows of C zero
+    inherit      f heads become one; norm gains tiled  rows of B and C tiled
+    reinit       f heads become one; mixer and         A_log, dt_bias, gated norm and
+                 pre-norm start afresh                 all rows of B and C afresh
+    reinit-keys  f heads become one; q, k, gk afresh   all rows of B and C afresh
+    groups                                             n_groups x f, B and C tiled: more
+                                                       parameters, the same state
 
-`preserve` (ours, the default) leaves the function as it was, up to the rounding of longer
-sums. GLA's gates and Mamba2's new rows of C learn from the first step, B's new rows from the
-second, when C's are no longer zero; `train.py --gates_rate` lets gates learn faster. `reinit`
-is the paper's choice, `inherit` its ablation. In Mamba2 tiled rows get equal gradients for
-ever, so that `inherit` can use its larger state only where --noise breaks the tie.
+`preserve` (ours, the default) leaves the function as it was, up to the rounding of
+longer sums. GLA's gates and Mamba2's new rows of C learn from the first step, B's new
+rows from the second, when C's are no longer zero; `train.py --gates_rate` lets gates
+learn faster. `reinit` is the paper's choice, `inherit` its ablation. In Mamba2 tiled
+rows get equal gradients for ever: `inherit` can use its larger state only where --noise
+breaks the tie.
 
-An init of your own: (1) its name in INITS, (2) how sizes grow, in `enlarged` (Mamba2: by d_state;
-GLA: heads share keys, or they merge), (3) what every parameter is made of, in `plan_gla` or
-`plan_mamba2`, and (4) a case in `make` if that is a new way. `python train.py --init=NAME
---out_dir=out/NAME` runs it, for Mamba2 with --block=mamba2; with pretrained.pt and lpt.pt of an
-earlier recipe in out/NAME it trains StateX alone.
+An init of your own: (1) its name in INITS, (2) how sizes grow, in `enlarged` (Mamba2:
+by d_state; GLA: heads share keys, or they merge), (3) what every parameter is made of,
+in `plan_gla` or `plan_mamba2`, and (4) a case in `make` if that is a new way. `python
+train.py --init=NAME --out_dir=out/NAME` runs it, for Mamba2 with --block=mamba2; with
+pretrained.pt and lpt.pt of an earlier recipe in out/NAME it trains StateX alone.
 
     python expand.py --ckpt=out/recipe-gla/pretrained.pt --every=1 --out=out/expanded.pt
-    python expand.py --ckpt=gla-1.3b --every=6 --dry-run     the report for a public size
+    python expand.py --ckpt=gla-1.3b --every=6 --dry-run    the report for a public size
 """
 from data.options import BadInput, command_line, option, run_script
 
@@ -40,20 +41,21 @@ import torch
 
 from model import LM, SIZES, load_checkpoint, save_checkpoint
 
-INITS = ("preserve", "inherit", "reinit", "reinit-keys", "groups")     # groups: Mamba2 alone
+INITS = ("preserve", "inherit", "reinit", "reinit-keys", "groups")
 
 
 def expand(lm, layers, factor=None, init="preserve", seed=0, noise=0.0, same_state=False,
            paper=False):
     """A copy of lm with a larger state in `layers` (a list of indices).
 
-    factor: how many times as large, GLA a divisor of the layer's heads (None: all of them),
-    Mamba2 any whole number (None: 4). init: see above. seed: of what starts afresh.
-    noise: of tiled rows of B and C, over their standard deviation. same_state: the control
-    of reinit and reinit-keys, which start the same parameters afresh and enlarge nothing.
+    factor: how many times as large; GLA: a divisor of the layer's n_key_head (None: all
+    of it), Mamba2: a whole number from 2 up (None: 4). init: see above. seed: of what
+    starts afresh and of noise. noise: of tiled rows of B and C, over their standard
+    deviation. same_state: reinit or reinit-keys without a larger state, as a control.
     paper: start afresh as the paper does, not as our models start (see paper_init).
 
-    Returns (lm, report); `describe` prints the report. Raises BadInput."""
+    Returns (lm, report): the copy, on the same device and in the same dtypes, and what
+    `describe` makes a text of. Raises BadInput."""
     check(lm.config, layers, factor, init, seed, noise, same_state, paper)
     layers = sorted(set(layers))
     config = enlarged(lm.config, layers, factor, init, same_state)
@@ -98,36 +100,34 @@ def check(config, layers, factor, init, seed, noise, same_state, paper):
 
 def enlarged(config, layers, factor, init, same_state):
     """The new Config."""
-    n_head = list(config.n_head)
-    n_key_head = list(config.n_key_head)
-    d_state = list(config.d_state)
+    new = replace(config)               # with lists of its own
+    gla = config.block == "gla"
     for i in layers:
-        f = factor or (n_key_head[i] if config.block == "gla" else 4)
+        f = factor or (new.n_key_head[i] if gla else 4)
         expected = f"a whole number, 2 to {1 << 16:,}"
-        if config.block == "gla":
-            expected = f"a divisor of its {n_key_head[i]} heads, above 1"
-            if n_key_head[i] == 1:
+        if gla:
+            expected = f"a divisor of its {new.n_key_head[i]} heads, above 1"
+            if new.n_key_head[i] == 1:
                 raise BadInput(f"layer {i} has one head of keys already, and cannot merge more")
-        if not 2 <= f <= 1 << 16 or config.block == "gla" and n_key_head[i] % f:
+        if not 2 <= f <= 1 << 16 or gla and new.n_key_head[i] % f:
             raise BadInput(f"factor {f} cannot enlarge layer {i}; expected {expected}")
         if same_state:
-            continue                    # the control: the factor is looked at, nothing grows
-        if config.block == "mamba2":
-            d_state[i] *= f
+            continue                    # a control: nothing grows
+        if init == "groups":
+            new.n_groups = config.n_groups * f          # one number for all layers
+        elif config.block == "mamba2":
+            new.d_state[i] *= f
         elif init == "preserve":
-            n_key_head[i] //= f
+            new.n_key_head[i] //= f
         elif init not in ("inherit", "reinit", "reinit-keys"):
             raise BadInput(f"`enlarged` does not say how a GLA layer grows by init {init}")
-        elif n_key_head[i] < n_head[i]:
+        elif new.n_key_head[i] < new.n_head[i]:
             raise BadInput(f"layer {i} shares keys already, so that its heads cannot become one; "
                            "take --init=preserve, or the model before it was expanded")
         else:
-            n_head[i] //= f
-            n_key_head[i] //= f
-    if init == "groups":
-        return replace(config, n_groups=config.n_groups * (factor or 4),
-                       norm_groups=config.norm_groups)
-    return replace(config, n_head=n_head, n_key_head=n_key_head, d_state=d_state)
+            new.n_head[i] //= f
+            new.n_key_head[i] //= f
+    return replace(new)                 # checks it
 
 
 # ---------------------------------------------------------------------------------------
@@ -138,9 +138,9 @@ def enlarged(config, layers, factor, init, same_state):
 class Piece:
     """Some rows (along the first dimension) of a tensor of the new model.
 
-    how: kept (`old`: which rows of the old tensor, None for all), tiled (those repeated),
-    fresh, zero, or identity (GLA's gates). what: its name in the report. rows: how many,
-    None for all."""
+    how: kept (rows of the old tensor), tiled (those, repeated), fresh, zero, or
+    identity (GLA's gates). what: its name in the report. rows: how many, None for all.
+    old: which rows of the old tensor, None for all."""
     how: str
     what: str
     rows: int | None = None
@@ -149,30 +149,29 @@ class Piece:
 
 def plan_tensor(name, config, new_config, layers, init):
     """The pieces of the tensor `name` (as in the state_dict), in order."""
-    where = name.split(".")
+    where = name.split(".", 2)                          # "layers", "0", "attn.gates"
     if where[0] != "layers" or int(where[1]) not in layers:
         return [Piece("kept", "everything outside the chosen layers")]
     layer = int(where[1])
-    part = ".".join(where[2:])
+    part = where[2]
     if config.block == "gla":
-        return plan_gla(part, config, new_config, layer, init)
+        return plan_gla(part, config, layer, init)
     return plan_mamba2(part, config, new_config, layer, init)
 
 
-def plan_gla(part, config, new_config, layer, init):
+def plan_gla(part, config, layer, init):
     """The pieces of one parameter of a chosen GLA layer."""
     if part == "attn.gates":
         shared = config.n_key_head[layer] < config.n_head[layer]
-        return [Piece("kept" if shared else "identity", part, new_config.n_key_head[layer])]
-    if init == "reinit" and part.startswith(("attn.", "attn_norm.")):
-        return [Piece("fresh", part)]
-    keys = ("attn.q_", "attn.k_", "attn.gk_proj")
-    if init == "reinit-keys" and part.startswith(keys):
-        return [Piece("fresh", part)]
-    if init not in ("preserve", "inherit", "reinit", "reinit-keys"):
+        return [Piece("kept" if shared else "identity", part)]
+    afresh = {"preserve": (), "inherit": (), "reinit": ("attn.", "attn_norm."),
+              "reinit-keys": ("attn.q_", "attn.k_", "attn.gk_proj")}
+    if init not in afresh:
         raise BadInput(f"plan_gla does not say what becomes of a layer by init {init}")
+    if part.startswith(afresh[init]):
+        return [Piece("fresh", part)]
     if part == "attn.g_norm_swish_gate.weight":
-        return [Piece("tiled", part, config.d_v // new_config.n_head[layer])]
+        return [Piece("tiled", part)]
     return [Piece("kept", part)]
 
 
@@ -232,29 +231,26 @@ def fresh_layers(new, layers, seed, paper):
             for module in layer.modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
-            mixer = layer.attn if new.config.block == "gla" else layer.mixer
             if new.config.block == "gla":
-                mixer.reset_parameters()                # after its parts: they overwrote gk_proj
+                layer.attn.reset_parameters()   # again: its parts overwrote gk_proj
             if paper:
-                paper_init(mixer)
+                paper_init(layer)
             for name, tensor in layer.state_dict().items():
                 fresh[f"layers.{i}.{name}"] = tensor
     return fresh
 
 
 @torch.no_grad()
-def paper_init(mixer):
+def paper_init(layer):
     """What thunlp's StateX starts afresh, as it does. GLA: Xavier's uniform with a gain of
-    2^-2.5 and zero biases. Mamba2: dt_bias 1 and A = 1, 2, ..., H."""
-    if hasattr(mixer, "A_log"):
-        mixer.dt_bias.fill_(1.0)
-        mixer.A_log.copy_(torch.arange(1, len(mixer.A_log) + 1).log())
+    2^-2.5 (biases are zero already). Mamba2: dt_bias 1 and A = 1, 2, ..., H."""
+    if hasattr(layer, "mixer"):
+        layer.mixer.dt_bias.fill_(1.0)
+        layer.mixer.A_log.copy_(torch.arange(1, len(layer.mixer.A_log) + 1).log())
         return
-    for module in mixer.modules():
+    for module in layer.attn.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.xavier_uniform_(module.weight, gain=2 ** -2.5)
-            if module.bias is not None:
-                torch.nn.init.zeros_(module.bias)
 
 
 def carry_out(plan, lm, new, fresh, noise, seed):
@@ -269,12 +265,12 @@ def carry_out(plan, lm, new, fresh, noise, seed):
         before = old.get(name)                  # GLA's first gates have none
         like = old["embeddings.weight"] if before is None else before
         if name.endswith("attn.gates") and before is not None:
-            before = block_diagonal(before, len(fresh[name]))
+            groups = before.chunk(len(fresh[name]))     # the old ones in each new group
+            before = torch.stack([torch.block_diag(*group) for group in groups])
         made[name] = torch.cat(list(make(pieces, before, fresh[name].to(like), noise, rng)))
     new.load_state_dict(made, assign=True)
     if new.config.tie_embeddings:
         new.lm_head.weight = new.embeddings.weight
-    new.requires_grad_()
 
 
 def make(pieces, old, fresh, noise, rng):
@@ -289,23 +285,16 @@ def make(pieces, old, fresh, noise, rng):
             yield torch.zeros_like(fresh[at:at + rows])
         elif piece.how in ("fresh", "identity"):        # GLA's gates start as the identity
             yield fresh[at:at + rows]
-        elif piece.how != "tiled":
-            raise BadInput(f"`make` does not know rows that are {piece.how}")
-        else:
-            tiled = source.repeat(rows // len(source), *[1] * (source.dim() - 1))
+        elif piece.how == "tiled":
+            tiled = torch.cat([source] * (rows // len(source)))
             if noise:
                 draws = torch.randn(tiled.shape, generator=rng).to(tiled)
                 draws[:len(source)] = 0                 # the first copy stays as it is
                 tiled = tiled + noise * source.std() * draws
             yield tiled
+        else:
+            raise BadInput(f"`make` does not know rows that are {piece.how}")
         at += rows
-
-
-def block_diagonal(old_gates, groups):
-    """The gates of larger groups: the old groups' gates side by side."""
-    merged = len(old_gates) // groups
-    return torch.stack([torch.block_diag(*old_gates[i * merged:(i + 1) * merged])
-                        for i in range(groups)])
 
 
 # ---------------------------------------------------------------------------------------
@@ -314,30 +303,25 @@ def block_diagonal(old_gates, groups):
 
 def changes(lm, new, plan, layers, init, seed):
     """What changed, as a dict of numbers: elements by (how, what), parameters, state."""
-    shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
     elements = {}
-    for name, pieces in plan.items():
-        if name == "lm_head.weight" and new.config.tie_embeddings:
-            continue
-        rows = shapes[name][0]
-        per_row = shapes[name].numel() // rows
-        for piece in pieces:
+    for name, tensor in new.named_parameters():         # tied ones once
+        for piece in plan[name]:
             key = (piece.how, piece.what)
-            count = per_row * (rows if piece.rows is None else piece.rows)
-            elements[key] = elements.get(key, 0) + count
+            rows = len(tensor) if piece.rows is None else piece.rows
+            elements[key] = elements.get(key, 0) + rows * tensor[0].numel()
     by_layer = [(lm.config.state_elements(i), new.config.state_elements(i))
                 for i in range(new.config.n_layer)]
     return {"block": new.config.block, "init": init, "seed": seed, "layers": layers,
             "elements": elements,
             "params_before": sum(p.numel() for p in lm.parameters()),
             "params_after": sum(p.numel() for p in new.parameters()),
-            "state_elements_before": sum(before for before, _ in by_layer),
-            "state_elements_after": sum(after for _, after in by_layer),
+            "state_elements_before": lm.config.total_state(),
+            "state_elements_after": new.config.total_state(),
             "state_elements_by_layer": by_layer}
 
 
 def describe(r):
-    """The report as text."""
+    """The report of `expand` as text."""
     n_layer = len(r["state_elements_by_layer"])
     lines = [f"{r['block']}, init {r['init']}, seed {r['seed']}: "
              f"{len(r['layers'])} of {n_layer} layers expanded",
@@ -346,8 +330,8 @@ def describe(r):
     for (how, what), count in kept_first:
         lines.append(f"{how:8s}{count:14,d}  {what}")
     lines += ["", "layer   state elements per sequence"]
-    for i, (before, after) in enumerate(r["state_elements_by_layer"]):
-        lines.append(f"{i:5d}   {before:,d}" + (f" -> {after:,d}" if after != before else ""))
+    for i, (old, new) in enumerate(r["state_elements_by_layer"]):
+        lines.append(f"{i:5d}   {old:,d}" + (f" -> {new:,d}" if new != old else ""))
     params = r["params_before"]
     more = r["params_after"] - params
     before = r["state_elements_before"]
@@ -398,7 +382,7 @@ def choose_layers(n_layer, every, listed):
 
 
 def is_run(path):
-    """Whether training is in this checkpoint. Other files may be overwritten."""
+    """Whether training is in this checkpoint: any other file may be overwritten."""
     try:
         return load_checkpoint(path)[1] is not None
     except BadInput:
@@ -417,7 +401,7 @@ def main():
             raise BadInput(f"{options.ckpt} is a size, not a checkpoint; add --dry-run, or name "
                            "a checkpoint")
         with torch.device("meta"):
-            lm = LM(copy.deepcopy(SIZES[options.ckpt]))
+            lm = LM(SIZES[options.ckpt])
     else:
         lm = LM.from_pretrained(options.ckpt)
     layers = choose_layers(lm.config.n_layer, options.every, options.layers)

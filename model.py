@@ -1,9 +1,9 @@
-"""A recurrent language model: GLA or Mamba2 blocks, the LM around them, checkpoints, generation.
+"""A recurrent language model of GLA or Mamba2 blocks, its checkpoints, generation.
 
 Every layer carries a state of fixed size through time. How large it is may differ from
 layer to layer, and that is what expand.py changes:
 
-    GLA      d_k d_v / n_key_head elements (n_key_head heads of keys, d_k channels in all)
+    GLA      d_k d_v / n_key_head elements (d_k, d_v: channels of all heads together)
     Mamba2   d_inner d_state elements
 
 The blocks are the public ones, tensor for tensor: GLA as flash-linear-attention's
@@ -45,30 +45,29 @@ from kernels import conv_fits, gla, short_conv, ssd
 
 @dataclass
 class Config:
-    """The shape of a model. n_head, n_key_head and d_state are one number, or a list with
-    one per layer. Raises BadInput for a shape that cannot be built."""
+    """The shape of a model. n_head, n_key_head and d_state take a number or a list with
+    one per layer, and become a list. Raises BadInput for what cannot be built."""
     block: str = "gla"               # "gla" or "mamba2"
     vocab_size: int = 4096
     n_layer: int = 24
     d_model: int = 1024
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    conv_size: int | None = None     # taps of the causal convolution; None: GLA 0 (none), Mamba2 4
+    conv_size: int | None = None     # taps of the convolution; None: GLA 0, Mamba2 4
     # GLA
     n_head: int | list = 4
-    n_key_head: int | list | None = None    # of keys and decays; fewer than n_head: shared
+    n_key_head: int | list | None = None    # of keys; None: n_head; fewer: shared
     expand_k: float = 0.5            # key channels over d_model
     expand_v: float = 1.0            # value channels over d_model
-    d_mlp: int = 0                   # 0: 2/3 * 4 * d_model, rounded up to a multiple of 256
+    d_mlp: int = 0                   # 0: 8/3 d_model, rounded up to a multiple of 256
     # Mamba2
     d_state: int | list = 128
-    headdim: int = 64
+    headdim: int = 64                # inner channels of a head
     expand: int = 2                  # inner channels over d_model
     n_groups: int = 1                # heads of a group share B and C
-    norm_groups: int = 0             # of the gated norm; 0: n_groups, as in every public model
-    pad_vocab: int = 1               # the embedding's rows are rounded up to a multiple of this
-    # what the token ids mean: a name that data/prepare.py knows, "" when unknown
-    tokenizer: str = ""
+    norm_groups: int = 0             # of the gated norm; 0: n_groups (public models)
+    pad_vocab: int = 1               # of both: embedding rows are a multiple of this
+    tokenizer: str = ""              # of the ids, by data/prepare.py's name; "": unknown
 
     def __post_init__(self):
         if self.block not in ("gla", "mamba2"):
@@ -91,25 +90,21 @@ class Config:
         if self.n_key_head is None:
             self.n_key_head = self.n_head
         for name in ("n_head", "n_key_head", "d_state"):
-            setattr(self, name, self.per_layer(name))
+            value = getattr(self, name)
+            values = [value] * self.n_layer if type(value) is int else value
+            if (not isinstance(values, (list, tuple)) or len(values) != self.n_layer
+                    or not all(type(x) is int and x > 0 for x in values)):
+                raise BadInput(f"{name} is {value!r}; expected a positive number, or a list of "
+                               f"{self.n_layer}, one per layer")
+            setattr(self, name, list(values))
         if self.block == "gla":
             self.check_gla()
         elif self.block == "mamba2":
             self.check_mamba2()
 
-    def per_layer(self, name):
-        """The option as a list with one number per layer."""
-        value = getattr(self, name)
-        values = [value] * self.n_layer if type(value) is int else value
-        if (not isinstance(values, (list, tuple)) or len(values) != self.n_layer
-                or not all(type(x) is int and x > 0 for x in values)):
-            raise BadInput(f"{name} is {value!r}; expected a positive number, or a list of "
-                           f"{self.n_layer}, one per layer")
-        return list(values)
-
     def check_gla(self):
         if not self.d_mlp:
-            self.d_mlp = -(-int(self.d_model * 4 * 2 / 3) // 256) * 256
+            self.d_mlp = math.ceil(int(self.d_model * 8 / 3) / 256) * 256
         if not self.d_k * self.d_v:
             raise BadInput(f"expand_k {self.expand_k} and expand_v {self.expand_v} leave no "
                            f"channel of d_model {self.d_model}")
@@ -193,7 +188,7 @@ def causal_conv(x, weight, bias, before, sizes, first=None):
     x (B,T,D); weight (D,1,taps); bias (D,) or None; before (B,taps-1,D): the inputs before
     x, None for zeros; first (B,T) bool: a packed document begins here and sees nothing of
     what came before, None for one document. Returns y (B,T,D) split into channels of
-    `sizes`, and the inputs that the next call needs before its own.
+    `sizes`, and the next call's `before`. Raises BadInput where before does not fit.
 
     On a GPU each part of y is made by one kernel, so that nothing is copied. For a single
     token, and on a CPU, y is a sum of shifted copies: faster there than conv1d."""
@@ -204,12 +199,12 @@ def causal_conv(x, weight, bias, before, sizes, first=None):
             raise BadInput(f"the convolution's state has shape {tuple(before.shape)}; expected "
                            f"{(batch, taps - 1, D)}")
         x = torch.cat((before.to(x.dtype), x), dim=1)
-    last = x[:, max(0, x.shape[1] - taps + 1):]
-    document = None                             # of each token, its number; before x it is 0
+    start = max(0, x.shape[1] - taps + 1)
+    last = x[:, start:]                 # for the next call, of its document alone
+    document = None                     # of each input, the number of its document
     if first is not None and T:
         document = F.pad(first.cumsum(1), (x.shape[1] - T, 0))
-        of_last = document[:, document.shape[1] - last.shape[1]:]
-        last = last * (of_last == document[:, -1:])[..., None]      # the next call sees one
+        last = last * (document[:, start:] == document[:, -1:])[..., None]
     last = F.pad(last, (0, 0, taps - 1 - last.shape[1], 0))
 
     if T > 1 and conv_fits(x):
@@ -232,17 +227,19 @@ def causal_conv(x, weight, bias, before, sizes, first=None):
 class GLA(nn.Module):
     """Gated linear attention (arXiv 2312.06635, section 4.4).
 
+    By their public names gk_proj makes the log decays g, g_proj the gate of the output,
+    and g_norm_swish_gate is the norm of each head's output.
+
     Where n_key_head < n_head, groups of f = n_head / n_key_head neighbouring heads share
-    their keys: a group has one key and one decay of f K channels, those of its f heads side
-    by side. Head j of the group asks all of them with (m_1j q_1, ..., m_fj q_f), m = gates: on
-    the channels that hold head i's keys the query is head i's, too, times a number. With the
-    identity the layer is the one without sharing (expand.py's `preserve` starts there)."""
+    their keys: a group has one key and one decay of f K channels, those of its f heads
+    side by side. Head j asks all of them with (m_1j q_1, ..., m_fj q_f): head i's keys
+    with head i's query, times m_ij = gates[group,i,j]. With m the identity the layer is
+    the one without sharing (expand.py's `preserve` starts there)."""
 
     def __init__(self, c, layer):
         super().__init__()
         self.n_head = c.n_head[layer]
         self.n_key_head = c.n_key_head[layer]
-        self.scale = (c.d_k // self.n_head) ** -0.5
         self.q_proj = nn.Linear(c.d_model, c.d_k, bias=False)
         self.k_proj = nn.Linear(c.d_model, c.d_k, bias=False)
         self.v_proj = nn.Linear(c.d_model, c.d_v, bias=False)
@@ -270,18 +267,15 @@ class GLA(nn.Module):
         nn.init.zeros_(self.gk_proj[1].bias)
         if self.gates is not None:
             with torch.no_grad():
-                self.gates.copy_(torch.eye(self.gates.shape[-1]).expand_as(self.gates))
+                self.gates.copy_(torch.eye(self.gates.shape[-1]))
 
     def log_decays(self, x):
-        """x (B,T,d_model) -> g (B,T,d_k), <= 0 and near 0, in float32."""
-        return F.logsigmoid(at_least_float32(self.gk_proj(x))) / 16     # the paper's: slow decay
+        """x (B,T,d_model) -> g (B,T,d_k), <= 0 and near 0, in float32 or float64."""
+        return F.logsigmoid(at_least_float32(self.gk_proj(x))) / 16   # the paper's tau
 
     def forward(self, x, state=None, first=None):
-        """x (B,T,d_model); state: (S (B,H,f K,V), the convolution's inputs) or None;
-        first (B,T) bool: a document begins here. Returns (B,T,d_model) and the new state.
-
-        By their public names gk_proj makes the log decays g, g_proj the gate of the output,
-        and g_norm_swish_gate is the norm of each head's output; `gates` are of shared keys."""
+        """x (B,T,d_model); state: (S (B,H,f K,V), causal_conv's `before`) or None;
+        first (B,T) bool: a document begins here. Returns (B,T,d_model), new state."""
         S, before = state or (None, None)
         q = self.q_proj(x)
         k = self.k_proj(x)
@@ -298,10 +292,10 @@ class GLA(nn.Module):
         g = g.unflatten(-1, (self.n_key_head, -1))
         if first is not None:
             g = g.masked_fill(first[..., None, None], -math.inf)        # the state is forgotten
-        o, S = gla(q, k, v, g, scale=self.scale, state=S, gates=self.gates)
+        o, S = gla(q, k, v, g, state=S, gates=self.gates)
         gain = self.g_norm_swish_gate.weight.to(o.dtype)
         o = F.rms_norm(o, o.shape[-1:], gain, self.g_norm_swish_gate.eps)
-        # multiplied by heads: torch.compile then makes one kernel of the norm and the gate
+        # head by head: torch.compile then makes one kernel of the norm and the gate
         o = o * F.silu(self.g_proj(x)).unflatten(-1, (self.n_head, -1))
         return self.o_proj(o.flatten(-2)), (S, before)
 
@@ -319,7 +313,7 @@ class Mamba2(nn.Module):
         self.n_layer = c.n_layer
         heads = c.d_inner // c.headdim
         d_conv = c.d_inner + 2 * c.n_groups * self.d_state
-        # rows of in_proj: z, x, B, C, dt; channels of conv1d: x, B, C
+        # rows of in_proj: z (the output's gate), x, B, C, dt; of conv1d: x, B, C
         self.in_proj = nn.Linear(c.d_model, c.d_inner + d_conv + heads, bias=False)
         self.conv1d = nn.Conv1d(d_conv, d_conv, c.conv_size, groups=d_conv)
         self.dt_bias = nn.Parameter(torch.empty(heads))
@@ -330,7 +324,7 @@ class Mamba2(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        for module in (self.in_proj, self.conv1d, self.norm, self.out_proj):
+        for module in self.children():
             module.reset_parameters()
         with torch.no_grad():
             # as mamba_ssm: decays of many speeds, steps dt of many lengths
@@ -341,7 +335,7 @@ class Mamba2(nn.Module):
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))       # softplus(dt_bias) = dt
 
     def forward(self, x, state=None, first=None):
-        """As GLA's; the state is (S (B,H,P,N), the convolution's inputs)."""
+        """As GLA's; state: (S (B,H,P,N), causal_conv's `before`) or None."""
         S, before = state or (None, None)
         width = self.n_groups * self.d_state                # of B, and of C
         sizes = (self.d_inner, width, width)
@@ -365,8 +359,8 @@ class Mamba2(nn.Module):
 # What they compute is x = x + mixer(norm(x)), and in GLA then x = x + mlp(norm(x)). But the
 # last sum of a block is left to the next one: it takes the residual stream x and `update`,
 # what the block before adds to it (None for nothing), and returns its own update not added
-# yet. Under torch.compile one kernel then adds it and takes the next norm, a pass over memory
-# less in every layer.
+# yet. train.py compiles block by block: one kernel then adds the update and takes the
+# next norm, a pass over memory less in every layer.
 
 
 class GLABlock(nn.Module):
@@ -411,9 +405,9 @@ class Mamba2Block(nn.Module):
 
 
 def slice_loss(logits, targets, count):
-    """logits (rows,vocab_size), which may be overwritten, targets (rows,1), -100 for rows that
-    are not counted, count a scalar tensor -> the summed cross-entropy, and the gradient in
-    the logits of that sum over `count`."""
+    """logits (n,vocab_size), which may be overwritten; targets (n,1), -100 where not
+    counted; count: a scalar tensor. Returns the summed cross-entropy, in nats, and the
+    gradient of that sum / count in the logits."""
     counted = targets != -100
     targets = targets.clamp(min=0)
     p = at_least_float32(logits)
@@ -440,7 +434,7 @@ def add_product(total, a, b):
 class SlicedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of x @ weight.T against targets, in nats.
 
-    x (n,d); weight (rows,d); targets (n,), where -100 is not counted; vocab_size <= rows.
+    x (n,d); weight (V,d), V >= vocab_size; targets (n,), where -100 is not counted.
     A slice of tokens at a time, the forward pass computes the logits, the loss, and at once
     the gradient (softmax - onehot) / count, which goes straight into x's and weight's
     gradients; the backward pass only scales them. Peak memory is one slice's logits,
@@ -458,14 +452,14 @@ class SlicedCrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=exact) if need_w else None
         total = x.new_zeros((), dtype=exact)
         count = (targets != -100).sum().clamp(min=1).to(exact)
-        rows_of_slice = max(1, slice_elements // vocab_size)
-        for start in range(0, len(targets), rows_of_slice):
-            rows = slice(start, start + rows_of_slice)
-            xs = x[rows].to(dtype)
-            part, dlogits = slice_loss(xs @ w.T, targets[rows, None], count)
+        at_once = max(1, slice_elements // vocab_size)
+        for start in range(0, len(targets), at_once):
+            tokens = slice(start, start + at_once)
+            xs = x[tokens].to(dtype)
+            part, dlogits = slice_loss(xs @ w.T, targets[tokens, None], count)
             total = total + part
             if need_x:
-                dx[rows] = (dlogits @ w).to(x.dtype)
+                dx[tokens] = (dlogits @ w).to(x.dtype)
             if need_w:
                 add_product(dw[:vocab_size], dlogits.T, xs)
         ctx.save_for_backward(dx, dw)
@@ -488,33 +482,35 @@ class SlicedCrossEntropy(torch.autograd.Function):
 
 
 class LM(nn.Module):
+    """The model of a Config, untrained. `from_pretrained` reads a trained one."""
+
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.checkpoint_activations = False     # for the backward pass keep the layers' inputs only
+        self.checkpoint_activations = False     # for backward, keep layers' inputs only
         self.slice_loss = slice_loss            # train.py puts a compiled one here
-        rows = -(-c.vocab_size // c.pad_vocab) * c.pad_vocab
+        rows = math.ceil(c.vocab_size / c.pad_vocab) * c.pad_vocab
         Block = {"gla": GLABlock, "mamba2": Mamba2Block}[c.block]
         self.embeddings = nn.Embedding(rows, c.d_model)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
         self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
         self.lm_head = nn.Linear(c.d_model, rows, bias=False)
-        # Embeddings that are not tied stay N(0,1): with rows of 0.02 what the first mixer adds
-        # leaves little of them, and GLA learns bigrams and recall late.
+        # Embeddings that are not tied stay N(0,1): with std 0.02 what the first mixer
+        # adds leaves little of them, and GLA learns bigrams and recall late.
         if c.tie_embeddings:
             nn.init.normal_(self.embeddings.weight, std=0.02)
             self.lm_head.weight = self.embeddings.weight
 
     def forward(self, idx, targets=None, state=None, first=None):
-        """idx, targets (B,T) integers; targets of -100 are not counted. state: what an
-        earlier call returned, None at the start. first (B,T) bool: a packed document begins
-        at this token and sees nothing of what came before.
+        """idx, targets (B,T) int64 or int32; targets of -100 are not counted. state:
+        what an earlier call returned, None at the start. first (B,T) bool or None: a
+        packed document begins at this token and sees nothing of what came before.
 
         Returns logits (B,T,vocab_size), loss (a scalar, mean nats per counted target) and
         state, one entry per layer. Without targets loss is None; with them logits is None,
         so that they are computed only where a target counts. All sequences of a batch have
         the same length: there is no padding mask (`generate` takes prompts of any lengths).
-        Raises BadInput for shapes that do not fit."""
+        Raises BadInput for what does not fit."""
         if targets is not None:
             device = self.embeddings.weight.device
             check_ids("targets", targets, self.config.vocab_size, device, not_counted=-100)
@@ -527,7 +523,7 @@ class LM(nn.Module):
         return None, self.loss(x, targets), state
 
     def features(self, idx, state=None, first=None):
-        """idx (B,T) -> the last layer's output after the final norm (B,T,d_model), and the
+        """idx (B,T) -> the residual stream after the final norm (B,T,d_model), and the
         state after the last token. For the rest see forward."""
         device = self.embeddings.weight.device
         check_ids("idx", idx, self.config.vocab_size, device)
@@ -544,7 +540,7 @@ class LM(nn.Module):
             if self.checkpoint_activations and self.training:
                 x = x if update is None else x + update     # one tensor to keep, not two
                 x, update, after = checkpoint(layer, x, None, before, first, use_reentrant=False,
-                                              preserve_rng_state=False)     # no layer draws
+                                              preserve_rng_state=False)     # no dropout
             else:
                 x, update, after = layer(x, update, before, first)
             states.append(after)
@@ -566,9 +562,10 @@ class LM(nn.Module):
     def generate(self, idx, n, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None):
         """Continue prompts by at most n tokens each; see `stream` for the options.
 
-        idx: (B,T) token ids, returned as (B,T+n); or a list of prompts of any lengths (lists
-        of ids or 1-D tensors), for which a list of 1-D tensors comes back, each cut after
-        its `stop`. Either way a prompt is continued as it would be alone."""
+        idx: (B,T) token ids, returned as (B,T+n), or less where all have met `stop`; or
+        a list of prompts of any lengths (lists of ids or 1-D tensors), for which a list
+        of 1-D tensors comes back, each cut after its `stop`. Either way a prompt is
+        continued as it would be alone. Raises BadInput."""
         new = list(self.stream(idx, n, temperature, top_k, top_p, stop, seed))
         if torch.is_tensor(idx):
             return torch.cat([idx, *(token[:, None].to(idx) for token in new)], dim=1)
@@ -583,13 +580,13 @@ class LM(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, n, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None):
-        """Yield n times the next token of every prompt, (B,).
+        """Yield n times the next token of every prompt, (B,). idx: as in `generate`.
 
         temperature: 0 takes the likeliest token. top_k: draw among the k likeliest. top_p:
         among the likeliest that together have this probability. stop: a token id; a prompt
         that has reached it is filled up with it, and when all have, the stream ends. seed:
         prompt i draws as it would alone with seed + i; None draws from torch's generator.
-        Memory does not grow with n: a step carries the state and one token. Raises BadInput."""
+        A step carries the state and one token, no more. Raises BadInput."""
         check_sampling(n, temperature, top_k, top_p, stop, seed)
         x, state = self.read_prompts(idx)
         if not x.isfinite().all():
@@ -608,8 +605,8 @@ class LM(nn.Module):
             if i == n - 1 or stop is not None and done.all():
                 return
             # A step launches several hundred kernels, which takes longer than running them:
-            # on a GPU a long continuation is recorded once, as a CUDA graph. Nothing may
-            # compile meanwhile.
+            # on a GPU a long continuation is recorded once, as a CUDA graph, after a step
+            # that has loaded the kernels. Nothing may compile meanwhile.
             eager = contextlib.nullcontext()
             if x.is_cuda:
                 eager = torch.compiler.set_stance("force_eager")
@@ -660,7 +657,7 @@ class LM(nn.Module):
                     if tensor is not None:
                         tensor.copy_(new)
 
-        def step(t, held=state):                # the graph reads and writes these tensors
+        def step(t, held=state):        # held: the graph reads and writes these tensors
             token.copy_(t)
             graph.replay()
             return x
@@ -706,8 +703,8 @@ def check_ids(name, ids, vocab_size, device, not_counted=None):
 
 
 def check_state(state, n_layer, device):
-    """Raises BadInput unless state is a list of pairs of tensors. The mixers look at their
-    shapes."""
+    """Raises BadInput unless state is a list of pairs of tensors; any of these may be
+    None. The mixers look at the shapes."""
     if state is None:
         return
     if not isinstance(state, (list, tuple)):
@@ -737,11 +734,13 @@ def check_sampling(n, temperature, top_k, top_p, stop, seed):
     if top_k is not None and top_k < 1:
         raise BadInput(f"top_k is {top_k}; expected 1 or more, or None for no limit")
     if top_p is not None and not (isinstance(top_p, numbers.Real) and 0 < top_p <= 1):
-        raise BadInput(f"top_p is {top_p!r}; expected a probability above 0, or None for no limit")
+        raise BadInput(f"top_p is {top_p!r}; expected a probability above 0, 1 (or None) for no "
+                       "limit")
 
 
 def random_numbers(batch, n, seed):
-    """(batch,n) in [0,1), in float64; row i from a generator of its own, seeded seed + i."""
+    """(batch,n) in [0,1), in float64; row i from a generator of its own, seeded
+    seed + i; None: all from torch's."""
     if seed is None:
         return torch.rand(batch, n, dtype=torch.float64)
     chances = torch.empty(batch, n, dtype=torch.float64)
@@ -772,7 +771,8 @@ def choose(logits, temperature, top_k, top_p, chance):
 
 
 def save_checkpoint(path, lm, train=None, weights=None):
-    """Write a checkpoint. weights: the model's state_dict, where lm holds only a part of it.
+    """Write a checkpoint. train: a dict that a run goes on from, or None. weights: the
+    model's state_dict, where lm holds only a part of it.
 
     A kill at any moment leaves the old file or the new. Raises BadInput."""
     entries = {"config": asdict(lm.config), "model": weights or lm.state_dict(), "train": train}
@@ -804,7 +804,8 @@ def load_checkpoint(path):
 
 
 def build(config, weights, path):
-    """An LM from a dict of Config's fields and a state_dict, which must fit each other."""
+    """An LM from a dict of Config's fields and a state_dict, whose tensors it takes.
+    Raises BadInput, which names path, where these do not fit each other."""
     if not isinstance(config, dict) or not isinstance(weights, dict):
         raise BadInput(f"{path} is not a StateX checkpoint; expected config and model to be dicts")
     odd = [name for name, x in weights.items() if not (
@@ -828,7 +829,7 @@ def build(config, weights, path):
         raise BadInput(f"{path} does not fit its own config: {one_line(e, 300)}") from e
     if config.tie_embeddings:
         lm.lm_head.weight = lm.embeddings.weight
-    return lm.requires_grad_()
+    return lm
 
 
 def export(lm, folder):
@@ -868,6 +869,8 @@ def main():
     if not lm.config.tokenizer:
         raise BadInput(f"{options.ckpt} does not say what its token ids mean (tokenizer is empty)")
     tokenizer = load_tokenizer(lm.config.tokenizer)
+    # of an embedding that has more ids than the tokenizer only those are drawn that have a text
+    lm.config.vocab_size = min(lm.config.vocab_size, tokenizer.n_vocab)
     ids = tokenizer.encode_ordinary(options.prompt)
     prompt = torch.tensor([ids or [tokenizer.eot_token]])
     tokens = lm.to(device).stream(prompt, options.n, options.temperature, options.top_k or None,

@@ -2903,6 +2903,14 @@ def test_the_recipe_on_real_text(block, tmp_path):
     assert len(logged(tmp_path)) == lines and not (tmp_path / "lpt.pt").exists()
 
 
+def test_ids_without_a_text_are_not_drawn(tmp_path):
+    lm = LM(Config("gla", n_layer=1, d_model=16, n_head=2, d_mlp=16, vocab_size=100_000,
+                   tokenizer="code4096"))
+    save_checkpoint(tmp_path / "x.pt", lm)
+    assert ran(model_script, f"--ckpt={tmp_path}/x.pt", "--prompt=def", "--n=40", "--seed=0",
+               "--device=cpu").startswith("def")
+
+
 def test_the_recipe_on_text_alone(tmp_path):
     said = ran(train_script, "--pretrain_steps=2", "--steps=2", f"--out_dir={tmp_path}",
                "--device=cpu", "--d_model=32", "--block_size=64", "--recall_tokens=0")
