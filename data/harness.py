@@ -78,9 +78,10 @@ class HarnessModel(torch.nn.Module):
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, max_length, stopping_criteria, do_sample=False,
                  **unused):
-        """The likeliest tokens after input_ids (B,T), whose rows attention_mask (B,T) says where
-        they begin. Returns (B, at most max_length); a row that has ended goes on with
-        end-of-text. stopping_criteria: of all rows' tokens, whether all may end."""
+        """input_ids (B,T), padded on the left where attention_mask (B,T) is 0 -> (B, at
+        most max_length), they and the likeliest tokens after them; a row that has ended
+        goes on with end-of-text. stopping_criteria: a function of such tokens, whether
+        each row may end, or all. Raises BadInput where tokens are to be drawn."""
         if do_sample:
             raise BadInput("a task draws its answers at random; only greedy ones are built")
         prompts = [row[mask.bool()] for row, mask in zip(input_ids, attention_mask, strict=True)]
@@ -130,6 +131,7 @@ def evaluate(lm, options):
 
 
 def read_metadata(text):
+    """The value of --metadata, a dict. Raises BadInput."""
     try:
         metadata = json.loads(text or "{}")
     except ValueError as e:

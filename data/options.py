@@ -32,7 +32,7 @@ class BadInput(ValueError):
 
 def option(default, meaning, choices=None, words=False, alias=None):
     """A field of an options dataclass. choices: the values allowed; words: it takes all
-    words of the command line that do not start with --; alias: an older name."""
+    words of the command line that belong to no option; alias: an older name."""
     metadata = {"meaning": meaning, "choices": choices, "words": words, "alias": alias}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -63,9 +63,9 @@ def command_line(Options, doc, arguments=None):
     words = sys.argv[1:] if arguments is None else arguments
     given, unknown = parser.parse_known_intermixed_args([underscored(word) for word in words])
     if unknown:
-        names = [f"--{field.name}" for field in dataclasses.fields(Options)
+        known = [f"--{field.name}" for field in dataclasses.fields(Options)
                  if not field.metadata["words"]]
-        nearest = difflib.get_close_matches(unknown[0].partition("=")[0], names, 1, 0.7)
+        nearest = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1, 0.7)
         hint = f"the nearest known one is {nearest[0]}; " if nearest else ""
         if not unknown[0].startswith("-"):
             hint = "expected --name=value; "
@@ -79,9 +79,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def underscored(word):
-    """--block-size=3 as --block_size=3."""
+    """--block-size=3 as --block_size=3; a word that is no option, and -x, as it is."""
+    if not word.startswith("--"):
+        return word
     name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def true_or_false(text):
@@ -129,12 +131,12 @@ def pick_device(name):
 
 
 def number_list(name, text):
-    """The value of an option that is a list: "4,8" -> [4, 8], "" -> []. Whole numbers above 0,
-    no two alike. Raises BadInput."""
+    """The value `text` of the option `name`, a list: "4,8" -> [4, 8], "" -> []. Raises
+    BadInput unless they are whole numbers above 0, no two alike."""
     try:
         listed = [int(word) for word in text.split(",")] if text else []
     except ValueError:
-        listed = [0]
+        listed = [0]                                    # refused below
     if len(set(listed)) < len(listed) or not all(x > 0 for x in listed):
         raise BadInput(f"--{name}={text} is not a list of whole numbers above 0, no two alike; "
                        "expected such as 4,8")
@@ -165,32 +167,34 @@ def write_file(path, write):
 
 
 def one_line(error, most=200):
-    """What an exception says, on one line."""
+    """What an exception says, on one line, cut after `most` characters; its kind where
+    it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def out_of_memory(error):
     """Whether it is one of Python's, NumPy's or PyTorch's exceptions that say so."""
-    names = [kind.__name__ for kind in type(error).__mro__]
+    names = [kind.__name__ for kind in type(error).__mro__]     # torch may not be loaded
     signs = ("DefaultCPUAllocator", "Storage size calculation overflowed", "array is too big")
     return ("MemoryError" in names or "OutOfMemoryError" in names
             or any(sign in str(error) for sign in signs))
 
 
 def run_script(main):
-    """Run a script's main; what the user can mend ends it with one line and status 2."""
+    """Run a script's main. What the user can mend ends it with one line and status 2,
+    Ctrl-C with 130, a reader that went away with 141."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")        # text that the terminal cannot show
     try:
-        try:
-            main()
-        except (MemoryError, RuntimeError, ValueError) as e:
-            if not out_of_memory(e):
-                raise
-            raise BadInput("out of memory; a smaller model or fewer tokens at a time take "
-                           f"less ({one_line(e)})") from e
-    except BadInput as e:
-        print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
+        main()
+    except (MemoryError, RuntimeError, ValueError) as e:        # BadInput is a ValueError
+        message = str(e)
+        if out_of_memory(e):
+            message = ("out of memory; a smaller model or fewer tokens at a time take less "
+                       f"({one_line(e)})")
+        elif not isinstance(e, BadInput):
+            raise
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -11,9 +11,9 @@ uint32 for a vocabulary of more than 65,536) and meta.json (tokenizer, counts, s
 ids). Each document ends with the end-of-text token. The pinned packages give the same files on
 every machine; data/packages-larger.txt is a second list (--packages=LIST,LIST).
 
-About a twentieth is held out: every 20th document, whole. A document longer than a tenth of
-all text gives its own last twentieth instead, and so do all where there are fewer than 20
-shorter ones. Of the pinned packages, some packages are held out.
+About a twentieth is held out: every 20th document, whole. A file longer than a tenth of
+all text gives its own last twentieth instead, and so do all where there are fewer than
+20 shorter ones. Of pinned packages, about every 20th package is held out, whole.
 
 --tokenizer is code4096 (data/code4096.tiktoken, 4,095 byte-level BPE tokens that --train_bpe
 learned from the standard library), a tiktoken encoding (gpt2, cl100k_base), hf:NAME for a
@@ -45,11 +45,10 @@ from data.options import BadInput, command_line, one_line, option, run_script, w
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-CODE4096 = f"{HERE}/code4096.tiktoken"
 # The words that a byte-level BPE of ours does not merge across.
 WORDS = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
          r"|\s+(?!\S)|\s+")
-DATASETS = {
+DATASETS = {            # name here -> the hub's name, subset
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-100BT"),
     "slimpajama": ("cerebras/SlimPajama-627B", None),
 }
@@ -84,10 +83,9 @@ def load_tokenizer(name):
     except ImportError as e:
         raise BadInput("tokenizers other than hf: need tiktoken: pip install tiktoken") from e
     if name == "code4096" or name.endswith(".tiktoken"):
-        ranks = read_ranks(CODE4096 if name == "code4096" else name)
-        special = {"<|endoftext|>": len(ranks)}
+        ranks = read_ranks(f"{HERE}/code4096.tiktoken" if name == "code4096" else name)
         return tiktoken.Encoding(name, pat_str=WORDS, mergeable_ranks=ranks,
-                                 special_tokens=special)
+                                 special_tokens={"<|endoftext|>": len(ranks)})
     known = tiktoken.list_encoding_names()
     if name not in known:
         nearest = difflib.get_close_matches(name, known, 1, 0)[0]
@@ -128,6 +126,7 @@ class HuggingFace:
             self.tokenizer = AutoTokenizer.from_pretrained(name.removeprefix("hf:"))
         except Exception as e:      # whatever a folder's files, or the network, lead it to
             raise BadInput(f"no tokenizer at {name!r}: {one_line(e)}") from e
+        self.decode = self.tokenizer.decode
         self.vocabulary = self.tokenizer.get_vocab()
         # ids may have gaps, so that their number is no bound
         self.n_vocab = max(self.vocabulary.values(), default=0) + 1
@@ -149,9 +148,6 @@ class HuggingFace:
         except Exception as e:      # such as a letter out of the vocabulary, with no unk_token
             raise BadInput(f"the tokenizer {self.name} cannot encode the text: "
                            f"{one_line(e)}") from e
-
-    def decode(self, ids):
-        return self.tokenizer.decode(ids)
 
 
 def fingerprint(tokenizer):
@@ -184,12 +180,13 @@ def same_tokenizer(name, meta):
         if name == prepared:        # it cannot be loaded here, and need not be
             return
         found = None
-    if name == prepared and found != expected:
+    if found is not None and found == expected:
+        return
+    if name == prepared:
         raise BadInput(f"the tokenizer {name} has changed since the text was prepared with it; "
                        "prepare the text again")
-    if found is None or found != expected:
-        raise BadInput(f"the model's tokenizer is {name}, the text was prepared with {prepared}; "
-                       f"prepare it with --tokenizer={name}")
+    raise BadInput(f"the model's tokenizer is {name}, the text was prepared with {prepared}; "
+                   f"prepare it with --tokenizer={name}")
 
 
 def check_vocabulary(config, meta, folder):
@@ -214,8 +211,8 @@ def byte_letters():
 
 
 def train_bpe(documents, path):
-    """Learn 4,095 byte-level BPE tokens from (text, share) documents, and write them to path,
-    as `read_ranks` reads them."""
+    """Learn 4,095 byte-level BPE tokens from documents (see below), and write them to
+    path, as `read_ranks` reads them. Raises BadInput."""
     if not path.endswith(".tiktoken"):
         raise BadInput(f"--train_bpe={path} does not end in .tiktoken, by which --tokenizer "
                        "knows such a file")
@@ -241,7 +238,7 @@ def train_bpe(documents, path):
 
 
 # ----------------------------------------------------------------------------------------
-# documents: (text, share), where share is how much of it is held out, counted from its end
+# documents: (text, share), where share, 0 to 1, is how much of its end is held out
 
 
 def python_files(site_packages=False):
@@ -253,6 +250,7 @@ def python_files(site_packages=False):
     for folder in folders:
         for path in files_below(folder):
             name = os.path.relpath(path, folder).replace(os.sep, "/")
+            # below the standard library they may be, and are asked for apart
             installed = name.startswith(("site-packages/", "dist-packages/"))
             if is_source(name) and not installed:
                 found.add(path)
@@ -260,12 +258,13 @@ def python_files(site_packages=False):
 
 
 def is_source(name):
-    """Whether a file, named from its package's folder on, is Python source and no test."""
+    """Whether a file is Python source and no test. name: its path, with /, below the
+    folder that packages are in."""
+    if not name.endswith(".py") or name.endswith(("_test.py", "conftest.py")):
+        return False
     parts = name.replace("-", "_").lower().split("/")
     folders = {"test", "tests", "idle_test", "testing"}
-    is_test = any(part in folders or part.startswith("test_") for part in parts)
-    is_test = is_test or name.endswith(("_test.py", "conftest.py"))
-    return name.endswith(".py") and not is_test
+    return not any(part in folders or part.startswith("test_") for part in parts)
 
 
 def files_below(folder):
@@ -279,8 +278,9 @@ def files_below(folder):
     return sorted(filter(os.path.isfile, found))
 
 
-def text_files(words, endings=()):
-    """The files named, and of the folders named the files with one of these endings."""
+def text_files(words, endings):
+    """The files named, and of the folders named the files with one of these endings, or
+    all where there are none. Raises BadInput for what is not there."""
     found = []
     for word in words:
         if os.path.isdir(word):
@@ -301,9 +301,9 @@ def text_files(words, endings=()):
 
 
 def read_documents(paths, left_out=None):
-    """Yield the files' texts as documents. A file that is not UTF-8 is left out, and added to
-    the list `left_out`; so is one without text, silently. Each file is read twice: what is
-    held out depends on how much text there is in all."""
+    """Yield the files' texts as documents. A file that is not UTF-8 is left out, its
+    path added to the list `left_out`, if given; one without text is left out silently.
+    Each is read twice: what is held out depends on how much text there is in all."""
     lengths = {}
     for path in paths:
         text = read_text(path)
@@ -324,7 +324,8 @@ def read_documents(paths, left_out=None):
 
 
 def read_text(path):
-    """A file's text, None where it is not UTF-8. Its line ends become \\n."""
+    """A file's text, None where it is not UTF-8. Its line ends become \\n. Raises
+    BadInput where it cannot be read."""
     try:
         with open(path, encoding="utf-8") as f:
             return f.read()
@@ -384,10 +385,10 @@ def fetch_wheels(pins, folder):
         pip = subprocess.run(command, capture_output=True, text=True)
         wheels = wheels_by_digest(folder)
         missing = set(digests.values()) - set(wheels)
-    if missing:
-        errors = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")]
-        raise BadInput(f"{len(missing)} wheels of {pins} are not in {folder}, and pip did not "
-                       f"fetch them: {one_line(errors[0] if errors else pip.stderr)}")
+        if missing:
+            errors = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")]
+            raise BadInput(f"{len(missing)} wheels of {pins} are not in {folder}, and pip did not "
+                           f"fetch them: {one_line(errors[0] if errors else pip.stderr)}")
     return {package: wheels[digest] for package, digest in digests.items()}
 
 
@@ -406,9 +407,8 @@ def wheel_documents(lists, folder):
     one, and the first twentieth of the hashes is held out. So of one list the held-out text
     does not depend on --tokens, and few tokens to train on are the beginning of many. A file
     that several wheels contain is counted once."""
-    wheels_of = [fetch_wheels(pins, folder) for pins in lists]
     seen = set()
-    for wheels in wheels_of:
+    for wheels in [fetch_wheels(pins, folder) for pins in lists]:       # all of them first
         place = {name: hashlib.sha256(name.encode()).digest() for name in wheels}
         for package in sorted(wheels, key=place.get):
             held_out = place[package][0] < 256 / 20
@@ -420,30 +420,23 @@ def wheel_documents(lists, folder):
 
 
 def wheel_texts(path):
-    """Yield the texts of a wheel's Python files that people wrote, in their names' order."""
+    """Yield the texts of a wheel's Python files in UTF-8, in their names' order, without
+    tests and what a program made: its head says so, it is over a megabyte, a line is
+    over 1,000 characters, or more than a tenth of it is digits."""
     with zipfile.ZipFile(path) as wheel:
         for name in sorted(wheel.namelist()):
-            text = written_by_people(wheel, name)
-            if text:
+            if not is_source(name) or wheel.getinfo(name).file_size > 1_000_000:
+                continue
+            try:
+                text = wheel.read(name).decode()
+            except UnicodeDecodeError:
+                continue
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+            digits = sum(text.count(digit) for digit in "0123456789")
+            generated = "do not edit" in text[:2000].lower() or digits > len(text) / 10
+            longest = max(map(len, text.split("\n")))
+            if text and not text.isspace() and not generated and longest <= 1000:
                 yield text
-
-
-def written_by_people(wheel, name):
-    """The text of a wheel's file, "" where it is no Python source in UTF-8, or a test, or
-    made by a program: its head says so, it is over a megabyte, a line is over 1,000
-    characters, or more than a tenth of it is digits."""
-    if not is_source(name) or wheel.getinfo(name).file_size > 1_000_000:
-        return ""
-    try:
-        text = wheel.read(name).decode()
-    except UnicodeDecodeError:
-        return ""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    digits = sum(text.count(digit) for digit in "0123456789")
-    generated = "do not edit" in text[:2000].lower() or digits > len(text) / 10
-    if generated or text.isspace() or max(map(len, text.split("\n"))) > 1000:
-        return ""
-    return text
 
 
 # ----------------------------------------------------------------------------------------
@@ -452,20 +445,21 @@ def written_by_people(wheel, name):
 
 def write_corpus(documents, out, tokenizer, max_tokens=math.inf):
     """Write (text, share) documents as the token files of the folder `out`, cut by the
-    tokenizer of that name, until there are max_tokens to train on. All or nothing: the folder
-    is written beside its place and renamed. Returns meta.json's contents. Raises BadInput."""
+    tokenizer of this name, to the document with which there are max_tokens to train on.
+    All or nothing: the folder is written beside its place and renamed. Returns
+    meta.json's contents. Raises BadInput."""
     encoder = load_tokenizer(tokenizer)
     out = os.path.realpath(out)
     if os.path.exists(out) and not os.path.isdir(out):
         raise BadInput(f"{out} is a file; --out names a folder")
     temporary = f"{out}.{os.getpid()}.tmp"
     try:
-        others = set(os.listdir(out)) if os.path.isdir(out) else set()
-        if others - {"train.bin", "val.bin", "meta.json", "bigrams.npz"}:   # that is recall.py's
+        ours = {"train.bin", "val.bin", "meta.json", "bigrams.npz"}     # the last: recall.py's
+        if os.path.isdir(out) and set(os.listdir(out)) - ours:
             raise BadInput(f"{out} holds other files; --out names a folder of its own")
         os.makedirs(temporary)
-        meta = write_tokens(documents, temporary, encoder, max_tokens)
-        meta = {"tokenizer": tokenizer, "tokenizer_sha256": fingerprint(encoder)} | meta
+        meta = {"tokenizer": tokenizer, "tokenizer_sha256": fingerprint(encoder)}
+        meta |= write_tokens(documents, temporary, encoder, max_tokens)
         with open(f"{temporary}/meta.json", "w") as f:
             json.dump(meta, f, indent=1)
             flush(f)
@@ -485,10 +479,10 @@ def write_tokens(documents, folder, encoder, max_tokens):
     with open(f"{folder}/train.bin", "wb") as train, open(f"{folder}/val.bin", "wb") as val:
         for ids, share in encoded(documents, encoder):
             ids = np.array([*ids, encoder.eot_token])
-            if ids.max() >= encoder.n_vocab:
-                raise BadInput(f"the tokenizer gives the id {ids.max()}, and its vocabulary has "
-                               f"{encoder.n_vocab}; choose another one")
             largest = max(largest, ids.max().item())
+            if largest >= encoder.n_vocab:
+                raise BadInput(f"the tokenizer gives the id {largest}, and its vocabulary has "
+                               f"{encoder.n_vocab}; choose another one")
             ids = ids.astype(dtype)
             cut = len(ids) - int(share * len(ids))
             ids[:cut].tofile(train)
@@ -513,19 +507,20 @@ def write_tokens(documents, folder, encoder, max_tokens):
 
 
 def encoded(documents, encoder):
-    """Yield (ids, share) for each document, encoded 64 at once."""
+    """Yield (ids, share) for each document, a list and a number, encoded 64 at once."""
     documents = iter(documents)
     while batch := list(itertools.islice(documents, 64)):
-        pieces = [within_limits(text) for text, _ in batch]
+        pieces = [within_limits(text) for text, _ in batch]             # of each text, a list
         ids = iter(encoder.encode_ordinary_batch(list(itertools.chain(*pieces))))
-        for document_pieces, (_, share) in zip(pieces, batch, strict=True):
-            yield list(itertools.chain(*itertools.islice(ids, len(document_pieces)))), share
+        for of_text, (_, share) in zip(pieces, batch, strict=True):
+            yield list(itertools.chain(*itertools.islice(ids, len(of_text)))), share
 
 
-def within_limits(text, limit=100_000):
-    """The text in pieces: one, but for a cut after each `limit` blanks in a row, which no
-    token then crosses. tiktoken 0.14 panics at a run of 1,000,000, where the engine of its
-    pattern is out of steps, with an exception that is no Exception."""
+def within_limits(text):
+    """The text in pieces: one, but for a cut after each 100,000 blanks in a row, which
+    no token then crosses. tiktoken 0.14 panics at a run of 1,000,000, where the engine
+    of its pattern is out of steps, with an exception that is no Exception."""
+    limit = 100_000
     if len(text) <= limit:
         return [text]
     runs = re.finditer(rf"\s{{1,{limit}}}", text)
@@ -562,7 +557,7 @@ class Corpus(NamedTuple):
 
 
 def load_corpus(folder):
-    """-> Corpus. Raises BadInput."""
+    """The Corpus in a folder. Raises BadInput."""
     if not folder:
         raise BadInput("--data is empty; name a folder of token files")
     try:
@@ -589,10 +584,10 @@ def load_corpus(folder):
 
 
 def source(options, left_out):
-    """What the options name: its documents, and the name of the folder for their tokens."""
+    """What the options name: its documents, and a name for the folder of their tokens.
+    left_out: a list for the paths of files that are not UTF-8. Raises BadInput."""
     words = options.words
-    chosen = [bool(words), options.site_packages, bool(options.packages)]
-    if sum(chosen) > 1:
+    if sum((bool(words), options.site_packages, bool(options.packages))) > 1:
         raise BadInput("name one source: --site-packages, --packages=FILE, or files and folders")
     if options.ext and not words:
         raise BadInput("--ext chooses among the files of folders; name a folder")
@@ -612,11 +607,11 @@ def main():
     options = Options(**command_line(Options, __doc__))
     tokenizer = options.tokenizer
     if options.train_bpe:
-        if len(options.words) == 1 and options.words[0] in DATASETS:
-            raise BadInput(f"--train_bpe reads a source to its end, and {options.words[0]} has "
-                           "hundreds of gigabytes; learn from files of yours, and name the result "
-                           "with --tokenizer")
-        documents, _ = source(options, [])
+        documents, name = source(options, [])
+        if name in DATASETS:
+            raise BadInput(f"--train_bpe reads a source to its end, and {name} has hundreds of "
+                           "gigabytes; learn from files of yours, and name the result with "
+                           "--tokenizer")
         train_bpe(documents, options.train_bpe)
         tokenizer = options.train_bpe
     left_out = []

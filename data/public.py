@@ -227,8 +227,9 @@ def plain(value):
 
 
 def take(options, names, kind, default, where):
-    """Removes the option from options and returns its value, checked; null is as absent."""
-    given = {name: options.pop(name) for name in names if name in options}
+    """Removes an option, by all of its names, from options. Returns its value, or the
+    default: null is as absent. Raises BadInput for a value of another kind."""
+    given = {name: options.pop(name, None) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
         if default is REQUIRED:
@@ -240,22 +241,23 @@ def take(options, names, kind, default, where):
         raise BadInput(f"{where} says {given}; expected one value for the same thing")
     expected = {int: "a whole number from 1 up", float: "a number above 0", bool: "true or false"}
     types = {int: (int,), float: (int, float), bool: (bool,)}
-    in_range = kind is bool or type(value) in types[kind] and 0 < value < math.inf
-    if type(value) not in types[kind] or not in_range:
+    fits = type(value) in types[kind] and (kind is bool or 0 < value < math.inf)
+    if not fits:
         raise BadInput(f"{where}: {name} is {value!r}; expected {expected[kind]}")
     return value
 
 
 def finish_gla(config, options):
-    """What follows from several options together, as the library has it."""
+    """Edits config by what follows from several options together, as the library has
+    it, and takes out of options what asks for nothing but what is built."""
     ratio = config.pop("hidden_ratio")
     if config["d_mlp"] is None:
         config["d_mlp"] = math.ceil(int(config["d_model"] * ratio * 2 / 3) / 256) * 256
     if not config.pop("use_short_conv"):
         config["conv_size"] = 0
     for name in ("num_kv_heads", "num_key_value_heads"):
-        if options.get(name) in (None, config["n_head"]):
-            options.pop(name, None)
+        if options.get(name) == config["n_head"]:
+            options.pop(name)
     attention = options.get("attn")
     if isinstance(attention, dict) and attention.get("layers") == []:
         options.pop("attn")
@@ -268,13 +270,13 @@ def finish_mamba2(config, options, where):
     if heads is not None and heads * config["headdim"] != inner:
         raise BadInput(f"{where}: num_heads {heads} x head_dim {config['headdim']} is not expand x "
                        f"hidden_size = {inner}; expected equal numbers")
-    if options.get("ssm_cfg.d_ssm") in (None, inner):
-        options.pop("ssm_cfg.d_ssm", None)
+    if options.get("ssm_cfg.d_ssm") == inner:
+        options.pop("ssm_cfg.d_ssm")
     if config["n_groups"] is None:
         # the default of flash-linear-attention, which writes fuse_norm, and of transformers
         config["n_groups"] = 1 if "fuse_norm" in options else 8
     if "rmsnorm" not in options:
-        # of the libraries that know the one, only those that know the other read it
+        # a library without the option rmsnorm may have this one, but does not read it
         options.pop("norm_before_gate", None)
     config.setdefault("norm_eps", 1e-5)                    # mamba_ssm has no option for it
 
@@ -282,9 +284,9 @@ def finish_mamba2(config, options, where):
 # ---------------------------------------------------------------------------------------
 # tensors
 
-# A public name becomes ours by these replacements, in turn. The first two take off what
-# torch.compile, checkpointing and FSDP put in front of any part of a name, and
-# DistributedDataParallel and the libraries' outer classes in front of all of it.
+# A public name becomes ours by these replacements, in turn. The first takes off what
+# torch.compile, checkpointing and FSDP put in front of any part of a name, the second what
+# DistributedDataParallel and the libraries' outer classes put in front of all of it.
 NAMES = (
     (r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.", ""),
     (r"^(module\.|model\.|backbone\.)+", ""),
@@ -294,13 +296,6 @@ NAMES = (
     (r"\.gla\.", ".attn."),
     (r"\.attn\.g_norm\.", ".attn.g_norm_swish_gate."),   # where norm and gate are not fused
 )
-
-
-def our_name(name):
-    """A public parameter's name here."""
-    for pattern, replacement in NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def read_folder(name):
@@ -328,7 +323,7 @@ def read_folder(name):
         if not tensor.is_floating_point():
             raise BadInput(f"{folder}: {public_name} is of {tensor.dtype}; expected weights in "
                            "floating point, not quantized")
-        for ours, part in split_mlp(our_name(public_name), tensor, config):
+        for ours, part in our_tensors(public_name, tensor, config):
             if ours in tensors:
                 raise BadInput(f"{folder}: {public_name} is there twice, under two names")
             tensors[ours] = part.float()
@@ -337,9 +332,11 @@ def read_folder(name):
     return config, tensors
 
 
-def split_mlp(name, tensor, config):
-    """Yields name, tensor. flash-linear-attention until February 2025 had the MLP's gate and
-    up projections in one."""
+def our_tensors(name, tensor, config):
+    """Yields name here, tensor for a public parameter. flash-linear-attention until
+    February 2025 had the MLP's gate and up projections in one."""
+    for pattern, replacement in NAMES:
+        name = re.sub(pattern, replacement, name)
     if name.endswith(".mlp.gate_proj.weight") and tensor.shape[:1] == (2 * config["d_mlp"],):
         gate, up = tensor.chunk(2)
         yield name, gate.clone()
@@ -455,6 +452,7 @@ def write_folder(config, tensors, folder):
             json.dump(public_config(config, tensors, end_of_text), file, indent=1)
         safetensors.torch.save_file(public_tensors(config, tensors),
                                     f"{temporary}/model.safetensors", metadata={"format": "pt"})
+        # safetensors 0.8 lets nobody but the owner read what it wrote
         shutil.copymode(f"{temporary}/config.json", f"{temporary}/model.safetensors")
         for name in os.listdir(temporary):
             with open(f"{temporary}/{name}", "rb") as file:
@@ -478,10 +476,10 @@ def public_config(config, tensors, end_of_text):
         public |= {"architectures": ["GLAForCausalLM"], "model_type": "gla",
                    "use_short_conv": config["conv_size"] > 0, "conv_size": config["conv_size"] or 4}
     else:
-        heads = config["d_model"] * config["expand"] // config["headdim"]
         # flash-linear-attention, once imported, takes over this model_type; it reads norm_eps
         public |= {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2",
-                   "num_heads": heads, "norm_eps": config["norm_eps"]}
+                   "num_heads": config["d_model"] * config["expand"] // config["headdim"],
+                   "norm_eps": config["norm_eps"]}
     name = config["tokenizer"]
     if not os.path.exists(name.removeprefix("hf:")):       # what is a path here is none elsewhere
         public["statex_tokenizer"] = name
@@ -493,16 +491,17 @@ def public_config(config, tensors, end_of_text):
 def public_tensors(config, tensors):
     """The tensors by their public names. The rows that pad the vocabulary are left out: there
     they would be tokens. Tied, the head is left out."""
+    outer = "model" if config["block"] == "gla" else "backbone"
     public = {}
     for name, tensor in tensors.items():
         if name == "lm_head.weight" and config["tie_embeddings"]:
             continue
         if name in ("embeddings.weight", "lm_head.weight"):
             tensor = tensor[:config["vocab_size"]]
-        if name != "lm_head.weight" and config["block"] == "gla":
-            name = f"model.{name}"
-        elif name != "lm_head.weight":
-            name = f"backbone.{re.sub('^norm', 'norm_f', name)}"
+        if config["block"] == "mamba2":
+            name = re.sub("^norm", "norm_f", name)
+        if name != "lm_head.weight":
+            name = f"{outer}.{name}"
         public[name] = tensor.detach().cpu().contiguous()
     return public
 
@@ -545,11 +544,9 @@ def pad_states(config, tensors):
                              ("conv1d.bias", inner)):
             name = f"layers.{layer}.mixer.{name}"
             tensor = tensors[name]
-            after = tensor.shape[0] - before - 2 * groups * size
-            first, B, C, last = tensor.split((before, groups * size, groups * size, after))
-            B = pad_rows(B.unflatten(0, (groups, size)), 1, width)
-            C = pad_rows(C.unflatten(0, (groups, size)), 1, width)
-            tensors[name] = torch.cat((first, B.flatten(0, 1), C.flatten(0, 1), last))
+            first, BC, last = tensor.tensor_split((before, before + 2 * groups * size))
+            BC = pad_rows(BC.unflatten(0, (2 * groups, size)), 1, width)
+            tensors[name] = torch.cat((first, BC.flatten(0, 1), last))
     return config | {"d_state": width}, tensors
 
 
@@ -568,15 +565,13 @@ def fold_keys(config, tensors, shared):
     for layer, members in enumerate(shared):
         groups = heads // members
         prefix = f"layers.{layer}.attn"
-        gates = tensors.pop(f"{prefix}.gates", None)
-        if gates is None:
-            gates = torch.ones(groups, members, members)
+        gates = tensors.pop(f"{prefix}.gates", torch.ones(groups, members, members))
         gates = gates.to(tensors[f"{prefix}.q_proj.weight"]) * width ** 0.5
         for name in ("q_proj.weight", "k_proj.weight", "gk_proj.1.weight", "gk_proj.1.bias"):
             rows = tensors[f"{prefix}.{name}"].unflatten(0, (groups, members, size))
-            rows = rows[:, None].expand(groups, members, *rows.shape[1:])      # c, j, i, channel
+            rows = rows[:, None].expand(groups, members, *rows.shape[1:])   # group, j, i, channel
             if name == "q_proj.weight":
-                rows = rows * gates.transpose(1, 2)[..., None, None]           # gates: c, i, j
+                rows = rows * gates.transpose(1, 2)[..., None, None]           # group, i, j
             rows = pad_rows(rows.flatten(2, 3), 2, width * size)
             tensors[f"{prefix}.{name}"] = rows.flatten(0, 2)
     expand_k = key_channels * width / config["d_model"]
@@ -599,8 +594,9 @@ def pad_rows(tensor, dim, rows):
 
 def write_tokenizer(name, folder):
     """The files from which transformers.AutoTokenizer makes the tokenizer `name`, as
-    load_tokenizer knows it: same text, same ids. Returns the id of end-of-text; None, and no
-    files, where the tokenizer is not known or not to be had here."""
+    load_tokenizer knows it: same text, same ids. Returns the id of end-of-text; None,
+    and no files, where the tokenizer is not known or not to be had here. Raises
+    BadInput where the library that writes it is missing."""
     try:
         tokenizer = load_tokenizer(name)
     except BadInput:                                       # no such name, or no files here

@@ -73,9 +73,9 @@ RARE = 10
 
 
 def symbols(vocab_size):
-    """The tokens that mqar and fewshot draw from, always the same ones. The first half
-    of them are keys, the second half values."""
-    return np.random.default_rng(0).permutation(vocab_size)[:min(SYMBOLS, vocab_size)]
+    """The tokens that mqar and fewshot draw from, always the same ones, (min(SYMBOLS,
+    vocab_size),). The first half of them are keys, the second half values."""
+    return np.random.default_rng(0).permutation(vocab_size)[:SYMBOLS]
 
 
 def draw(rng, n, count, pool):
@@ -86,7 +86,7 @@ def draw(rng, n, count, pool):
 def mqar(rng, n, pairs, vocab_size):
     """n sequences of 4 * pairs tokens: key, value, key, value, ...; then every key
     again in random order, each followed by its value, which is asked for. -> idx,
-    targets"""
+    targets. Raises BadInput where there are more pairs than keys."""
     pool = symbols(vocab_size)
     half = len(pool) // 2
     if pairs > half:
@@ -106,8 +106,9 @@ def mqar(rng, n, pairs, vocab_size):
 
 
 def fewshot(rng, n, shots, vocab_size):
-    """n sequences: every item with its label, in random order, `shots` times over; then
-    once more, the labels asked for. -> idx, targets"""
+    """n sequences of 16 * (shots + 1) tokens: every item with its label, in random
+    order, `shots` times over; then once more, the labels asked for. -> idx, targets.
+    Raises BadInput where the vocabulary is too small."""
     pool = symbols(vocab_size)
     half = len(pool) // 2
     if half < ITEMS:
@@ -115,12 +116,12 @@ def fewshot(rng, n, shots, vocab_size):
                        f"has {vocab_size}")
     items = draw(rng, n, ITEMS, pool[:half])
     labels = draw(rng, n, LABELS, pool[half:])
-    label = np.take_along_axis(labels, rng.integers(LABELS, size=(n, ITEMS)), axis=1)
+    of_item = np.take_along_axis(labels, rng.integers(LABELS, size=(n, ITEMS)), axis=1)
     rounds = []
     for _ in range(shots + 1):
         order = np.argsort(rng.random((n, ITEMS)), axis=1)
         item_now = np.take_along_axis(items, order, axis=1)
-        label_now = np.take_along_axis(label, order, axis=1)
+        label_now = np.take_along_axis(of_item, order, axis=1)
         rounds.append(np.stack((item_now, label_now), axis=2))
     idx = np.concatenate(rounds, axis=1).reshape(n, -1)
     targets = np.full_like(idx, -100)
@@ -130,8 +131,8 @@ def fewshot(rng, n, shots, vocab_size):
 
 
 class Needle:
-    """The pieces of a passkey in a tokenizer's ids. Its line in the text is start, the
-    digits, end; the question is start, the answer the digits."""
+    """The pieces of a passkey in a tokenizer's ids. Its line in the text is start, five
+    of the ten digits, end; the question is start, the answer the same five."""
 
     def __init__(self, tokenizer):
         encode = tokenizer.encode_ordinary
@@ -159,7 +160,7 @@ class Needle:
 def passkey(rng, n, length, text, tokenizer):
     """n sequences of `length` tokens: held-out text (token ids) with `passkey = ddddd`
     on a line of its own at a random depth, then `passkey = ` and the digits, which are
-    asked for. -> idx, targets"""
+    asked for. -> idx, targets. Raises BadInput, see Needle.room."""
     needle = Needle(tokenizer)
     room = needle.room(length, text)
     idx = np.empty((n, length), np.int64)
@@ -177,7 +178,7 @@ def passkey(rng, n, length, text, tokenizer):
 
 def needle_pairs(rng, n, length, text, tokenizer):
     """As passkey, but each text twice: with the line written over it at a random depth,
-    and as it was. -> idx with the line, idx without it, targets"""
+    and as it was, both with the question. -> idx with the line, idx without, targets"""
     needle = Needle(tokenizer)
     room = needle.room(length, text) + needle.line_tokens
     present = np.empty((n, length), np.int64)
@@ -216,8 +217,8 @@ def asked_logits(lm, idx, targets):
 
 
 def answered(lm, idx, targets, all_right=False):
-    """What each sequence scores (n,): the share of its answers that are the model's
-    likeliest token; with all_right 1 where every one is, else 0."""
+    """What each sequence scores, a tensor (n,): the share of its answers that are the
+    model's likeliest token; with all_right 1 where every one is, else 0."""
     scores = []
     for asked, logits, answers in asked_logits(lm, idx, targets):
         right = torch.zeros_like(asked)
@@ -228,8 +229,7 @@ def answered(lm, idx, targets, all_right=False):
 
 
 def mean_and_error(scores):
-    """-> (mean, standard error) of scores (n,), a tensor. One score has no error:
-    NaN."""
+    """-> (mean, its standard error) of scores (n,), a tensor; NaN for one score."""
     error = math.nan
     if len(scores) > 1:
         error = (scores.std() / len(scores) ** 0.5).item()
@@ -273,15 +273,12 @@ def score(lm, text, tokenizer, **sizes):
     text: held-out token ids. sizes: fields of Sizes.
     Returns a dict of val_loss, val_loss_se, icl_score (see text_loss); recall,
     recall_se and chance, each {task: {size: number}} for the tasks mqar, fewshot and
-    passkey; and samples, what every sequence scored, {task: {size: list}}, and every
-    window of text, {"text": list}, for differences between models on the same ones.
-    Raises BadInput."""
+    passkey, the size a string; and samples, what every sequence scored, {task: {size:
+    list}}, and every window of text, {"text": list}, for differences between models on
+    the same ones. Raises BadInput."""
     sizes = Sizes(**sizes)
     tasks = sizes.by_task()
-    means = {task: {} for task in tasks}
-    errors = {task: {} for task in tasks}
-    chance = {task: {} for task in tasks}
-    samples = {task: {} for task in tasks}
+    means, errors, chance, samples = ({task: {} for task in tasks} for _ in range(4))
     for task, of_task in tasks.items():
         for size in of_task:
             rng = np.random.default_rng([sizes.seed, size])
@@ -340,29 +337,26 @@ def token_scores(lm, windows, batch_tokens=0):
     device = next(lm.parameters()).device
     on_gpu = device.type == "cuda"
     vocab_size = lm.config.vocab_size
-    n = len(windows)
     T = windows.shape[1] - 1
     if not batch_tokens:
         batch_tokens = 1 << 17 if on_gpu else 1 << 14
     rows = max(1, batch_tokens // T)
-    # On a CPU a part's logits fit a cache.
-    logits_at_once = 1 << 27 if on_gpu else 1 << 20
+    logits_at_once = 1 << 27 if on_gpu else 1 << 20         # on a CPU they fit a cache
+    part_tokens = max(1, logits_at_once // vocab_size)
     losses = []
     hits = []
-    for start in range(0, n, rows):
+    for start in range(0, len(windows), rows):
         batch = torch.from_numpy(windows[start:start + rows]).to(device)
         features, _ = lm.features(batch[:, :-1])
         expected = batch[:, 1:].flatten()
-        part_tokens = max(1, logits_at_once // vocab_size)
         parts = zip(features.flatten(0, 1).split(part_tokens), expected.split(part_tokens),
                     strict=True)
         for x, y in parts:
             logits = lm.lm_head(x)[:, :vocab_size].float()
             losses.append(F.cross_entropy(logits, y, reduction="none"))
             hits.append(logits.argmax(-1) == y)
-    losses = torch.cat(losses).view(n, T)
-    hits = torch.cat(hits).view(n, T)
-    return losses.cpu().numpy(), hits.cpu().numpy()
+    return (torch.cat(losses).view(-1, T).cpu().numpy(),
+            torch.cat(hits).view(-1, T).cpu().numpy())
 
 
 def text_losses(lm, text, T, n=64):
@@ -373,15 +367,14 @@ def text_losses(lm, text, T, n=64):
 
 
 def summary(losses):
-    """losses (windows, T) -> (mean, standard error over windows, in-context score).
-    That is the mean of the last quarter of T minus that of the second eighth: below 0
-    where the context helps."""
+    """losses (windows, T) -> (mean, standard error over windows, in-context score). The
+    last is the mean loss in a window's last quarter minus that in its second eighth:
+    below 0 where the context helps."""
     T = losses.shape[1]
-    mean = losses.mean().item()
     _, error = mean_and_error(losses.mean(1))
     early = losses[:, T // 8:max(T // 4, T // 8 + 1)].mean()
     late = losses[:, 3 * T // 4:].mean()
-    return mean, error, (late - early).item()
+    return losses.mean().item(), error, (late - early).item()
 
 
 def text_loss(lm, text, T, n=64):
@@ -396,25 +389,23 @@ def text_loss(lm, text, T, n=64):
 
 def bigrams(tokens, vocab_size):
     """Every token but the first, together with the one before it, as one number:
-    tokens (..., T + 1) -> (..., T)."""
+    tokens (..., T + 1) -> (..., T), uint32 or, where they do not fit, uint64."""
     kind = np.uint32 if vocab_size <= 1 << 16 else np.uint64
     tokens = tokens.astype(kind)
     return tokens[..., :-1] * kind(vocab_size) + tokens[..., 1:]
 
 
+@dataclass
 class BigramCounts:
-    """How often each bigram is in a training text: pairs, as `bigrams` gives them,
-    sorted, and as many counts."""
-
-    def __init__(self, vocab_size, pairs, counts):
-        self.vocab_size = vocab_size
-        self.pairs = pairs
-        self.counts = counts
+    """How often each bigram is in a training text."""
+    vocab_size: int
+    pairs: np.ndarray           # (m,) as `bigrams` gives them, sorted, each once
+    counts: np.ndarray          # (m,) int64
 
     @classmethod
     def of(cls, tokens, vocab_size, at_once=1 << 24):
         """Count those of tokens (n,), at_once tokens at a time."""
-        pairs = bigrams(tokens[:1], vocab_size)
+        pairs = bigrams(tokens[:1], vocab_size)             # none yet
         counts = np.zeros(0, np.int64)
         for start in range(0, len(tokens) - 1, at_once):
             part = bigrams(tokens[start:start + at_once + 1], vocab_size)
@@ -426,7 +417,7 @@ class BigramCounts:
     def times_seen(self, pairs):
         """How often each of pairs (...) is in the training text."""
         place = np.searchsorted(self.pairs, pairs)
-        place[place == len(self.pairs)] = 0
+        place[place == len(self.pairs)] = 0         # behind all: nor are they the first
         return np.where(self.pairs[place] == pairs, self.counts[place], 0)
 
 
@@ -483,9 +474,9 @@ def rare_repeats(lm, text, counts, eot, T=4096, n=1024, at_most=RARE, control=No
     losses, hits = token_scores(lm, windows)
     measures = {"loss": losses, "accuracy": hits}
     if control is not None:
-        others = token_scores(control, windows)
-        measures |= {"loss_more": losses - others[0],
-                     "accuracy_more": hits.astype(np.int8) - others[1]}
+        control_losses, control_hits = token_scores(control, windows)
+        measures |= {"loss_more": losses - control_losses,
+                     "accuracy_more": hits.astype(np.int8) - control_hits}
     pairs = bigrams(windows, counts.vocab_size)
     rare = counts.times_seen(pairs) <= at_most
     distance = repeat_distance(pairs)
@@ -497,7 +488,7 @@ def rare_repeats(lm, text, counts, eot, T=4096, n=1024, at_most=RARE, control=No
               "new": rare & (distance == 0),
               "other": ~repeats}
     place = starts[:, None] + np.arange(1, T + 1)               # in the text
-    document = np.searchsorted(np.flatnonzero(text == eot), place)
+    document = np.searchsorted(np.flatnonzero(text == eot), place)  # how many ended before
     window = np.broadcast_to(np.arange(len(windows))[:, None], place.shape)
     groups = {}
     for name, mask in chosen.items():
@@ -549,7 +540,7 @@ def needle_gain(lm, text, tokenizer, length, n=256, seed=1):
 
 def answer_likelihood(lm, idx, targets, choices):
     """The mean log-likelihood of each sequence's answers, in nats -> among all tokens
-    (n,), and among those of `choices` (n,)."""
+    (n,), and among those of `choices` (n,). All have the same number of answers."""
     among_all, among_choices = [], []
     for asked, logits, answers in asked_logits(lm, idx, targets):
         logits = logits.float()
@@ -590,7 +581,7 @@ def main():
         raise BadInput("name a checkpoint: --ckpt=out/recipe-gla/statex.pt")
     if options.json and not os.path.isdir(os.path.dirname(options.json) or "."):
         raise BadInput(f"--json={options.json}: there is no such folder; make it first")
-    if options.json and not options.json.endswith(".json") or os.path.isdir(options.json):
+    if os.path.isdir(options.json) or options.json and not options.json.endswith(".json"):
         raise BadInput(f"--json={options.json}; expected a file's name, which ends in .json")
     if not options.n or not options.windows:
         raise BadInput("--n and --windows must be at least 1")
@@ -616,8 +607,9 @@ def main():
     for length in contexts:
         needle.room(length, text)
     print(f"{options.ckpt} on the held-out text of {options.data}; +- is one standard error")
-    if "data" in trained and not same_folder(trained["data"], options.data):
-        print(f"(it was trained on {trained['data']})")
+    trained_on = trained.get("data", options.data)
+    if os.path.realpath(trained_on) != os.path.realpath(options.data):
+        print(f"(it was trained on {trained_on})")
     if not trained and not options.T:
         print("(the checkpoint does not say in which windows it was trained; --T does)")
     with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
@@ -647,14 +639,10 @@ def read_checkpoint(name):
     return lm, (train or {}).get("options", {})
 
 
-def same_folder(one, other):
-    return os.path.realpath(one) == os.path.realpath(other)
-
-
 def chosen_sizes(options, trained, text):
     """The fields of Sizes for `score`: what was typed, else the values of the training
     run, so that the numbers are those that it ended with. Windows are no longer than
-    the text."""
+    the text. Raises BadInput."""
     T = options.T or trained.get("block_size", 4096)
     sizes = {"T": min(T, len(text) - 1), "n": options.n, "seed": options.seed,
              "lengths": number_list("lengths", options.lengths),
@@ -674,26 +662,26 @@ def check_tokens(config, text, meta, folder):
 
 
 def without_nan(value):
-    """JSON has no NaN: an error that cannot be known becomes null."""
+    """JSON has no NaN: an error that cannot be known becomes null. Lists stay."""
     if isinstance(value, dict):
         return {name: without_nan(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def error(se, digits=4):
+def error_text(se, digits=4):
     """A standard error as text; a dash where one window or document says nothing of it."""
     return "-" if math.isnan(se) else f"{se:.{digits}f}"
 
 
 def print_scores(result, T):
-    print(f"\nloss {result['val_loss']:.4f} +- {error(result['val_loss_se'])} nats per token, "
+    print(f"\nloss {result['val_loss']:.4f} +- {error_text(result['val_loss_se'])} nats per token, "
           f"in-context score {result['icl_score']:+.4f}, windows of {T} tokens")
     for task, table in result["recall"].items():
         cells = []
         for size, mean in table.items():
             se = result["recall_se"][task][size]
             chance = result["chance"][task][size]
-            cells.append(f"{size}: {mean:.3f} +- {error(se, 3)} ({chance:.2g})")
+            cells.append(f"{size}: {mean:.3f} +- {error_text(se, 3)} ({chance:.2g})")
         if cells:
             print(f"{task:8s}", "   ".join(cells))
 
@@ -714,16 +702,16 @@ def print_groups(groups, measures, sign=""):
               "far": f"{FAR} or more", "repeats": "all repeats", "new": "as rare, but new",
               "other": "everything else"}
     for name, group in groups.items():
-        cells = [f"{group[m]:{sign}.4f} +- {error(group[m + '_se'])}, "
-                 f"{error(group[m + '_se_documents'])}" for m in measures]
+        cells = [f"{group[m]:{sign}.4f} +- {error_text(group[m + '_se'])}, "
+                 f"{error_text(group[m + '_se_documents'])}" for m in measures]
         print(f"  {labels[name]:23s}{group['tokens']:9d}   {cells[0]:34s}{cells[1]}")
 
 
 def print_gains(gains):
     print("\nneedle gain, nats per digit (among the ten digits, of 2.303)")
     for length, gain in gains.items():
-        print(f"  {length} tokens: {gain['gain']:+.4f} +- {error(gain['gain_se'])} "
-              f"({gain['digits']:+.4f} +- {error(gain['digits_se'])})")
+        print(f"  {length} tokens: {gain['gain']:+.4f} +- {error_text(gain['gain_se'])} "
+              f"({gain['digits']:+.4f} +- {error_text(gain['digits_se'])})")
 
 
 if __name__ == "__main__":

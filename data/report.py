@@ -14,7 +14,8 @@ TASKS = {"mqar": "of {} pairs recalled", "fewshot": "few-shot, right after {}"}
 
 
 def print_report(folder):
-    """Print the table and what was seen; draw folder/recipe.png where matplotlib is there."""
+    """Print the table and what was seen; draw folder/recipe.png where matplotlib is
+    there. Raises BadInput where folder/results.json is missing or another version's."""
     try:
         with open(f"{folder}/results.json") as f:
             results = json.load(f)
@@ -30,8 +31,8 @@ def print_report(folder):
 
 
 def difference(results, task, size=None):
-    """StateX - LPT on the same sequences, as (mean, half of the 95 % interval); the half is
-    NaN for one sequence."""
+    """StateX - LPT on the same sequences of a task and size, or windows of "text", as
+    (mean, half of the 95 % interval); the half is NaN for one sequence."""
     samples = [results[arm]["samples"][task] for arm in ("statex", "lpt")]
     if size is not None:
         samples = [of_task[size] for of_task in samples]
@@ -43,22 +44,22 @@ def difference(results, task, size=None):
 
 def table(results):
     """The three models side by side, as a Markdown table."""
+    arms = [results[arm] for arm in ARMS]
     rows = [["", *ARMS.values(), "StateX - LPT", "chance"]]
 
-    def row(label, form, get, more="", chance=""):
-        values = [get(results[arm]) for arm in ARMS]
+    def row(label, form, values, more="", chance=""):
         cells = ["" if value is None else form.format(value) for value in values]
         rows.append([label, *cells, more, chance])
-    row("parameters", "{:,}", lambda r: r["params"])
-    row("state elements per sequence", "{:,}", lambda r: r["state_elements"])
-    row("tokens, millions", "{:.1f}", lambda r: r["tokens"] / 1e6)
-    row("learning rate", "{:g}", lambda r: r["lr"])
-    row("held-out text, nats per token", "{:.3f}", lambda r: r["val_loss"],
+    row("parameters", "{:,}", [arm["params"] for arm in arms])
+    row("state elements per sequence", "{:,}", [arm["state_elements"] for arm in arms])
+    row("tokens, millions", "{:.1f}", [arm["tokens"] / 1e6 for arm in arms])
+    row("learning rate", "{:g}", [arm["lr"] for arm in arms])
+    row("held-out text, nats per token", "{:.3f}", [arm["val_loss"] for arm in arms],
         "{:+.3f} ± {:.3f}".format(*difference(results, "text")))
     for task, of_task in results["lpt"]["chance"].items():
         for size, chance in of_task.items():
             row(TASKS.get(task, task + " {}").format(size), "{:.3f}",
-                lambda r, t=task, s=size: r["recall"][t][s],
+                [arm["recall"][task][size] for arm in arms],
                 "{:+.3f} ± {:.3f}".format(*difference(results, task, size)), f"{chance:.3f}")
     width = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)) + " |"
@@ -71,26 +72,26 @@ def closing(results):
     """What was seen, what the intervals are of, and whether the model could recall at all."""
     lpt = results["lpt"]
     statex = results["statex"]
-    text, text_error = difference(results, "text")
-    text = f"Held-out text, StateX - LPT: {text:+.3f} ± {text_error:.3f} nats per token."
+    more_loss, loss_error = difference(results, "text")
+    text = f"Held-out text, StateX - LPT: {more_loss:+.3f} ± {loss_error:.3f} nats per token."
     sizes = list(statex["recall"]["mqar"])
     if not sizes:                               # trained on text alone
         return text
     size = sizes[-1]
-    recalled, recall_error = difference(results, "mqar", size)
+    more_recall, recall_error = difference(results, "mqar", size)
     times = statex["state_elements"] / lpt["state_elements"]
-    share = {arm: f"{results[arm]['recall']['mqar'][size]:.1%}" for arm in ("statex", "lpt")}
-    learnt = results["pretrained"]["recall"]["mqar"].get("4", 1.0)
+    share, lpt_share = (arm["recall"]["mqar"][size] for arm in (statex, lpt))
+    learnt = results["pretrained"]["recall"]["mqar"].get("4", 1.0)     # 1: not asked
     remark = ""
     if learnt < 0.6:
         remark = (f"\nThe pre-trained model had not learnt to recall yet ({learnt:.1%} of 4 pairs) "
                   "and has little use for a larger state: more --pretrain_steps or another --seed, "
                   "in another --out_dir, may help.")
-    elif results["lpt"]["recall"].get("fewshot", {}).get("4", 1.0) < 0.125:
+    elif lpt["recall"].get("fewshot", {}).get("4", 1.0) < 0.125:
         remark = ("\nFew-shot far below chance is a habit from recall sequences, where every value "
                   "occurs once.")
-    return (f"With {times:.3g} times the state, StateX recalls {share['statex']} of {size} pairs, "
-            f"LPT {share['lpt']}: {100 * recalled:+.1f} ± {100 * recall_error:.1f} points.\n"
+    return (f"With {times:.3g} times the state, StateX recalls {share:.1%} of {size} pairs, "
+            f"LPT {lpt_share:.1%}: {100 * more_recall:+.1f} ± {100 * recall_error:.1f} points.\n"
             f"{text}\n(± is the 95 % interval over the sequences asked; another seed makes another "
             f"model.){remark}")
 
