@@ -9,7 +9,7 @@ Both model families are one recurrence. Per head, with a state S of K x V elemen
     ssd   Mamba2's state space dual (Dao and Gu, arXiv 2405.21060, eq. 1): one a_t per
           head, k = B and q = C are shared by the heads of a group, v = dt x, and a
           skip D x is added to the output. As in mamba_ssm the state is kept the other
-          way round, V x K: S_t = a_t S_{t-1} + v_t k_t^T, o_t = S_t q_t.
+          way round: S_t = a_t S_{t-1} + v_t k_t^T, P x N where V is P and K is N.
 
     o, state = gla(q, k, v, g)           y, state = ssd(x, dt, A, B, C)
     python kernels.py                    checks all implementations, on a GPU times them
@@ -17,8 +17,8 @@ Both model families are one recurrence. Per head, with a state S of K x V elemen
 
 "recurrent" is the definition: a loop over time. "chunked" does the same sums with
 matrix products and is the fast path on a CPU. "triton" is the fast path on a GPU.
-Decays travel as logarithms g = log a <= 0. Any decay is safe: none (g = 0), all at
-once (g = -60), a reset (g = -inf, or `first` of ssd) that keeps packed documents apart.
+Decays travel as natural logarithms g = log a <= 0. Any decay is safe: none (g = 0), all
+at once (g = -60), a reset (g = -inf; in ssd `first`) that keeps packed documents apart.
 """
 from __future__ import annotations  # tl.constexpr below works without Triton
 
@@ -40,7 +40,7 @@ try:
     import triton
     import triton.language as tl
     triton_installed = True
-except ImportError:  # recurrent and chunked still work
+except ImportError:  # recurrent and chunked still work; jit does nothing
     triton = types.SimpleNamespace(jit=lambda f=None, **options: f or (lambda g: g))
     triton_installed = False
 
@@ -48,17 +48,17 @@ except ImportError:  # recurrent and chunked still work
 def gla(q, k, v, g, scale=None, state=None, impl="auto", gates=None):
     """Gated linear attention (arXiv 2312.06635, eq. 3).
 
-    q (B,T,H,K); v (B,T,H,V); k, g (B,T,G,K), where g are log decays <= 0, -inf for a
-    reset; state (B,H,K,V) or None for zeros. G divides H: head h reads the keys and
-    decays of group h // (H / G). Any dimension but T and f may be 1 where another
-    argument has more.
+    q (B,T,H,K); v (B,T,H,V); k, g (B,T,G,K), where g are natural logarithms of decays,
+    <= 0, -inf for a reset; state (B,H,K,V) or None for zeros. G divides H: head h reads
+    the keys and decays of group h // (H / G). Any dimension but T and f may be 1 where
+    another argument has more.
     gates (G,f,f) or None, f = H / G: each head may read the keys of all f heads of its
     group. k and g are then (B,T,G,f K), the state (B,H,f K,V), K channels for each of
-    the f heads, side by side. Head j reads its state at (m_1j q_1, ..., m_fj q_f): on
+    the f heads, side by side. Head j reads its state with (m_1j q_1, ..., m_fj q_f): on
     the channels with head i's keys the query is head i's, times m_ij = gates[:,i,j].
-    scale multiplies q; K**-0.5 when None.
+    scale, a number, multiplies q; K**-0.5 when None.
     impl: "recurrent" | "chunked" | "triton" | "auto", which is triton on a GPU that it
-    supports, else chunked. float64 is chunked in place of triton.
+    supports, else chunked. Where any input is float64, chunked takes triton's place.
 
     Returns o (B,T,H,V) in v's dtype and the final state in float32 (float64 where any
     input is). Differentiable in every tensor, through both results: recurrent and
@@ -91,10 +91,10 @@ def ssd(x, dt, A, B, C, D=None, state=None, impl="auto", first=None):
     """Mamba2's recurrence (arXiv 2405.21060, eq. 1):
     S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T,  y_t = S_t C_t + D x_t.
 
-    x (B,T,H,P); dt (B,T,H) > 0, already through softplus; A (H,) < 0; B, C (B,T,G,N),
-    where G divides H; D (H,) or (H,P) or None; state (B,H,P,N) or None for zeros; first
-    (B,T) bool or None: a document begins at this token, the state before it is
-    forgotten. Dimensions of 1 and impl as in gla.
+    x (B,T,H,P); dt (B,T,H) >= 0, after softplus; A (H,) < 0; B, C (B,T,G,N), where head
+    h reads group h // (H / G); D (H,) or (H,P) or None; state (B,H,P,N) or None for
+    zeros; first (B,T) bool or None: a document begins at this token, the state before
+    it is forgotten. Dimensions of 1 and impl as in gla.
 
     Returns y (B,T,H,P) in x's dtype and the final state (B,H,P,N) in float32 (float64
     where any input is). Differentiable in every floating tensor, and raises, as gla.
@@ -127,8 +127,8 @@ def ask_the_group(q, gates):
 
 
 def gla_recurrent(q, k, v, g, scale, state):
-    """S_t = diag(exp g_t) S_{t-1} + k_t v_t^T, o_t = S_t^T (scale q_t), token by token. A
-    group's heads stand beside each other, (G, H/G), and its keys are (G, 1)."""
+    """S_t = diag(exp g_t) S_{t-1} + k_t v_t^T, o_t = S_t^T (scale q_t), token by token.
+    A group's heads stand beside each other, (G, H/G), and its keys are (G, 1)."""
     q, k, v, g, S = widen(q, k, v, g, state)
     G = k.shape[2]
     q = q.unflatten(2, (G, -1))
@@ -146,7 +146,7 @@ def gla_recurrent(q, k, v, g, scale, state):
 
 
 def ssd_recurrent(x, dt, A, B, C, D, state, first):
-    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t, token by token."""
+    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t, by tokens."""
     x, dt, A, B, C, D, S = widen(x, dt, A, B, C, D, state)
     H = x.shape[2]
     G = B.shape[2]
@@ -169,20 +169,19 @@ def ssd_recurrent(x, dt, A, B, C, D, state, first):
 # chunked: matrix products inside chunks, one state handed from chunk to chunk
 
 
-# exp(FORGOTTEN) is 0 even in float64. g below it is raised to it, so that sums stay
-# finite, and in float64 (ssd) still tell the small decays beside it.
+# exp(FORGOTTEN) is 0 even in float64. g below it is raised to it: so sums stay finite,
+# and in float64 (ssd) keep the digits of small decays beside it.
 FORGOTTEN = -1000.0
 # gla_inside multiplies keys by exp(-c), where c is the running sum of g in a chunk.
 # Where that would be more than exp(MAX_EXPONENT) anywhere, the whole call goes through
-# gla_inside_steep, four times slower, which never forms it. It is far from exp(88),
-# where float32 ends, because c is rounded too: near 30 by 1e-6, which is then exp(-c)'s
-# error.
+# gla_inside_steep, four times slower, which never forms it. float32 would hold exp(88),
+# but c is rounded, near 30 by 1e-6, and that is exp(-c)'s relative error.
 MAX_EXPONENT = 30.0
 
 
 def chunks(x, G, L):
-    """x (B,T,H,D) -> (B,G,n,heads,L,D), n chunks of the H/G heads of every group. Zeros
-    after the end (k = v = 0 and g = 0) leave the state alone."""
+    """x (B,T,H,D) -> (B,G,n,heads,L,D): n chunks, heads = H / G. Zeros fill the last
+    one: k = v = g = 0 leaves the state alone."""
     x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % L))
     x = x.unflatten(2, (G, -1)).transpose(1, 2)  # (B,G,n L,heads,D)
     return x.unflatten(2, (-1, L)).transpose(3, 4)
@@ -198,24 +197,23 @@ def merge(x):
     return x.unflatten(2, (-1, 2)).transpose(3, 4).flatten(4, 5)
 
 
-def gla_chunked(q, k, v, g, scale, state, L=16):
+def gla_chunked(q, k, v, g, scale, state):
     """In a chunk of L tokens (a power of two) o_i is the sum over j <= i of
     ((q_i * exp(g_{j+1} + ... + g_i)) . k_j) v_j, and what q_i * exp(g_1 + ... + g_i)
-    reads from the state before the chunk.
-    """
+    reads from the state before the chunk."""
     q, k, v, g, S = widen(q, k, v, g, state)
     batch, T, H, K = q.shape
     G = k.shape[2]
     V = v.shape[3]
-    L = min(L, 1 << (T - 1).bit_length())
+    L = min(16, 1 << (T - 1).bit_length())
 
     q, k, v, g = (chunks(x, G, L) for x in (q * scale, k, v, g.clamp_min(FORGOTTEN)))
-    unknown = torch.compiler.is_compiling() or g.is_meta
-    steep = unknown or bool((g.sum(4) < -MAX_EXPONENT).any())
+    no_values = torch.compiler.is_compiling() or g.is_meta  # to decide by
+    steep = no_values or bool((g.sum(4) < -MAX_EXPONENT).any())
     read_chunk = gla_inside_steep if steep else gla_inside
     o, v, q_start, k_end, decay = read_chunk(q, k, v, g)
 
-    # what a chunk adds to its group's states, (B,G,n,K,heads V)
+    # what a chunk adds to its group's states, as S is here: (B,G,n,K,heads V)
     writes = k_end.mT @ v.transpose(3, 4).flatten(4, 5)
     if S is None:
         S = q.new_zeros(batch, G, K, H // G * V)
@@ -231,11 +229,12 @@ def gla_chunked(q, k, v, g, scale, state, L=16):
 
 
 def gla_inside(q, k, v, g):
-    """What the tokens of a chunk read from each other, in one product: the decay between
-    key j and query i is exp(upto_i) exp(-upto_j), upto_i = g_1 + ... + g_i >= -MAX_EXPONENT.
+    """What the tokens of a chunk read from each other, in one product: the decay from
+    key j to query i is exp(upto_i) exp(-upto_j), upto_i = g_1 + ... + g_i, which is at
+    least -MAX_EXPONENT.
 
-    Arguments (B,G,n,heads,L,D). Returns o and v (B,G,n,heads,L,V), the queries with the
-    decay since the chunk began (B,G,n,heads,L,K), the keys with that to its end
+    Arguments as chunks makes them. Returns o and v (B,G,n,heads,L,V), the queries with
+    the decay since the chunk began (B,G,n,heads,L,K), the keys with that to its end
     (B,G,n,L,K), and the decay of whole chunks (B,G,n,K,1)."""
     # A token's own key has no decay, and stays out of the product: there the gradients
     # of its two factors would cancel but for rounding, which may drown the true ones.
@@ -255,11 +254,10 @@ def gla_inside(q, k, v, g):
 def gla_inside_steep(q, k, v, g):
     """As gla_inside, where exp(-upto_j) would be too large.
 
-    Blocks of 1, 2, 4, ... L/2 tokens are merged in pairs. When two neighbours merge, the
-    queries of the right one (1) meet the keys of the left one (0), and the decay
-    between them splits at the seam: from key j to the end of the left block (`after`),
-    and from the start of the right block to query i (`upto`). Both are sums of g over
-    part of one block, so both are <= 0, whatever the decay elsewhere is.
+    Blocks of 1, 2, 4, ... L/2 tokens are merged in pairs: the queries of the right one
+    (1) meet the keys of the left one (0), and the decay between them splits at the
+    seam: from key j to the end of the left block (`after`), and from the start of the
+    right block to query i (`upto`). Both are sums of g over part of one block, so <= 0.
     """
     L = q.shape[4]
     # blocks of one token, (B,G,n L,heads,1,D)
@@ -284,19 +282,18 @@ def gla_inside_steep(q, k, v, g):
     return o, v, q * upto.exp(), (k * after.exp()).squeeze(3), decay
 
 
-def ssd_chunked(x, dt, A, B, C, D, state, first, L=64):
+def ssd_chunked(x, dt, A, B, C, D, state, first):
     """In a chunk of L tokens, y_i sums (C_i . B_j) exp(g_{j+1} + ... + g_i) dt_j x_j
     over j <= i, with g = dt A.
 
-    There is one decay per head, so the exponents form one L x L table per head, and C
-    B^T is computed once for all heads of a group. The running sums are taken in
-    float64: differences of large float32 sums would lose the small decays.
-    """
+    One decay per head: so the exponents are one L x L table per head, and C B^T is
+    computed once for all heads of a group. The running sums are float64: differences
+    of large float32 sums would lose the small decays."""
     x, dt, A, B, C, D, S = widen(x, dt, A, B, C, D, state)
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
     heads = H // G
-    L = min(L, T)
+    L = min(64, T)
 
     g = dt * A
     if first is not None:
@@ -309,8 +306,7 @@ def ssd_chunked(x, dt, A, B, C, D, state, first, L=64):
     B, C = (chunks(t, G, L).squeeze(3) for t in (B, C))  # (B,G,n,L,N)
     n = v.shape[2]
 
-    # Keys after the query are not seen. Its own key, on the diagonal, has no decay: it
-    # is kept out of the exponentials, where its gradient would cancel only to rounding.
+    # Keys after the query are not seen; its own stays out, as in gla_inside.
     unseen = torch.ones(L, L, dtype=torch.bool, device=x.device).triu()
     between = (upto[..., :, None] - upto[..., None, :]).to(x.dtype).masked_fill(unseen, -torch.inf)
     scores = (C @ B.mT).unsqueeze(3) * between.exp()
@@ -347,7 +343,7 @@ SHAPES = {
 
 def broadcast(op, **tensors):
     """The tensors of `op`, expanded to the sizes that they share. Raises BadInput."""
-    sizes = {}  # letter: its size, and the argument that says so
+    sizes = {}  # letter: its size, and the argument that has it
     layouts = {}
     shapes = SHAPES["gates" if tensors.get("gates") is not None else op]
 
@@ -395,7 +391,7 @@ def broadcast(op, **tensors):
 
 
 def check_kind(op, name, tensor, like_name, like):
-    """That it is a tensor of the right dtype, on the device of the one named like_name."""
+    """Raises BadInput unless it is a tensor of the right dtype, on like's device."""
     if not isinstance(tensor, torch.Tensor):
         raise BadInput(f"{op}: {name} is of type {type(tensor).__name__}; expected a tensor")
     wrong = ""
@@ -410,7 +406,8 @@ def check_kind(op, name, tensor, like_name, like):
 
 
 def pick(impl, *tensors):
-    """The implementation that computes these tensors when `impl` is asked for."""
+    """The implementation that computes these tensors when `impl` is asked for. Raises
+    BadInput."""
     if impl not in ("recurrent", "chunked", "triton", "auto"):
         raise BadInput(f"impl is {impl!r}; expected 'recurrent', 'chunked', 'triton' or 'auto'")
     if impl == "triton" and not triton_installed:
@@ -434,17 +431,16 @@ def can_launch(tensor):
 @torch.compiler.assume_constant_result
 def triton_supports(device):
     """Whether "auto" may take the Triton kernels there: NVIDIA from capability 8.0 on,
-    the first with bfloat16 matrix products. A constant for torch.compile."""
+    the first with bfloat16 matrix products."""
     return triton_installed and torch.version.hip is None and capability(device) >= (8, 0)
 
 
 @functools.cache
 def capability(device):
-    """That of a GPU. Warns once where its compiler is known to make wrong code: ptxas
-    before 13.3 may reuse a register that a matrix product still reads (triton-lang/triton
-    issue 9433), and before pull request 11056 a wait did not span warp groups (11047).
-    Triton 3.9 has both mended. In our kernels as Triton 3.6 makes them neither is left
-    (see data/results/README.md)."""
+    """That of a GPU, (major, minor). Warns once where Triton before 3.9 may make wrong
+    code: ptxas before 13.3 may reuse a register that a matrix product still reads
+    (triton-lang/triton issue 9433), and a wait did not span warp groups (11047). Triton
+    3.6 makes neither mistake in our kernels (see data/results/README.md)."""
     found = torch.cuda.get_device_capability(device)
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if found[0] == 9 and version < (3, 9):
@@ -454,10 +450,11 @@ def capability(device):
     return found
 
 
-def without_autocast(device):
-    """A context in which the caller's autocast does not narrow our matrix products."""
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
+def without_autocast(kind):
+    """A context in which the caller's autocast does not narrow our matrix products on
+    devices of this kind."""
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 
 
@@ -475,8 +472,8 @@ def widen(*tensors):
 
 
 def no_tokens(v, state, sizes, *others):
-    """The results where T or B is 0: no output, the state as it came, and by sums that
-    are zero every argument in the graph."""
+    """The results where T or B is 0: no output, the state as it came or zeros of these
+    sizes, and, by sums that are zero, every argument in the graph."""
     dtype = wide_dtype((v, state, *others))
     nothing = sum(t.to(dtype).sum() * 0 for t in (v, *others) if t is not None)
     if state is None:
@@ -485,12 +482,12 @@ def no_tokens(v, state, sizes, *others):
 
 
 # --------------------------------------------------------------------------------------
-# Triton, first: each recurrence as one short kernel, forward only. Nothing but a test
-# calls them: they are here to be read before the fast path.
+# Triton, first: each recurrence as one short kernel, forward only, to be read before
+# the fast path. Only a test calls them.
 
 
-# Kernels may read no globals but tl.constexpr.
-FORGOTTEN_32 = tl.constexpr(-200.0) if triton_installed else None  # of float32
+# FORGOTTEN for float32. (Kernels may read no globals but tl.constexpr.)
+FORGOTTEN_32 = tl.constexpr(-200.0) if triton_installed else None
 
 
 @triton.jit
@@ -511,8 +508,8 @@ def gla_first(
     over j <= i of (q_i . k_j exp(c_i - c_j)) v_j, and then S becomes exp(c_L) S + sum
     over j of (k_j exp(c_L - c_j)) v_j^T.
 
-    One program owns BV columns of one head's state, in registers from the first token
-    to the last."""
+    K, L and BV are powers of two. One program owns BV columns of one head's state, in
+    registers from the first token to the last."""
     v_block, rest = split(tl.program_id(0), V // BV)
     head, batch = split(rest, H)
     i = tl.arange(0, L)
@@ -557,8 +554,8 @@ def ssd_first(
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
 ):
     """As gla_first, but with one decay per head exp(c_i - c_j) is a table of L x L,
-    times C B^T. Without D and `first`; P, N and L are powers of two. One program owns one
-    head's state."""
+    times C B^T. Without D and `first`; P, N and L are powers of two. One program owns
+    one head's state."""
     head, batch = split(tl.program_id(0), H)
     i = tl.arange(0, L)
     p = tl.arange(0, P)[None, :]
@@ -888,12 +885,11 @@ gla_grad_scores = ssd_scores = multiply_rows
 
 
 class Launch:
-    """A kernel with its tile. `cut` says which sizes programs share out: {"BV": "HP"}
-    is one program for every BV of H P channels, times `programs` of the call.
+    """A kernel with its tile. A call launches `programs` times one program for every
+    tile of what `cut` names: {"BV": "HP"} is one for every BV of H P channels.
 
-    Where the GPU's shared memory does not hold the stages of the software pipeline that
-    were asked for, it keeps to fewer, then and later: gla_launches and ssd_launches are
-    cached."""
+    Where the GPU's shared memory does not hold num_stages stages of the pipeline, it
+    takes fewer from then on: gla_launches and ssd_launches are cached."""
 
     def __init__(self, kernel, cut=None, **options):
         self.kernel = kernel
@@ -905,7 +901,7 @@ class Launch:
             total = math.prod(named[size] for size in sizes)
             programs *= -(-total // self.options[tile])
         while True:
-            try:  # on the grid's first axis, for the others end at 65,535
+            try:  # all on the grid's first axis: the others end at 65,535
                 return self.kernel[(programs,)](*pointers, **named, **self.options)
             except triton.OutOfResources:
                 if self.options.get("num_stages", 1) == 1:
@@ -919,16 +915,16 @@ def power_of_two(x, low, high=1 << 30):
 
 
 def on_device(x):
-    """A context in which kernels run on x's GPU, as torch.compile sees to by itself."""
+    """A context in which kernels run on x's GPU; torch.compile needs none."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)
 
 
 def pad(x, multiples):
-    """x with zeros after its end, up to multiples: {dimension: a multiple of this}."""
+    """x, contiguous, with zeros up to multiples: {dimension: a multiple of this}."""
     ends = [0] * (2 * x.dim())  # F.pad counts from the last dimension
     for dimension, multiple in multiples.items():
         ends[-1 - 2 * dimension] = -x.shape[dimension] % multiple
-    return F.pad(x, ends) if any(ends) else x
+    return F.pad(x, ends).contiguous() if any(ends) else x.contiguous()
 
 
 def tile_multiple(channels, x):
@@ -984,15 +980,14 @@ def one_step(kernel, q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None,
     with on_device(q):
         kernel[(B * H * -(-V // BV),)](
             q, k, v, g, dt, A, D, state_ptr=state, new_ptr=new, out_ptr=out, scale=scale,
-            H=H, G=k.shape[2], K=K, V=V, BK=power_of_two(K, 16, BK), BV=BV,
-            num_warps=4)
+            H=H, G=k.shape[2], K=K, V=V, BK=power_of_two(K, 16, BK), BV=BV, num_warps=4)
     return out, new
 
 
 class FirstDerivativeOnly(torch.autograd.Function):
-    """Hands on the first n tensors, gradients that a backward pass made by hand, and
-    refuses to differentiate them. (PyTorch's once_differentiable refuses only where the
-    incoming gradient depends on something, and is silently wrong elsewhere.)"""
+    """Hands on the first n tensors, gradients that a backward pass made of the others,
+    and refuses to differentiate them. (PyTorch's once_differentiable refuses only where
+    the incoming gradient depends on something, and is silently wrong elsewhere.)"""
 
     @staticmethod
     def forward(ctx, n, *tensors):
@@ -1673,10 +1668,9 @@ def gla_grad_decays(
 
 
 def gla_chunk(T, K, V, dtype):
-    """L and R: tokens of a chunk, and of its one or two blocks. A block has at most 128,
-    since the scores of one are a tile of R x R in registers; a chunk has two where states
-    are large, which halves what is kept of them (from those of gla-1.3b on; K is that of
-    a group's heads together)."""
+    """L and R: tokens of a chunk, and of its one or two blocks. A block has at most
+    128, since its scores are a tile of R x R in registers; a chunk has two where states
+    (K x V) are large, from gla-1.3b's on, which halves what is kept of them."""
     if T <= 128:
         L = power_of_two(T, 16) if T <= 32 else 128
         return L, L
@@ -1685,9 +1679,9 @@ def gla_chunk(T, K, V, dtype):
 
 @functools.cache
 def gla_launches(K, V, states, L, R, dtype):
-    """The kernels with their tiles, the fastest of those measured on an H100 at the
-    sizes of layers(), for `states` = B H f states of K x V. Wide tiles of float32 are
-    half as wide, for they take twice the registers and shared memory."""
+    """The kernels with their tiles, the fastest measured on an H100 at the sizes of
+    layers(), for `states` = B H f states of K x V. Wide tiles of float32 are half as
+    wide, for they take twice the registers and shared memory."""
     narrow = dtype == torch.bfloat16
     BK = power_of_two(K, 16, 64)
     BV = power_of_two(V, 16, 64)
@@ -1704,8 +1698,8 @@ def gla_launches(K, V, states, L, R, dtype):
     rows = dict(BK=BK, BV=wide_v)
     rows |= dict(num_warps=8, num_stages=4) if L > R else dict(num_warps=4, num_stages=3)
     few_k = power_of_two(K, 16, 32)  # where many tiles are in registers at once
-    # One program for all channels, the next ones fetched ahead, is faster by 15 %; in chunks
-    # of two blocks slower by 6 to 10 %.
+    # One program for all channels, the next ones fetched ahead, is 15 % faster, but in
+    # chunks of two blocks 6 to 10 % slower.
     all_k = narrow and L == R
     of_decays = dict(cut={"PK": "K"}, PK=K if all_k else few_k, BK=few_k, num_warps=8)
     return types.SimpleNamespace(
@@ -1769,10 +1763,10 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R, *,
     launches = gla_launches(K, V, B * H * f, L, R, q.dtype)
     sizes = dict(n=n, H=H, L=L)
     DOT = product_precision(q)
-    pointers = (q, k, g, q_start, k_end, q_seam, k_seam, block_decay, scores)
     of_keys = dict(K=K, R=R, DOT=DOT, **sizes)
-    launches.scores(B * H * T // R, *pointers, scale=scale, **of_keys)
-    launches.scores_steep(B * H * T // R, *pointers, scale=scale, **of_keys)
+    for launch in (launches.scores, launches.scores_steep):
+        launch(B * H * T // R, q, k, g, q_start, k_end, q_seam, k_seam, block_decay, scores,
+               scale=scale, **of_keys)
     if L > R:
         launches.scores_across(
             B * H * n, q_seam, k_seam, block_decay, q_start, k_end, decay, scores, **of_keys)
@@ -1815,8 +1809,10 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
     dq_start = torch.empty_like(q)
     dk_end = torch.empty_like(k)
     state_pairs = torch.empty_like(decay)
-    around = None if L == R else torch.empty_like(block_decay)
-    if L == R:
+    around = None
+    if L > R:
+        around = torch.empty_like(block_decay)
+    else:
         block_decay = decay
     if gates is None:
         mixed = scores
@@ -1884,14 +1880,13 @@ def gla_triton(q, k, v, g, scale, state, gates):
     if gates is not None:
         k, g = (x.unflatten(3, (-1, K)).flatten(2, 3) for x in (k, g))
         gates = gates.float().contiguous()
-        BK = power_of_two(K, 16, 128)  # f times wider in the states: as little padding as can be
+        BK = power_of_two(K, 16, 128)  # the least padding, since states have it f times
     elif k.shape[2] < q.shape[2]:  # no model shares keys without gates: copies will do
         k, g = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, g))
-    q, k, g = (pad(x, {1: L, 3: BK}).contiguous() for x in (q.to(dtype), k.to(dtype), g.float()))
-    v = pad(v.to(dtype), {1: L, 3: BV}).contiguous()
+    q, k, g = (pad(x, {1: L, 3: BK}) for x in (q.to(dtype), k.to(dtype), g.float()))
+    v = pad(v.to(dtype), {1: L, 3: BV})
     if state is not None:
-        state = pad(state.float().unflatten(2, (-1, K)), {3: BK, 4: BV})
-        state = state.flatten(2, 3).contiguous()
+        state = pad(state.float().unflatten(2, (-1, K)), {3: BK, 4: BV}).flatten(2, 3)
     o, last, *_ = gla_kernels(q, k, v, g, gates, state, scale, L, R)
     last = last.unflatten(2, (-1, q.shape[3]))[..., :K, :V].flatten(2, 3)
     return o[:, :T, :, :V], last
@@ -2314,7 +2309,7 @@ def ssd_chunk(T, N, dtype):
 
 @functools.cache
 def ssd_launches(P, N, heads, shared, L, R, dtype):
-    """The kernels with their tiles; shared: heads of a group."""
+    """The kernels with their tiles; heads: B H, shared: heads of a group."""
     narrow = dtype == torch.bfloat16
     apart = N > READ_APART
     BN = power_of_two(N, 16, 64)
@@ -2477,19 +2472,18 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
     L, R = ssd_chunk(T, N, dtype)
     BP = tile_multiple(min(P, 64), x)
     BN = tile_multiple(N, x)
-    x = pad(x.to(dtype), {1: L, 3: parts * BP}).unflatten(3, (parts, BP)).flatten(2, 3).contiguous()
-    dt = pad(dt.float(), {1: L}).contiguous()
+    x = pad(x.to(dtype), {1: L, 3: parts * BP}).unflatten(3, (parts, BP)).flatten(2, 3)
+    dt = pad(dt.float(), {1: L})
     # The padding has dt = 0, and 0 * -inf would be no number.
     A = A.float().clamp_min(-1e30).contiguous()
     D = None if D is None else D.float().contiguous()
     if parts > 1:
         dt, A, D = (None if t is None else t.repeat_interleave(parts, -1) for t in (dt, A, D))
-    B, C = (pad(t.to(dtype), {1: L, 3: BN}).contiguous() for t in (B, C))
+    B, C = (pad(t.to(dtype), {1: L, 3: BN}) for t in (B, C))
     if state is not None:
         state = pad(state.float(), {2: parts * BP, 3: BN}).unflatten(2, (parts, BP)).flatten(1, 2)
-        state = state.contiguous()
     if first is not None:
-        first = pad(first.to(torch.int8), {1: L}).contiguous()
+        first = pad(first.to(torch.int8), {1: L})
     y, last, *_ = ssd_kernels(x, dt, A, B, C, D, state, first, L, R)
     y = y.unflatten(2, (-1, parts)).flatten(3)
     last = last.unflatten(1, (-1, parts)).flatten(2, 3)
@@ -2499,8 +2493,8 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
 # --------------------------------------------------------------------------------------
 # Triton: the short convolution of Mamba2 (and of GLA, where it has one)
 #
-# pre_t = bias + sum over i of weight_i x_{t - taps + 1 + i}, y = silu(pre). The shifted
-# copies of a tile come out of the cache. Offsets within a sequence have 32 bits.
+# pre_t = bias + sum over i < taps of weight_i x_{t - taps + 1 + i}, y = silu(pre).
+# Shifted copies of a tile come out of the cache. Offsets in a sequence have 32 bits.
 
 
 @triton.jit
@@ -2706,10 +2700,11 @@ def short_conv(x, weight, bias=None, document=None):
     """Depthwise causal convolution over time, then silu (Mamba2, arXiv 2405.21060,
     section 7).
 
-    x (B,T,D), zeros before it; weight (D,1,taps); bias (D,) or None; document (B,T)
-    int32 or None: no tap reaches into a token of another document. Returns y (B,T,D) in
-    x's dtype; the sums are in float32. Differentiable once in x, weight and bias.
-    Raises BadInput."""
+    x (B,T,D), zeros before it; weight (D,1,taps), as of conv1d; bias (D,) or None, all
+    of at most 32 bits; document (B,T), integers, or None: no tap reaches a token of
+    another document. On a GPU or in Triton's interpreter. Returns y (B,T,D) in x's
+    dtype; the sums are in float32. Differentiable once in x, weight and bias. Raises
+    BadInput where shapes or dtypes do not fit."""
     for name, tensor, fits, expected in (
             ("x", x, x.dim() == 3, "(B,T,D)"),
             ("weight", weight, weight.shape[:2] == (x.shape[-1], 1), "(D,1,taps)"),
@@ -2740,9 +2735,9 @@ class Options:
 
 
 def layers():
-    """name -> op, heads, heads of keys, K, V (for ssd P, N): the public models' layers,
-    and expanded: heads with shared keys, heads merged into one, d_state x4. op: gla,
-    ssd, or gates, which is gla with gates."""
+    """name -> op, H, G, K, V (for ssd H, G, P, N): the public models' layers, and
+    expanded: heads with shared keys, heads merged into one, d_state x4. op: gla, ssd,
+    or gates, which is gla with gates."""
     from model import SIZES
     made = {}
     for name, config in SIZES.items():
@@ -2760,9 +2755,9 @@ def layers():
 
 
 def example(op, B, T, H, K, V, G=1, dtype=torch.float32, device="cpu", decay=None, seed=0):
-    """Random arguments of gla (B T H K V; op "gates": with gates before the state) or
-    ssd (B T H P N), in order, with a state; keys of G heads. decay: the log decay of
-    every step, "mixed" for 0, -1e-4, -1 and -60 at random, None for what a model has."""
+    """Random arguments for `run`: q, k, v, g, (gates,) state, or for ssd, where K is P
+    and V is N, x, dt, A, B, C, D, state. decay: the log decay of every step, "mixed"
+    for 0, -1e-4, -1 and -60 at random, None for what a model has."""
     rng = torch.Generator(device=device).manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -2862,8 +2857,7 @@ def peers(op, G, H):
 
 def time_layer(name, layer, B, T, rates, options):
     """A line per implementation: times, and how many times the floor they are: the
-    larger of FLOPs and bytes by their measured rates; three times that for both
-    passes."""
+    larger of FLOPs and bytes by `rates`, three times that for both passes."""
     op, H, G, K, V = layer
     args = example(op, B, T, H, K, V, G, torch.bfloat16, "cuda")[:-1]
     args = [a.requires_grad_() for a in args]
@@ -2895,8 +2889,8 @@ def time_layer(name, layer, B, T, rates, options):
 
 
 def time_kernels(step, bandwidth):
-    """Every launch of a step again, alone, beside the time to move its tensors once. In
-    small layers they take less than the step, which waits for the processor to launch."""
+    """Every launch of step() again, alone, beside the time to move its tensors once. In
+    small layers they are faster than the step, which waits for the host to launch."""
     import unittest.mock
     launched = []
     launch = Launch.__call__
