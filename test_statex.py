@@ -2554,6 +2554,18 @@ def test_a_folder_goes_on_with_its_run_or_is_left_alone(corpus, tmp_path):
     process.join()
 
 
+def test_another_text_than_before_is_said(corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "c")
+    args = ["--steps=2", *TINY]
+    ran(train_script, f"--data={tmp_path}/c", "--ckpt=scratch", *args, f"--out_dir={tmp_path}/o")
+    onward = [*args[:1], "--batch_size=4", "--block_size=32", "--recall_tokens=64", "--pairs=2,4",
+              f"--ckpt={tmp_path}/o/ckpt.pt", "--device=cpu"]
+    said = ran(train_script, f"--data={tmp_path}/c", *onward, f"--out_dir={tmp_path}/p")
+    assert "before, the model was" not in said
+    said = ran(train_script, f"--data={corpus}", *onward, f"--out_dir={tmp_path}/q")
+    assert f"before, the model was trained on {tmp_path}/c" in said
+
+
 def test_resume_knows_its_corpus(corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "c")
     ran(train_script, f"--data={tmp_path}/c", "--ckpt=scratch", "--steps=2", *TINY,

@@ -1041,19 +1041,22 @@ def one_run(options, processes, stop):
     lock = open_folder(options, processes) if os.path.exists(options.out_dir) else None
     corpus = prepared(options, processes)
     lm, held = held_run(options, corpus.meta)
+    trained = {}                                # the options of the run that made the checkpoint
     if held:
         if os.path.isfile(options.ckpt):        # else it is not needed any more
             same_start(options, held, LM.from_pretrained(options.ckpt))
     elif options.ckpt == "scratch":
         lm = new_model(options, corpus.meta)
     else:
-        lm = LM.from_pretrained(options.ckpt)
+        lm, trained = recall.read_checkpoint(options.ckpt)
         if options.preset and lm.config.block != options.block:
             raise BadInput(f"{options.ckpt} holds a {lm.config.block} model, and --preset="
                            f"{options.preset} is for {options.block}; take that family's preset")
     check_model(lm, options, corpus.meta)
     lock = lock or open_folder(options, processes)      # a refused run leaves no new folder
     print_banner(lm, options, corpus, options.steps - (held["step"] if held else 0))
+    if os.path.realpath(trained.get("data", options.data)) != os.path.realpath(options.data):
+        print(f"before, the model was trained on {trained['data']}", flush=True)
     if held and held["step"] == options.steps:
         print("all steps are done already")
     r = train(lm, options, corpus, held, processes=processes, stop=stop)
