@@ -146,7 +146,8 @@ def gla_recurrent(q, k, v, g, scale, state):
 
 
 def ssd_recurrent(x, dt, A, B, C, D, state, first):
-    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t, by tokens."""
+    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t, token by
+    token."""
     x, dt, A, B, C, D, S = widen(x, dt, A, B, C, D, state)
     H = x.shape[2]
     G = B.shape[2]

@@ -869,7 +869,7 @@ def main():
     if not lm.config.tokenizer:
         raise BadInput(f"{options.ckpt} does not say what its token ids mean (tokenizer is empty)")
     tokenizer = load_tokenizer(lm.config.tokenizer)
-    # of an embedding that has more ids than the tokenizer only those are drawn that have a text
+    # ids beyond the tokenizer's have no text, and are not drawn
     lm.config.vocab_size = min(lm.config.vocab_size, tokenizer.n_vocab)
     ids = tokenizer.encode_ordinary(options.prompt)
     prompt = torch.tensor([ids or [tokenizer.eot_token]])

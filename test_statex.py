@@ -3140,6 +3140,26 @@ def test_an_interval_and_its_p_value_agree():
     assert tables.holm({"gla": 0.03, "mamba2": 0.03}) == {"gla": 0.06, "mamba2": 0.06}
 
 
+@pytest.mark.skipif(not shutil.which("bash"), reason="run.sh is for bash")
+@pytest.mark.parametrize("part", ("corpus", "larger_corpus", "pilot", "blocks", "long", "gates",
+                                  "why", "larger", "recipe", "speed", "gpus", "tables"))
+def test_every_part_of_the_runs_has_its_commands(part, tmp_path):
+    """run.sh, with programs that only say what they were asked for: scripts that are there,
+    with options that they have."""
+    for program in ("python", "torchrun"):
+        (tmp_path / program).write_text('#!/bin/sh\necho "$@"\n')
+        (tmp_path / program).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    said = subprocess.run(["bash", "data/results/run.sh", part], cwd=HERE, text=True, timeout=60,
+                          capture_output=True, env=os.environ | {"PATH": path}, check=True).stdout
+    assert said.strip()
+    for line in said.splitlines():
+        line = line.removeprefix("--nproc_per_node=").lstrip("124 ")        # torchrun's own
+        options = prepare.read_text(f"{HERE}/{line.split()[0]}")
+        for name in re.findall(r" --(\w+)", line):
+            assert f"    {name}: " in options, (part, name)
+
+
 def test_the_tables_are_in_step_with_the_runs():
     written = prepare.read_text(f"{HERE}/data/results/README.md")
     assert tables.updated(written) == written

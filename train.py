@@ -420,7 +420,7 @@ def batches(run, k):
     the same order, any number of processes the same batch, and a resumed run goes on with
     what comes next."""
     options = run.options
-    rng = np.random.default_rng([options.seed, run.step, 0])    # 0: as in earlier runs
+    rng = np.random.default_rng([options.seed, run.step, 0])    # 0: the order that runs always had
     data = [text_batch(run, rng, k)]
     if options.recall_tokens:
         data.append(recall_batch(run, rng, k))

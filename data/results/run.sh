@@ -56,6 +56,30 @@ why() {
 # --accumulate=1, 2,180 steps) and for each arm on one (--nproc_per_node=1 and --accumulate=4). The
 # first six rows were 800 steps of data/packages without --compile, the next three 2,609 of 3,600.
 one_larger() {
+    local family=$1 out=out/larger-$1
+    shift
+    local train="torchrun --nproc_per_node=2 train.py --data=data/packages-larger
+        --recall_tokens=0 --weight_decay=0.1 --beta1=0.9 --beta2=0.95 --clip=1
+        --eval_interval=100000 --compile --out_dir=$out"
+    $train --ckpt=scratch --block=$family "$@" --block_size=1024 --batch_size=256 \
+        --accumulate=4 --steps=2000 --lr=2e-3 --warmup=100 --name=lpt
+    python expand.py --ckpt=$out/lpt.pt --every=1 --factor=16 --out=$out/preserve-x16.pt
+    for init in reinit inherit; do
+        python expand.py --ckpt=$out/lpt.pt --layers=9,10,11 --init=$init --out=$out/$init.pt
+    done
+    arm() {                             # checkpoint, learning rate, other options
+        $train --ckpt=$out/$1.pt --block_size=4096 --batch_size=32 --accumulate=2 --steps=256 \
+            --warmup=32 --seed=1000 --lr=$2 "${@:3}" --name=post-$1-$2
+        python data/recall.py --ckpt=$out/post-$1-$2.pt --data=data/packages-larger --T=4096
+    }
+    for start in lpt preserve-x16 reinit; do arm $start 1e-3; done
+    if [ $family = gla ]; then
+        for start in lpt inherit reinit; do arm $start 4e-3; done
+        arm preserve-x16 4e-3 --gates_rate=10       # preserve-x16-fast
+    fi
+}
+
+larger() {
     one_larger gla --n_layer=12 --d_model=1024 --n_head=16 --d_mlp=0 --conv_size=4
     one_larger mamba2 --n_layer=12 --d_model=1536 --headdim=64 --d_state=16 \
         --tie_embeddings --conv_size=4
