@@ -10,7 +10,7 @@ have f K x V each, f heads that become one have f K x f V. What becomes of the w
     inherit      f heads become one; norm gains tiled  rows of B and C tiled
     reinit       f heads become one; mixer and         A_log, dt_bias, gated norm and
                  pre-norm start afresh                 all rows of B and C afresh
-    reinit-keys  f heads become one; q, k, gk afresh   all rows of B and C afresh
+    reinit-keys  as inherit, but q, k, gk afresh       all rows of B and C afresh
     groups                                             n_groups x f, B and C tiled: more
                                                        parameters, the same state
 
@@ -155,11 +155,11 @@ def plan_tensor(name, config, new_config, layers, init):
     layer = int(where[1])
     part = where[2]
     if config.block == "gla":
-        return plan_gla(part, config, layer, init)
+        return plan_gla(part, config, new_config, layer, init)
     return plan_mamba2(part, config, new_config, layer, init)
 
 
-def plan_gla(part, config, layer, init):
+def plan_gla(part, config, new_config, layer, init):
     """The pieces of one parameter of a chosen GLA layer."""
     if part == "attn.gates":
         shared = config.n_key_head[layer] < config.n_head[layer]
@@ -170,7 +170,8 @@ def plan_gla(part, config, layer, init):
         raise BadInput(f"plan_gla does not say what becomes of a layer by init {init}")
     if part.startswith(afresh[init]):
         return [Piece("fresh", part)]
-    if part == "attn.g_norm_swish_gate.weight":
+    merged = new_config.n_head[layer] < config.n_head[layer]
+    if part == "attn.g_norm_swish_gate.weight" and merged:
         return [Piece("tiled", part)]
     return [Piece("kept", part)]
 
@@ -243,7 +244,7 @@ def fresh_layers(new, layers, seed, paper):
 @torch.no_grad()
 def paper_init(layer):
     """What thunlp's StateX starts afresh, as it does. GLA: Xavier's uniform with a gain of
-    2^-2.5 (biases are zero already). Mamba2: dt_bias 1 and A = 1, 2, ..., H."""
+    2^-2.5 (biases are zero already). Mamba2: dt_bias 1 and A = -1, -2, ..., -H."""
     if hasattr(layer, "mixer"):
         layer.mixer.dt_bias.fill_(1.0)
         layer.mixer.A_log.copy_(torch.arange(1, len(layer.mixer.A_log) + 1).log())

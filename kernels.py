@@ -5,18 +5,20 @@ Both model families are one recurrence. Per head, with a state S of K x V elemen
     S_t = diag(a_t) S_{t-1} + k_t v_t^T          o_t = S_t^T q_t
 
     gla   Gated linear attention (Yang et al., arXiv 2312.06635, eq. 3): a_t in [0,1]^K,
-          one decay per key channel. Neighbouring heads may share their keys and decays.
+          one decay per key channel; q is divided by sqrt(K) first. Neighbouring heads
+          may share their keys and decays.
     ssd   Mamba2's state space dual (Dao and Gu, arXiv 2405.21060, eq. 1): one a_t per
           head, k = B and q = C are shared by the heads of a group, v = dt x, and a
           skip D x is added to the output. As in mamba_ssm the state is kept the other
           way round: S_t = a_t S_{t-1} + v_t k_t^T, P x N where V is P and K is N.
 
     o, state = gla(q, k, v, g)           y, state = ssd(x, dt, A, B, C)
-    python kernels.py                    checks all implementations, on a GPU times them
+    python kernels.py                    checks chunked; on a GPU checks, times triton
     python kernels.py --only=merged      only these layers; --help lists the options
 
 "recurrent" is the definition: a loop over time. "chunked" does the same sums with
-matrix products and is the fast path on a CPU. "triton" is the fast path on a GPU.
+matrix products and is the fast path on a CPU. "triton" is the fast path on a GPU; on a
+CPU it needs TRITON_INTERPRET=1 before the import, is slow, and right in float32 only.
 Decays travel as natural logarithms g = log a <= 0. Any decay is safe: none (g = 0), all
 at once (g = -60), a reset (g = -inf; in ssd `first`) that keeps packed documents apart.
 """
@@ -173,10 +175,10 @@ def ssd_recurrent(x, dt, A, B, C, D, state, first):
 # exp(FORGOTTEN) is 0 even in float64. g below it is raised to it: so sums stay finite,
 # and in float64 (ssd) keep the digits of small decays beside it.
 FORGOTTEN = -1000.0
-# gla_inside multiplies keys by exp(-c), where c is the running sum of g in a chunk.
-# Where that would be more than exp(MAX_EXPONENT) anywhere, the whole call goes through
+# gla_inside multiplies keys by exp(-upto), upto the running sum of g in a chunk. Where
+# that would be more than exp(MAX_EXPONENT) anywhere, the whole call goes through
 # gla_inside_steep, four times slower, which never forms it. float32 would hold exp(88),
-# but c is rounded, near 30 by 1e-6, and that is exp(-c)'s relative error.
+# but upto is rounded, near 30 by 1e-6, and that is exp(-upto)'s relative error.
 MAX_EXPONENT = 30.0
 
 
@@ -484,7 +486,7 @@ def no_tokens(v, state, sizes, *others):
 
 # --------------------------------------------------------------------------------------
 # Triton, first: each recurrence as one short kernel, forward only, to be read before
-# the fast path. Only a test calls them.
+# the fast path. Only test_the_first_kernels_are_the_definition calls them.
 
 
 # FORGOTTEN for float32. (Kernels may read no globals but tl.constexpr.)
@@ -2756,9 +2758,9 @@ def layers():
 
 
 def example(op, B, T, H, K, V, G=1, dtype=torch.float32, device="cpu", decay=None, seed=0):
-    """Random arguments for `run`: q, k, v, g, (gates,) state, or for ssd, where K is P
-    and V is N, x, dt, A, B, C, D, state. decay: the log decay of every step, "mixed"
-    for 0, -1e-4, -1 and -60 at random, None for what a model has."""
+    """Random arguments for `run`: q, k, v, g, (gates,) state, or for ssd, with P passed
+    as K and N as V, x, dt, A, B, C, D, state. decay: the log decay of every step,
+    "mixed" for 0, -1e-4, -1 and -60 at random, None for what a model has."""
     rng = torch.Generator(device=device).manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -2827,7 +2829,7 @@ def check(device):
                 error = max(errors(op, args, impl).values())
                 worst.append(f"{impl} {str(dtype)[6:]} {error:.1e}")
             about = "of a model" if decay is None else decay
-            print(f"{op} decay {about}:".ljust(22), "   ".join(worst), flush=True)
+            print(f"{op} decay {about}:".ljust(23), "   ".join(worst), flush=True)
 
 
 def median_ms(f):

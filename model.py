@@ -54,6 +54,8 @@ class Config:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     conv_size: int | None = None     # taps of the convolution; None: GLA 0, Mamba2 4
+    pad_vocab: int = 1               # embedding rows are a multiple of this
+    tokenizer: str = ""              # of the ids, by data/prepare.py's name; "": unknown
     # GLA
     n_head: int | list = 4
     n_key_head: int | list | None = None    # of keys; None: n_head; fewer: shared
@@ -66,8 +68,6 @@ class Config:
     expand: int = 2                  # inner channels over d_model
     n_groups: int = 1                # heads of a group share B and C
     norm_groups: int = 0             # of the gated norm; 0: n_groups (public models)
-    pad_vocab: int = 1               # of both: embedding rows are a multiple of this
-    tokenizer: str = ""              # of the ids, by data/prepare.py's name; "": unknown
 
     def __post_init__(self):
         if self.block not in ("gla", "mamba2"):
@@ -232,9 +232,8 @@ class GLA(nn.Module):
 
     Where n_key_head < n_head, groups of f = n_head / n_key_head neighbouring heads share
     their keys: a group has one key and one decay of f K channels, those of its f heads
-    side by side. Head j asks all of them with (m_1j q_1, ..., m_fj q_f): head i's keys
-    with head i's query, times m_ij = gates[group,i,j]. With m the identity the layer is
-    the one without sharing (expand.py's `preserve` starts there)."""
+    side by side, which each head reads through `gates` (see kernels.gla). With gates
+    the identity the layer is the one without sharing (`preserve` starts there)."""
 
     def __init__(self, c, layer):
         super().__init__()
@@ -287,7 +286,7 @@ class GLA(nn.Module):
                 torch.cat((q, k, v), dim=-1), weight, None, before, sizes, first)
         g = self.log_decays(x)
         q = q.unflatten(-1, (self.n_head, -1))                          # (B,T,H,K)
-        k = k.unflatten(-1, (self.n_key_head, -1))
+        k = k.unflatten(-1, (self.n_key_head, -1))                      # (B,T,G,f K)
         v = v.unflatten(-1, (self.n_head, -1))                          # (B,T,H,V)
         g = g.unflatten(-1, (self.n_key_head, -1))
         if first is not None:
@@ -400,8 +399,8 @@ class Mamba2Block(nn.Module):
 # ---------------------------------------------------------------------------------------
 # the loss, without the (tokens, vocabulary) table of logits
 #
-# PyTorch 2.13 has torch.nn.functional.linear_cross_entropy for this, 2.11 has not. It also
-# computes the rows that are not counted, which are more than half of a recall sequence's.
+# PyTorch 2.13 has torch.nn.functional.linear_cross_entropy for this, 2.11 has not. Ours
+# leaves out, on a CPU, the rows that are not counted: most of a recall sequence's.
 
 
 def slice_loss(logits, targets, count):

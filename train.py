@@ -133,7 +133,7 @@ class Options:
     documents: bool = option(False, "forget the state where a document ends (scores do not)")
     # the optimizer: AdamW, linear warm-up, cosine to 0
     steps: int = option(800, "optimizer steps; of the recipe, of either arm")
-    lr: float = option(1e-2, "highest learning rate")
+    lr: float = option(1e-2, "highest learning rate; of the recipe, of pre-training")
     warmup: int = option(50, "steps of linear warm-up")
     weight_decay: float = option(0.1, "of matrices")
     beta1: float = option(0.9, "of AdamW")
@@ -478,8 +478,9 @@ def learning_rate(options, step):
 
 
 def forward_backward(run):
-    """Add up the gradients of this step. Returns a tensor: loss of text, loss of recall,
-    tokens, 1 if a signal asked to stop; each summed over the processes."""
+    """Add up the gradients of this step, of the mean loss of text plus that of recall.
+    Returns a tensor: both losses, tokens, 1 if a signal asked to stop; each summed over
+    the processes."""
     sums = torch.zeros(4, dtype=torch.float64, device=run.options.device)
     for k in range(passes(run.options, run.processes)):
         # text, and recall if any: map ends with the shorter list

@@ -8,7 +8,7 @@ A script's options are a dataclass, one field per line with its default and its 
 
     options = Options(**command_line(Options, __doc__))
 
-Every script imports this module before torch, because of the first statement below.
+Every script imports this module before torch, because of OMP_WAIT_POLICY below.
 """
 import argparse
 import contextlib

@@ -63,8 +63,8 @@ DIGITS = 5              # of a passkey
 NEAR = 512              # distance, in tokens, from which a repeat is no longer near
 FAR = 2048              # distance, in tokens, from which it is far
 # A bigram is rare if training has it at most this often. At every threshold two thirds of the
-# near repeats can be had by copying what followed the token last time, so that a low one
-# costs tokens only (see data/results/README.md).
+# near repeats can be had by copying what followed the token last time: a lower one
+# would only leave fewer tokens to score (see data/results/README.md).
 RARE = 10
 
 
