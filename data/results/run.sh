@@ -51,19 +51,23 @@ why() {
     wait
 }
 
-# Arguments: a family, its shape. What data/recall.py prints is in larger.jsonl. The last three rows
-# of Mamba2 and all with the larger corpus of GLA are of these commands, but for GPUs (GLA: four,
-# --accumulate=1, 2,180 steps) and for each arm on one (--nproc_per_node=1 and --accumulate=4). The
-# first six rows were 800 steps of data/packages without --compile, the next three 2,609 of 3,600.
+# Arguments: a family, its steps of pre-training, its shape. What data/recall.py prints is in
+# larger.jsonl. GLA's last twelve rows are of these commands, but pre-trained on four GPUs
+# (--nproc_per_node=4 --accumulate=1), each arm on one (--nproc_per_node=1 --accumulate=4), and
+# without `reinit` at 5e-4 and all at 4e-3; its seven rows before: the same after 2,180 steps, at
+# 1e-3 and 4e-3. Mamba2's last three: each arm on one GPU. The first six rows were 800 steps of
+# data/packages without --compile, the next three 2,609 of 3,600.
 one_larger() {
-    local family=$1 out=out/larger-$1
-    shift
+    local family=$1 steps=$2 out=out/larger-$1
+    shift 2
     local train="torchrun --nproc_per_node=2 train.py --data=data/packages-larger
         --recall_tokens=0 --weight_decay=0.1 --beta1=0.9 --beta2=0.95 --clip=1
         --eval_interval=100000 --compile --out_dir=$out"
     $train --ckpt=scratch --block=$family "$@" --block_size=1024 --batch_size=256 \
-        --accumulate=4 --steps=2000 --lr=2e-3 --warmup=100 --name=lpt
-    python expand.py --ckpt=$out/lpt.pt --every=1 --factor=16 --out=$out/preserve-x16.pt
+        --accumulate=4 --steps=$steps --lr=2e-3 --warmup=100 --name=lpt
+    for x in 4 16; do
+        python expand.py --ckpt=$out/lpt.pt --every=1 --factor=$x --out=$out/preserve-x$x.pt
+    done
     for init in reinit inherit; do
         python expand.py --ckpt=$out/lpt.pt --layers=9,10,11 --init=$init --out=$out/$init.pt
     done
@@ -74,14 +78,19 @@ one_larger() {
     }
     for start in lpt preserve-x16 reinit; do arm $start 1e-3; done
     if [ $family = gla ]; then
+        arm inherit 1e-3
+        arm preserve-x4 1e-3
+        for rate in 5e-4 2e-3; do
+            for start in lpt preserve-x16 inherit reinit; do arm $start $rate; done
+        done
         for start in lpt inherit reinit; do arm $start 4e-3; done
         arm preserve-x16 4e-3 --gates_rate=10       # preserve-x16-fast
     fi
 }
 
 larger() {
-    one_larger gla --n_layer=12 --d_model=1024 --n_head=16 --d_mlp=0 --conv_size=4
-    one_larger mamba2 --n_layer=12 --d_model=1536 --headdim=64 --d_state=16 \
+    one_larger gla 3840 --n_layer=12 --d_model=1024 --n_head=16 --d_mlp=0 --conv_size=4
+    one_larger mamba2 2000 --n_layer=12 --d_model=1536 --headdim=64 --d_state=16 \
         --tie_embeddings --conv_size=4
 }
 
