@@ -175,6 +175,16 @@ def fill(folder, files):
     return folder
 
 
+class Runs:
+    """Makes a folder where it is unpickled as what it says it is."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -217,6 +227,22 @@ def test_the_command_line():
     typed = {"preset": "gla-1.3b", "ckpt": "scratch", "lr": 1.0, "device": "cpu"}
     typed = train_script.resolve(typed)
     assert (typed.lr, typed.steps, typed.beta2) == (1.0, 30000, 0.95)  # typed, preset, default
+
+
+def test_how_a_script_ends(tmp_path, monkeypatch):
+    """After Ctrl-C, without a reader, by a mistake of ours; letters that a terminal has not."""
+    with open(tmp_path / "out", "w", encoding="ascii") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        run_script(lambda: print("x漢", flush=True))
+        assert (tmp_path / "out").read_text() == "x?\n"
+        for error, ends, status in ((KeyboardInterrupt(), SystemExit, 130),
+                                    (BrokenPipeError(), SystemExit, 141),
+                                    (RuntimeError("a mistake"), RuntimeError, None)):
+            def fail(error=error):
+                raise error
+            with pytest.raises(ends) as ended:
+                run_script(fail)
+            assert getattr(ended.value, "code", None) == status
 
 
 @pytest.mark.slow
@@ -333,6 +359,7 @@ def test_chunked_equals_recurrent(op, H, G, K, V, T):
 def test_chunked_on_both_sides_of_steep(op):
     """float32's digits where a chunk decays by nearly exp(-MAX_EXPONENT) and by more, at one token
     or at all alike."""
+    assert run(op, [a.to("meta") for a in inputs(op, 1, 9, 2, 1, 5, 7)], "chunked")[0].is_meta
     for T, share in itertools.product((1, 2, 16, 33), (0.99, 1.01)):
         for tokens in (min(T, 16), 1):
             args = inputs(op, 1, T, 2, 1, 5, 7, decay=0)
@@ -494,7 +521,7 @@ def test_a_huge_decay_leaves_the_small_ones(op, huge, impl):
         args[3][:, 41] = -huge
     else:
         args[1][:, 41], args[0][:, 41] = huge, 0
-    assert max(errors(op, args, impl).values()) < 1e-3
+    assert max(errors(op, args, impl).values()) < LIMITS[torch.float32]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -528,12 +555,13 @@ def call(op, impl, **changes):
     ("gla", {"g": (2, 4, 2, 1)}), ("gla", {"k": (2, 4, 1, 5), "g": (2, 4, 1, 5)}),
     ("gla", {"q": (1, 4, 4, 5)}), ("gla", {"state": (1, 4, 5, 7)}), ("ssd", {"A": (1,)}),
     ("ssd", {"dt": (2, 4, 1)}), ("ssd", {"B": (1, 4, 2, 6), "C": (1, 4, 2, 6)}),
-    ("ssd", {"D": (1,)}), ("ssd", {"D": (4, 5)})))
+    ("ssd", {"D": (1,)}), ("ssd", {"D": ()}), ("ssd", {"A": ()}), ("ssd", {"D": (4, 5)})))
 def test_what_the_definition_broadcasts_is_broadcast(op, shapes, impl):
     """D of every channel too, also where T = H."""
     args, results = call(op, impl, **shapes)
     full = {name: x if x.dim() == 2 else x.expand(FULL[op][name]) for name, x in args.items()}
     skip = full.pop("D", None)
+    skip = skip if skip is None or skip.dim() else skip.expand(4)
     if op == "gla":
         o, state = call(op, "recurrent", **full)[1]()
     else:
@@ -719,6 +747,10 @@ def test_what_the_short_convolution_refuses(change, says):
     shapes = {"x": (2, 7, 5), "weight": (5, 1, 4), "bias": (5,), "document": (2, 7)} | change
     with raises_one_line(f"short_conv: {says}"):
         kernels.short_conv(**{name: torch.zeros(shape) for name, shape in shapes.items()})
+    x, weight = torch.zeros(1, 3, 5), torch.zeros(5, 1, 4)
+    for args in ((x.double(), weight), (x, weight.double()), (x, weight, torch.zeros(5).long())):
+        with raises_one_line("expected at most 32 bits, floating"):
+            kernels.short_conv(*args)
 
 
 @needs_triton
@@ -951,12 +983,47 @@ def test_convolution_goes_on_from_its_state(taps, with_kernel, monkeypatch):
     assert gap(all_at_once, F.silu(F.conv1d(F.pad(x.mT, (taps - 1, 0)), w, b, groups=5)).mT) < 1e-6
 
 
+def test_a_layer_of_gla_by_its_formulas():
+    """In float64; log decays are in float32 under autocast."""
+    attn = small("gla", norm_eps=0.1).double().layers[0].attn
+    x = torch.randn(2, 9, 32).double()
+    q, k, v = (F.silu(F.conv1d(F.pad(proj(x).mT, (3, 0)), conv.weight, groups=len(conv.weight))).mT
+               for proj, conv in ((attn.q_proj, attn.q_conv1d), (attn.k_proj, attn.k_conv1d),
+                                  (attn.v_proj, attn.v_conv1d)))
+    g = F.logsigmoid(attn.gk_proj(x)) / 16
+    o, _ = gla(*(t.unflatten(-1, (4, -1)) for t in (q, k, v, g)), impl="recurrent")
+    o = o * (o.square().mean(-1, keepdim=True) + 0.1).rsqrt() * attn.g_norm_swish_gate.weight
+    assert gap(attn(x)[0], attn.o_proj(o.flatten(2) * F.silu(attn.g_proj(x)))) < 1e-12
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = attn.float().log_decays(x.float())
+    assert narrow.dtype == torch.float32 and gap(narrow, g) < 1e-2
+
+
+def test_how_models_start():
+    """Mamba2 as in mamba_ssm: decays of many speeds, short steps, a last projection that is
+    smaller in deeper models; tied embeddings are small."""
+    lm = LM(Config("mamba2", 400, 4, 64, headdim=4, tie_embeddings=True))
+    mixer = lm.layers[3].mixer
+    A, dt = mixer.A_log.exp(), F.softplus(mixer.dt_bias)
+    assert 1 <= A.min() and 8 < A.max() <= 16.01
+    assert 9e-4 < dt.min() < 0.01 < dt.max() < 0.11
+    assert mixer.out_proj.weight.abs().max() <= 128 ** -0.5 / 2 + 1e-6
+    assert lm.embeddings.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    untied = LM(Config("gla", 400, 1, 64)).embeddings.weight
+    assert untied.std().item() == pytest.approx(1, rel=0.05)
+    assert Config("gla").conv_size == 0 and Config("gla", d_model=2048).d_mlp == 5632
+
+
 @pytest.mark.parametrize("block,changes", MODELS)
 def test_generate(block, changes):
     lm = small(block, **changes).to(DEVICE)
     n = 30 if CUDA else 12                          # long continuations are recorded on a GPU
     idx = torch.randint(61, (2, 9), device=DEVICE)
+    graphs = []
+    hook = lm.norm.register_forward_hook(lambda *call: graphs.append(call[-1].requires_grad))
     greedy = lm.generate(idx, n, temperature=0)
+    hook.remove()
+    assert graphs and not any(graphs)               # or memory would grow with every token
     again = idx
     for _ in range(n):                              # without a state: the prefix every time
         again = torch.cat((again, lm(again)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
@@ -976,15 +1043,15 @@ def test_prompts_of_unlike_lengths_are_continued_as_alone():
         cut = lm.generate(prompts, 20, seed=3, stop=stop)[i]
         assert cut[-1] == stop and stop not in cut[len(prompt):-1]
         assert torch.equal(cut, together[i][:len(cut)])
-    both = lm.generate(torch.stack([prompts[0]] * 2), 20, seed=3, stop=stop)
-    assert both.shape[1] <= 25                      # the rest is filled up with stop
+    stop = together[0][9].item()                    # where all have met it nothing goes on
+    assert lm.generate(prompts[0][None], 20, seed=3, stop=stop).shape[1] <= 10
 
 
 def test_sampling_draws_what_the_probabilities_say():
     logits = torch.tensor([1.0, 3.0, 2.0, -4.0]).expand(20000, -1)
     chance = torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for temperature, top_k, top_p, kept in (
-            (1, None, None, 4), (0.5, 3, None, 3), (1, None, 0.8, 2)):
+            (1, None, None, 4), (0.5, 3, None, 3), (1, None, 0.8, 2), (1, 2, 0.7, 1)):
         drawn = model_script.choose(logits, temperature, top_k, top_p, chance)
         p = torch.softmax(logits[0] / temperature, 0)
         p[p.argsort(descending=True)[kept:]] = 0
@@ -1018,6 +1085,9 @@ def test_the_loss_counts_only_what_is_asked():
     nothing = lm(idx, torch.full_like(targets, -100))[1]
     nothing.backward()
     assert nothing.item() == 0
+    lm.lm_head.weight.data *= 1000                              # exp(logits) is infinite
+    ref = F.cross_entropy(lm(idx)[0].flatten(0, 1), targets.flatten())
+    assert lm(idx, targets)[1].item() == pytest.approx(ref.item(), rel=1e-5)
 
 
 def test_a_second_derivative_of_the_loss_is_an_error():
@@ -1045,15 +1115,16 @@ def test_a_second_derivative_of_the_loss_is_an_error():
     (lambda lm, idx: lm.generate(idx, -1), "n is -1"),
     (lambda lm, idx: lm.generate(idx, 1, temperature=-1.0), "temperature is -1.0"),
     (lambda lm, idx: lm.generate(idx, 1, temperature=float("nan")), "temperature is nan"),
-    (lambda lm, idx: lm.generate(idx, 1, top_k=-1), "top_k is -1"),
+    (lambda lm, idx: lm.generate(idx, 1, top_k=0), "top_k is 0"),
     (lambda lm, idx: lm.generate(idx, 1, top_p=0.0), "top_p is 0.0"),
+    (lambda lm, idx: lm.generate(idx, 1, top_p=1.5), "top_p is 1.5"),
     (lambda lm, idx: (lm.embeddings.weight.data.fill_(math.nan), lm.generate(idx, 1)),
      "its weights are not finite"),
     (lambda lm, idx: Config("gla", 61, 2, 32, n_head=[4]), "one per layer"),
     (lambda lm, idx: Config("gla", 61, 2, 32, n_head=4, n_key_head=3), "does not divide"),
     (lambda lm, idx: Config("gla", 61, 2.0, 32), "n_layer is 2.0"),
     (lambda lm, idx: lm([[1, 2]]), "idx is of type list"),
-    (lambda lm, idx: lm(idx + 61), "expected 0 to 60"),
+    (lambda lm, idx: lm(idx * 0 + 61), "expected 0 to 60"),
     (lambda lm, idx: lm(idx - 61), "token id -"),
     (lambda lm, idx: lm(idx, idx + 61), "targets has the token id"),
     (lambda lm, idx: lm(idx, idx * 0 - 1), "targets has the token id -1"),
@@ -1114,6 +1185,10 @@ def test_checkpoint_round_trip(block, changes, tmp_path):
     assert (back.lm_head.weight is back.embeddings.weight) == lm.config.tie_embeddings
     idx = torch.ones(1, 3, dtype=torch.long)
     assert torch.equal(LM.from_pretrained(tmp_path / "a.pt")(idx)[0], lm(idx)[0])
+    os.symlink(tmp_path / "a.pt", tmp_path / "link.pt")
+    save_checkpoint(tmp_path / "link.pt", lm, {"step": 4})          # a link stays one
+    assert os.path.islink(tmp_path / "link.pt")
+    assert load_checkpoint(tmp_path / "a.pt")[1] == {"step": 4}
 
 
 def test_files_that_hold_no_checkpoint(tmp_path):
@@ -1122,9 +1197,15 @@ def test_files_that_hold_no_checkpoint(tmp_path):
         torch.save(entries, tmp_path / "x.pt")
         with pytest.raises(BadInput):
             load_checkpoint(tmp_path / "x.pt")
+    torch.save({"config": {}, "model": {}, "train": Runs(tmp_path / "run")}, tmp_path / "x.pt")
+    with raises_one_line("is not a whole checkpoint"):  # and what would be run is not
+        load_checkpoint(tmp_path / "x.pt")
     with pytest.raises(AttributeError):                 # what cannot be pickled leaves nothing
         save_checkpoint(tmp_path / "y.pt", small("gla"), {"x": lambda: 0})
     assert os.listdir(tmp_path) == ["x.pt"]
+    os.mkfifo(tmp_path / "pipe.pt")                     # as a device, which would be replaced
+    with raises_one_line("it is a folder or a device"):
+        save_checkpoint(tmp_path / "pipe.pt", small("gla"))
 
 
 def save_for_ever(path):
@@ -1163,6 +1244,8 @@ def test_preserve_is_exact_and_all_of_it_learns_at_once(block, changes, layers, 
     assert gap(new(idx)[0], lm(idx)[0]) < limit
     assert report["state_elements_after"] == sum(
         lm.config.state_elements(i) * (2 if i in layers else 1) for i in range(3))
+    assert all(p.dtype == dtype for p in new.parameters())
+    assert (new.lm_head.weight is new.embeddings.weight) == lm.config.tie_embeddings
     before = {name: p.clone() for name, p in new.state_dict().items()}
     optimizer = torch.optim.AdamW(new.parameters(), lr=1e-3, weight_decay=0)
     new(idx, idx)[1].backward()
@@ -1178,14 +1261,15 @@ def test_preserve_is_exact_and_all_of_it_learns_at_once(block, changes, layers, 
 
 
 def test_preserve_twice():
-    """16 heads that share keys by 4, then by 16: with trained gates in between."""
+    """16 heads that share keys by 4, then by 8 or 16: with trained gates in between."""
     lm = small("gla", n_head=16, d_model=64).double()
     once, _ = expand(lm, [0, 1], 4)
     torch.nn.init.normal_(once.layers[0].attn.gates)
-    twice, _ = expand(once, [0], 4)
-    assert twice.layers[0].attn.gates.shape == (1, 16, 16)
     idx = torch.randint(61, (2, 50))
-    assert gap(twice(idx)[0], once(idx)[0]) < 1e-12
+    for factor, shape in ((2, (2, 8, 8)), (4, (1, 16, 16))):
+        twice, _ = expand(once, [0], factor)
+        assert twice.layers[0].attn.gates.shape == shape
+        assert gap(twice(idx)[0], once(idx)[0]) < 1e-12
     with raises_one_line("shares keys already"):
         expand(once, [0], 2, "inherit")
 
@@ -1211,6 +1295,31 @@ def test_everything_outside_the_chosen_layers_is_kept(block, init):
     assert same_weights(new, expand(lm, [0, 2], 2, init, seed=0)[0])
     random = init != "inherit" and (block, init) != ("gla", "preserve")
     assert same_weights(new, expand(lm, [0, 2], 2, init, seed=1)[0]) != random
+    for p in new.parameters():
+        p.data += 1                                             # nor do they share memory
+    assert all(torch.equal(p, before[name]) for name, p in lm.state_dict().items())
+
+
+@pytest.mark.parametrize("init,afresh", (
+    ("inherit", ()), ("reinit", "attn"), ("reinit-keys", ("attn.q_", "attn.k_", "attn.gk_"))))
+def test_transplant_tensor_by_tensor_gla(init, afresh):
+    lm = small("gla").eval()
+    old, random = lm.layers[1].state_dict(), torch.get_rng_state()
+    new, _ = expand(lm, [1], 4, init)
+    assert torch.equal(torch.get_rng_state(), random) and not new.training
+    for name, p in new.layers[1].named_parameters():
+        gains = name == "attn.g_norm_swish_gate.weight" and init != "reinit"
+        was = old[name].repeat(4) if gains else old[name]
+        assert torch.equal(p, was) != name.startswith(afresh), name
+
+
+def test_the_script_hands_on_its_options(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", small("mamba2"))
+    ran(expand_script, f"--ckpt={tmp_path}/a.pt", "--layers=0,2", "--factor=3", "--init=inherit",
+        "--seed=5", "--noise=0.1", f"--out={tmp_path}/b.pt")
+    expected, _ = expand(small("mamba2"), [0, 2], 3, "inherit", seed=5, noise=0.1)
+    assert same_weights(load_checkpoint(tmp_path / "b.pt")[0], expected)
+    assert not same_weights(expand(small("mamba2"), [0, 2], 3, "inherit", noise=0.1)[0], expected)
 
 
 @pytest.mark.parametrize("init", ("preserve", "inherit", "reinit", "reinit-keys"))
@@ -1247,6 +1356,9 @@ def test_tiled_rows_never_part_without_noise():
     idx = torch.randint(61, (4, 40))
     for noise in (0.0, 0.1):
         new, _ = expand(lm, [0], 2, "inherit", noise=noise)
+        rows, more = new.layers[0].mixer.in_proj.weight[128:140].detach().clone().chunk(2)
+        assert torch.equal(rows, lm.layers[0].mixer.in_proj.weight[128:134])
+        assert (more - rows).std().item() == pytest.approx(noise * rows.std().item(), rel=0.2)
         optimizer = torch.optim.AdamW(new.parameters(), lr=1e-2)
         for _ in range(3):
             optimizer.zero_grad()
@@ -1315,8 +1427,10 @@ def test_an_init_of_your_own_hears_what_it_lacks(monkeypatch):
 def test_counts_of_the_public_sizes(size, params, every, before, after, more):
     with torch.device("meta"):
         lm = LM(SIZES[size])
+    layers = choose_layers(lm.config.n_layer, every, "")
+    assert layers[:2] == [0, every]
     for init in ("preserve", "reinit"):
-        _, report = expand(lm, choose_layers(lm.config.n_layer, every, ""), init=init)
+        _, report = expand(lm, layers, init=init)
         assert f"{before} -> {after}" in describe(report) and more in describe(report)
         assert abs(report["params_before"] / params - 1) < 0.03
 
@@ -1424,6 +1538,13 @@ def test_defaults_are_the_libraries(name):
     assert public.read_config(given, "f") == public.read_config(theirs, "f")
 
 
+def test_defaults_of_flash_linear_attention():
+    given = {"model_type": "gla", "hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 9}
+    assert public.read_config(given, "f") == {
+        "block": "gla", "d_model": 256, "n_layer": 2, "vocab_size": 9, "n_head": 4, "expand_k": 0.5,
+        "expand_v": 1.0, "d_mlp": 768, "conv_size": 0, "norm_eps": 1e-6, "tie_embeddings": False}
+
+
 def test_defaults_of_mamba_ssm():
     config = public.read_config({"d_model": 256, "n_layer": 2, "vocab_size": 9} | ssm(), "f")
     assert (config["n_groups"], config["pad_vocab"], config["tie_embeddings"]) == (1, 8, True)
@@ -1488,6 +1609,7 @@ def test_folders_are_read_tensor_for_tensor(block, older, shards, extension, tmp
                   extension)
     read = LM.from_pretrained(tmp_path / "x")
     assert same_weights(read, lm.bfloat16().float() if older else lm)
+    assert all(p.dtype == torch.float32 for p in read.parameters())
     tokenizer = f"hf:{tmp_path}/x" if block == "gla" else "hf:EleutherAI/gpt-neox-20b"
     assert asdict(read.config) == asdict(lm.config) | {"tokenizer": tokenizer}
 
@@ -1527,6 +1649,7 @@ def test_broken_folders(tmp_path, monkeypatch):
             (tensors | {"model.rotary.weight": torch.ones(2)}, "rotary.weight"),
             (tensors | {name: torch.ones(32, dtype=torch.int8)}, "is of torch.int8"),
             (tensors | {"layers.1.attn_norm.weight": torch.ones(32)}, "twice"),
+            ({"model": Runs(tmp_path / "run")}, "UnpicklingError"),
             ({"model": tensors}, "model is no tensor"))):
         write_weights(tmp_path / f"{i}", config, weights)
         with raises_one_line(says):
@@ -1560,6 +1683,7 @@ def test_mamba2_is_written_for_transformers(changes, tmp_path):
     library("safetensors")
     lm = small("mamba2", **changes).eval()
     model_script.export(lm, f"{tmp_path}/x")
+    assert len({path.stat().st_mode for path in (tmp_path / "x").iterdir()}) == 1   # for others too
     back = LM.from_pretrained(tmp_path / "x").eval()
     assert (back.config.vocab_size, back.config.tokenizer) == (61, lm.config.tokenizer)
     idx = torch.randint(61, (2, 300))
@@ -1653,6 +1777,8 @@ def test_what_cannot_be_written(tmp_path):
     for name, says in (("file", "exists"), ("full", "exists"), ("file/x", "cannot write")):
         with raises_one_line(says):
             write(small("mamba2"), tmp_path / name)
+    with full_disk(5000), raises_one_line("cannot write"):
+        write(small("mamba2"), tmp_path / "y")
     assert write(small("mamba2"), tmp_path / "empty") == ["config.json", "model.safetensors"]
     assert sorted(os.listdir(tmp_path)) == ["empty", "file", "full"]
 
@@ -1700,6 +1826,8 @@ def test_a_model_takes_its_tokenizer_along(ckpt, tmp_path):
             theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
             assert theirs("def f")["input_ids"] == ours.encode_ordinary("def f")
             assert len(theirs) == 4096 and theirs.eos_token_id == theirs.bos_token_id == 4095
+            config = json.loads((tmp_path / name / "config.json").read_text())
+            assert config["eos_token_id"] == config["bos_token_id"] == 4095
 
 
 # ---------------------------------------------------------------------------------------
@@ -1816,6 +1944,8 @@ def test_generation_for_the_harness_ends():
     first = out[0, 7:].tolist().index(model.end_of_text)
     assert set(again[0, 7 + first:].tolist()) == {model.end_of_text}
     assert model.generate(ids, mask, 16, lambda rows, _: rows.shape[1] == 10).shape == (3, 10)
+    some = model.generate(ids, mask, 16, lambda rows, _: torch.arange(3) == 0)
+    assert some.shape == (3, 16)                            # not all may end
     with raises_one_line("at random"):
         model.generate(ids, mask, 16, lambda rows, _: False, do_sample=True)
 
@@ -1857,14 +1987,17 @@ def test_a_twentieth_is_held_out(tmp_path):
     held out nor all trained on."""
     train, val = prepared(fill(tmp_path, {"a.txt": FOX * 400}) / "a.txt", tmp_path / "one")
     assert train + val == FOX * 400 + "<|endoftext|>"
-    assert 0.04 < len(val) / len(train + val) < 0.06
+    train, val, meta = prepare.load_corpus(tmp_path / "one")
+    assert meta["sha256"] == hashlib.sha256(train.tobytes() + val.tobytes()).hexdigest()
+    assert 0.04 < len(val) / (len(train) + len(val)) < 0.06
     many = {f"{i:02d}.txt": f"file {i}. {FOX * 90}" for i in range(45)}
     train, val = prepared(fill(tmp_path / "many", many), tmp_path / "out")
     assert "file 19." in val and "file 39." in val and val.count("file") == 2
     assert train.count("file") == 43
     for smaller in (5, 60):
         files = {f"{i:02d}.txt": f"small {i}. {FOX * 20}" for i in range(smaller)}
-        files["19.txt"] = "huge " * 100_000
+        files["19.txt"] = "huge " * 5000
+        fill(tmp_path / "out", {"bigrams.npz": "of the text before"})
         train, val = prepared(fill(tmp_path / f"{smaller}", files), tmp_path / "out")
         assert 0.03 < len(val) / len(train + val) < 0.07
         assert all(word in part for word in ("huge", "fox") for part in (train, val))
@@ -1873,7 +2006,7 @@ def test_a_twentieth_is_held_out(tmp_path):
 def test_which_files_of_a_folder_are_read(tmp_path):
     """What is not text is named and left out, what is hidden is not looked at; --ext chooses."""
     folder = fill(tmp_path / "text", {
-        "a.md": "markdown " * 900, "b/c.RST": "restructured " * 900, "d.csv": "1,2,3,4\n" * 900,
+        "a.md": "markdown " * 900, "b/c.RST": "restructured\r\n" * 900, "d.csv": "1,2,3,4\n" * 900,
         "latin.txt": b"caf\xe9 " * 1000, "blank.txt": " \n" * 9, ".hidden.txt": "secret " * 999,
         "venv/pyvenv.cfg": "home = /usr", "venv/lib/x.txt": "not mine " * 999,
         ".git/config.txt": "secret " * 999})
@@ -1881,8 +2014,31 @@ def test_which_files_of_a_folder_are_read(tmp_path):
     assert "3 documents" in said and f"left out, not UTF-8: {folder}/latin.txt" in said
     assert "secret" not in "".join(prepared(folder, tmp_path / "out"))
     train, _ = prepared(folder, "--ext=.md,.rst", tmp_path / "out")
-    assert "markdown" in train and "restructured" in train and "1,2" not in train
+    assert "markdown" in train and "restructured\n" in train and "1,2" not in train
     refused(prepare, folder, "--ext=.tex", says="no files that end in .tex")
+
+
+def test_installed_packages_are_no_standard_library(tmp_path, monkeypatch):
+    fill(tmp_path, {"a.py": "", "site-packages/b.py": "", "lib/test_c.py": ""})
+    monkeypatch.setattr(prepare.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert prepare.python_files() == [f"{tmp_path}/a.py"]
+
+
+def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
+    library("safetensors")
+    fsync, synced = os.fsync, set()
+
+    def seen(fd):
+        synced.add((os.fstat(fd).st_ino, os.fstat(fd).st_size))
+        fsync(fd)
+    monkeypatch.setattr(os, "fsync", seen)
+    prepare.write_corpus([(FOX * 999, 0.05)], f"{tmp_path}/text", "code4096")
+    save_checkpoint(tmp_path / "a.pt", small("gla"))
+    write(small("mamba2"), tmp_path / "public")
+    block_script.append(f"{tmp_path}/runs.jsonl", [{}])
+    found = {path.name: (path.stat().st_ino, path.stat().st_size)
+             for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(found) == 7 and not [name for name in found if found[name] not in synced]
 
 
 def test_runs_prepare_a_folder_at_once(tmp_path):
@@ -1938,10 +2094,11 @@ def test_a_million_blanks(blank):
 def save_hf(folder, step=1, letters="abcdefgh ", **special):
     """A Hugging Face tokenizer of letters, its ids `step` apart. -> its name"""
     transformers = library("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     vocabulary = {"<unk>": 0, "</s>": 1} | {c: (i + 2) * step for i, c in enumerate(letters)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing("</s> $A", "$A $B", [("</s>", 1)])
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>",
                                          **special).save_pretrained(folder)
     return f"hf:{folder}"
@@ -1954,7 +2111,7 @@ def test_hugging_face_ids_may_have_gaps(step, dtype, tmp_path):
     prepared(tmp_path / "a.txt", f"--tokenizer={name}", tmp_path / "out")
     train, val, meta = prepare.load_corpus(tmp_path / "out")
     assert max(train.max(), val.max()) < meta["vocab_size"] == 10 * step + 1
-    assert meta["dtype"] == dtype and val[-1] == meta["end_of_text"] == 1
+    assert meta["dtype"] == dtype and val[-1] == meta["end_of_text"] == 1 and 1 not in train
 
 
 def test_hugging_face_tokenizers_that_cannot_be_used(tmp_path):
@@ -1965,9 +2122,12 @@ def test_hugging_face_tokenizers_that_cannot_be_used(tmp_path):
     assert not (tmp_path / "out").exists()
     name = save_hf(tmp_path / "spelled", letters="abcdefgh </s>", eos_token="</s>")
     assert 1 not in prepare.load_tokenizer(name).encode_ordinary("ab</s>c")
+    name = save_hf(tmp_path / "end", letters=["a", "<|endoftext|>"])         # without eos_token
+    assert prepare.load_tokenizer(name).eot_token == 3
 
 
 def test_the_tokenizer_of_a_model_and_of_a_text(tmp_path):
+    import tiktoken
     name = save_hf(tmp_path / "hf", eos_token="</s>")
     fill(tmp_path, {"a.txt": "abcdefgh " * 2000})
     prepared(tmp_path / "a.txt", f"--tokenizer={name}", tmp_path / "out")
@@ -1979,6 +2139,15 @@ def test_the_tokenizer_of_a_model_and_of_a_text(tmp_path):
     for other in ("code4096", f"hf:{tmp_path}/none"):
         with raises_one_line(f"the model's tokenizer is {other}, the text was prepared with hf:"):
             prepare.same_tokenizer(other, meta)
+    ranks = prepare.load_tokenizer("code4096")._mergeable_ranks
+    one, other = list(ranks)[-2:]
+    swapped = ranks | {one: ranks[other], other: ranks[one]}
+    unlike = [tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=of,
+                                special_tokens={"<|endoftext|>": end})
+              for pattern, of, end in ((prepare.WORDS, ranks, 4095), (PATTERN, ranks, 4095),
+                                       (prepare.WORDS, swapped, 4095),
+                                       (prepare.WORDS, ranks, 4096))]
+    assert len(set(map(prepare.fingerprint, unlike))) == 4
     save_hf(tmp_path / "hf", letters="hgfedcba ", eos_token="</s>")
     with raises_one_line("has changed"):
         prepare.same_tokenizer(name, meta)
@@ -2048,7 +2217,8 @@ def pins(tmp_path, monkeypatch):
     packages["dask"] |= {
         "tests/a.py": "# hidden\n", "test_b.py": "# hidden\n", "c_test.py": "# hidden\n",
         "d.txt": "hidden", "e.py": b"# caf\xe9 hidden", "f.py": "# hidden, DO NOT EDIT\n",
-        "g.py": "# hidden" * 200, "h.py": "hidden = [0.125, 0.25, 3.75, 4.875, 5.125]",
+        "g.py": "# hidden" * 200, "conftest.py": "# hidden\n",
+        "h.py": "hidden = [0.125, 0.25, 3.75, 4.875, 5.125]",
         "i.py": "# hidden\n" * 200_000, "crlf.py": "# kept\r\n# as well\r\n"}
     lines = [save_wheel(tmp_path / "index", name, files) for name, files in packages.items()]
     return fill(tmp_path, {"pins.txt": "# packages\n\n" + "".join(lines)}) / "pins.txt"
@@ -2171,6 +2341,7 @@ class Induction(torch.nn.Module):
 def test_pairs_by_perfect_memory_and_by_none(make, size, shown, asked, chance):
     idx, targets = make(np.random.default_rng(size), 200, size, 4096)
     assert idx.shape == targets.shape == (200, 2 * (shown + asked))
+    assert shown == 1 or (idx[:, :2 * asked:2] != idx[:, -2 * asked::2]).any()  # in another order
     blind = []
     for x, y in zip(idx, targets, strict=True):
         memory = dict(zip(x[:2 * shown:2], x[1:2 * shown:2], strict=True))
@@ -2192,7 +2363,7 @@ def test_passkey_is_in_the_text_and_nowhere_else(text):
         assert len(x) == 128 and len(key) == 5 and key.isdigit()
         assert decoded.endswith(f"\npasskey = {key}") and decoded.count(f"passkey = {key}") == 2
         depths.add(decoded.index("passkey"))
-    assert len(depths) > 20
+    assert len(depths) > 20 and len(set(idx[:, 0])) > 5
 
 
 def test_needle_pairs_differ_in_the_line_alone(text):
@@ -2211,6 +2382,14 @@ def test_needle_pairs_differ_in_the_line_alone(text):
     assert memory["gain"] > 5 * memory["gain_se"] and memory["digits"] > 5 * memory["digits_se"]
     none = recall.needle_gain(Induction(4096, memory=0), tokens, tokenizer, 100, n=20)
     assert none["gain"] == none["digits"] == 0
+    present, absent, targets = recall.needle_pairs(
+        np.random.default_rng([1, 100]), 20, 100, tokens, tokenizer)
+    lm, digits = code_lm("gla"), recall.Needle(tokenizer).digits
+    with_line, without = (recall.answer_likelihood(lm, idx, targets, digits)
+                          for idx in (present, absent))
+    expected = [number for a, b in zip(with_line, without, strict=True)
+                for number in recall.mean_and_error(a - b)]             # errors are of pairs
+    assert [*recall.needle_gain(lm, tokens, tokenizer, 100, n=20).values()] == expected
 
 
 def test_what_the_sequences_need(text):
@@ -2300,6 +2479,8 @@ def test_text_loss_falls_where_the_context_helps():
     loss, error, in_context = recall.text_loss(Induction(30, memory=0), phrase[:40], 160)
     assert loss == pytest.approx(math.log(30)) and in_context == pytest.approx(0)
     assert math.isnan(error)                                            # one window, of 39
+    # tokens 12 to 15 against 2 and 3
+    assert recall.summary(torch.arange(16.0).expand(3, -1))[2] == 13.5 - 2.5
 
 
 @pytest.mark.parametrize("vocab_size", (7, 1 << 16, 100000))
@@ -2325,8 +2506,11 @@ def test_counts_are_kept_beside_the_token_files(tmp_path, monkeypatch):
         if damage is not None:
             fill(folder, {"bigrams.npz": damage})
         assert (recall.bigram_counts(folder, train, meta).pairs == expected).all()
-    nameless = recall.bigram_counts(folder, train[:50], {"vocab_size": 4096})
-    assert nameless.counts.sum() == 49                       # of no known corpus: not kept
+    for n in (50, 80):                                       # of no known corpus: not kept
+        nameless = recall.bigram_counts(folder, train[:n], {"vocab_size": 4096})
+        assert nameless.counts.sum() == n - 1
+    wider = recall.bigram_counts(folder, train, meta | {"vocab_size": 5000})
+    assert (wider.pairs == np.arange(499) * 5001 + 1).all()
     other = recall.bigram_counts(folder, train[:100], meta | {"sha256": "another corpus"})
     assert other.counts.sum() == 99
     recall.bigram_counts(folder, train, meta)
@@ -2415,6 +2599,7 @@ def test_cluster_error():
     assert alone == pytest.approx(values.std(ddof=1) / 60 ** 0.5)
     twice = recall.cluster_error(np.repeat(values, 2), np.repeat(np.arange(60), 2))
     assert twice == pytest.approx(alone)             # saying a thing twice is no new evidence
+    assert recall.cluster_error(values, 3 * np.arange(60)) == pytest.approx(alone)
     assert math.isnan(recall.cluster_error(values, np.zeros(60, int)))
 
 
@@ -2437,9 +2622,33 @@ def test_the_script_prints_the_scores_of_the_run(corpus, text, tmp_path):
     assert np.mean(samples["mqar"]["8"]) == pytest.approx(expected["recall"]["mqar"]["8"])
     assert len(samples["fewshot"]["1"]) == 8
     assert np.mean(samples["text"]) == pytest.approx(expected["val_loss"])
+    assert len(samples["text"]) == len(recall.text_windows(text[0], 48, 64)[0])
     said = ran(recall, *args, f"--control={tmp_path}/model.pt")
     assert f"more than {tmp_path}/model.pt" in said and "+0.0000 +- 0.0000, 0.0000" in said
     refused(recall, *args, f"--control={tmp_path}/none.pt", says="no checkpoint at")
+    ran(recall, *args, "--n=1", "--seed=2", "--rare=0", "--windows=3")
+    other = (tmp_path / "out.json").read_text()
+    assert "NaN" not in other                                   # one sequence has no error
+    other = json.loads(other)
+    assert other["samples"] == recall.score(lm, *text, T=48, pairs=(2, 8), n=1, seed=2)["samples"]
+    assert (other["rare_repeats"]["at_most"], other["rare_repeats"]["windows"]) == (0, 3)
+    gains = [recall.needle_gain(lm, *text, 48, n=1, seed=seed)["gain"] for seed in (1, 2)]
+    assert gains[0] != gains[1] == other["needle_gain"]["48"]["gain"]
+
+
+def test_scores_of_the_passkey_and_of_text_alone(text):
+    """A passkey is right where all its digits are; trained on text alone, no pairs are asked."""
+    scores = recall.score(Induction(4096), *text, T=16, pairs=(), shots=(), lengths=(64,), n=40)
+    assert set(scores["samples"]["passkey"]["64"]) == {0, 1}
+    assert scores["chance"]["passkey"] == {"64": 1e-5}
+    seeds = [recall.score(Induction(4096), *text, T=16, pairs=(), shots=(), lengths=(64,), n=9,
+                          seed=seed)["samples"]["passkey"] for seed in (1, 2)]
+    assert seeds[0] != seeds[1]
+    alone = recall.chosen_sizes(recall.Options(seed=5), {"recall_tokens": 0, "pairs": "2"}, text[0])
+    assert alone["pairs"] == alone["shots"] == () and alone["seed"] == 5
+    with raises_one_line("which its meta.json denies"):
+        recall.check_tokens(Config("gla", 50), np.array([50]), {"tokenizer": "", "vocab_size": 50},
+                            "folder")
 
 
 # ---------------------------------------------------------------------------------------
@@ -2459,14 +2668,20 @@ def made_up_arm(**changes):
 
 def test_the_report_pairs_the_arms_by_sequence(tmp_path, monkeypatch):
     better = {"text": [2.8, 2.9], "mqar": {"4": [1, 0, 1, 1]}, "fewshot": {"1": [0, 0, 1, 1]}}
-    results = {"pretrained": made_up_arm(), "lpt": made_up_arm(lr=0.01),
-               "statex": made_up_arm(lr=0.01, state_elements=256, samples=better)}
+    results = {"pretrained": made_up_arm(tokens=1e6, val_loss=3.5), "lpt": made_up_arm(lr=0.01),
+               "statex": made_up_arm(lr=0.01, state_elements=256, samples=better, val_loss=2.85)}
     assert report.difference(results, "mqar", "4") == pytest.approx((0.25, 1.96 * 0.25))
     fill(tmp_path, {"results.json": json.dumps(results)})
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     said = ran(train_script, f"--plot={tmp_path}")
     assert "With 4 times the state" in said and "of 4 pairs, LPT 50.0%: +25.0 ± 49.0" in said
     assert "StateX - LPT: -0.150 ± 0.098 nats" in said and "pip install matplotlib" in said
+    assert "had not learnt to recall yet (50.0% of 4 pairs)" in said
+    said = re.sub(" +", " ", said)
+    for row in ("| tokens, millions | 1.0 | 2.0 | 2.0 | | |",
+                "| held-out text, nats per token | 3.500 | 3.000 | 2.850 | -0.150 ± 0.098 | |",
+                "| of 4 pairs recalled | 0.500 | 0.500 | 0.500 | +0.250 ± 0.490 | 0.250 |"):
+        assert row in said
     monkeypatch.undo()
     library("matplotlib")
     assert "recipe.png" in ran(train_script, f"--plot={tmp_path}")
@@ -2574,6 +2789,8 @@ def test_resume_knows_its_corpus(corpus, tmp_path):
     fill(tmp_path, {"c/meta.json": json.dumps(meta | {"sha256": "another"})})
     resume = ["--ckpt=resume", f"--out_dir={tmp_path}/o", "--device=cpu"]
     refused(train_script, *resume, says="has changed since the run")
+    refused(train_script, f"--data={tmp_path}/c", "--ckpt=scratch", "--steps=2", *TINY,
+            f"--out_dir={tmp_path}/o", says="has changed since the run")
     ran(train_script, *resume, f"--data={tmp_path}/c")              # given on purpose
 
 
@@ -2583,11 +2800,110 @@ def test_train_stops_at_a_step_and_goes_on_from_python(tmp_path):
     options = train_script.Options(block_size=16, batch_size=2, recall_tokens=0, steps=6,
                                    device="cpu", ckpt="x", out_dir=str(tmp_path))
     whole, half = small("gla"), small("gla")
-    train_script.train(whole, options, corpus)
-    assert train_script.train(half, options, corpus, until=2)["tokens"] == 2 * 2 * 16
+    at_once = train_script.train(whole, options, corpus)
+    assert train_script.train(half, options, corpus, until=5)["tokens"] == 5 * 2 * 16
     half, resume = load_checkpoint(f"{tmp_path}/ckpt.pt")
-    train_script.train(half, options, corpus, resume)
+    in_two = train_script.train(half, options, corpus, resume)
     assert same_weights(whole, half)
+    assert in_two["tokens"] == at_once["tokens"] == 6 * 2 * 16
+    assert in_two["evaluations"] == resume["evaluations"] + at_once["evaluations"]
+    _, ended = load_checkpoint(f"{tmp_path}/ckpt.pt")
+    assert ended["start"] == resume["start"] == train_script.fingerprint(small("gla"))
+    assert ended["seconds"] > resume["seconds"] > 0
+
+
+def test_the_learning_rate_and_what_it_is_of():
+    """Warm-up and cosine; decay of matrices alone; AdamW's numbers."""
+    options = train_script.Options(lr=1.0, warmup=3, steps=11, weight_decay=0.5, beta1=0.8,
+                                   beta2=0.7, device="cpu")
+    rates = [train_script.learning_rate(options, step) for step in (0, 1, 2, 3, 7, 11)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 0.5, 0])
+    for lm in (small("gla", n_key_head=2), small("mamba2")):
+        groups = train_script.make_optimizer(lm, options).param_groups
+        decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+        for name, p in lm.named_parameters():
+            matrix = p.dim() >= 2 and not name.endswith("gates")
+            assert decay[id(p)] == (0.5 if matrix else 0), name
+        assert all(group["betas"] == (0.8, 0.7) for group in groups)
+
+
+def test_a_step_reads_what_its_seed_and_number_say(ckpt):
+    """The sizes of recall sequences join in one by one, and every step has all its tokens."""
+    _, run = run_of(os.path.dirname(ckpt))
+
+    def read(step, kind, **changes):
+        run.step, run.options = step, replace(run.options, **changes)
+        return train_script.batches(run, 0)[kind][0]
+    text = read(0, 0, seed=0)
+    assert torch.equal(text, read(0, 0)) and not torch.equal(text, read(1, 0))
+    assert not torch.equal(text, read(0, 0, seed=1))
+    found = {step: [read(step, 1, seed=seed, steps=10, curriculum=0.6, pairs="4,2,8",
+                         recall_tokens=70) for seed in range(9)] for step in (0, 1, 2, 3, 4, 9)}
+    widths = [{idx.shape[1] for idx in found[step]} for step in found]
+    assert widths == [{8}, {8}, {8, 16}, {8, 16}, {8, 16, 32}, {8, 16, 32}]
+    assert all(len(idx) == -(-70 // idx.shape[1]) for of_step in found.values() for idx in of_step)
+
+
+def test_a_step_is_clipped_and_evaluations_are_means(ckpt):
+    lm, run = run_of(os.path.dirname(ckpt))
+    run.stop = train_script.Stop()
+    scores = {}
+    for pairs in ("2", "4", "2,4"):
+        run.options = replace(run.options, pairs=pairs, clip=0.01)
+        scores[pairs] = train_script.evaluate(run)[1]
+    assert scores["2,4"] == pytest.approx((scores["2"] + scores["4"]) / 2)
+    assert train_script.evaluate(run)[1] == scores["2,4"] and len(run.evaluations) == 4
+    with train_script.scoring(lm, run.options):
+        assert not lm.training and not torch.is_grad_enabled()
+    assert lm.training and torch.is_grad_enabled()
+    run.optimizer = torch.optim.SGD(lm.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in lm.parameters()]
+    train_script.forward_backward(run)
+    norm = train_script.clip_and_step(run)
+    moved = sum((p - old).square().sum() for p, old in zip(lm.parameters(), before, strict=True))
+    assert moved.sqrt().item() == pytest.approx(0.01, rel=1e-3) and norm > 0.02
+
+
+def test_every_row_is_in_one_pass():
+    for rows, size, accumulate in ((7, 1, 3), (7, 2, 4), (5, 3, 3), (8, 2, 2)):
+        runs = [SimpleNamespace(options=train_script.Options(accumulate=accumulate),
+                                processes=train_script.Processes(rank, size))
+                for rank in range(size)]
+        parts = [range(rows)[train_script.share(run, rows, k)] for run in runs
+                 for k in range(train_script.passes(run.options, run.processes))]
+        assert [row for part in parts for row in part] == list(range(rows))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_flops_are_of_all_products_and_of_the_state():
+    for lm in (small("gla", n_key_head=2), small("mamba2"), small("mamba2", tie_embeddings=True)):
+        weights = sum(m.weight.numel() for m in lm.modules() if isinstance(m, torch.nn.Linear))
+        assert train_script.flops_per_token(lm) == 6 * weights + 12 * lm.config.total_state()
+
+
+def test_a_carried_state_ends_where_the_text_begins_again(tmp_path):
+    """9 slices in each of two rows: the tenth step reads the first again, from no state."""
+    text = np.random.default_rng(0).integers(4096, size=289)
+    token_files(tmp_path / "c", text, text[:100])
+    ran(train_script, f"--data={tmp_path}/c", "--ckpt=scratch", *TINY, "--batch_size=2", "--lr=0",
+        "--recall_tokens=0", "--block_size=16", "--steps=10", "--carry_state",
+        f"--out_dir={tmp_path}/o")
+    lm, run = run_of(tmp_path / "o")
+    run.step = 9
+    idx, targets, _, _ = train_script.batches(run, 0)[0]
+    assert idx[:, 0].tolist() == [text[0], text[144]]
+    assert losses(tmp_path / "o")[10][0] == pytest.approx(lm(idx, targets)[1].item(), rel=1e-5)
+
+
+def test_what_nohup_ignores_stays_ignored(monkeypatch):
+    heard = []
+    monkeypatch.setattr(signal, "getsignal", lambda number: (
+        signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL))
+    monkeypatch.setattr(signal, "signal", lambda number, handler: heard.append(number))
+    monkeypatch.setattr(signal, "set_wakeup_fd", lambda fd: None)
+    monkeypatch.setattr(train_script.Stop, "wait", lambda self, ear: None)
+    train_script.Stop().listen()
+    assert heard == [signal.SIGINT, signal.SIGTERM]
 
 
 def test_gates_learn_at_a_rate_of_their_own(tmp_path):
@@ -2765,6 +3081,9 @@ def test_two_processes_give_the_same_losses(more, corpus, tmp_path):
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     for step in (10, 20):
         assert two[step] == pytest.approx(one[step], rel=1e-5)
+    norms = ([line["grad_norm"] for line in logged(tmp_path / name) if "grad_norm" in line]
+             for name in ("one", "two"))
+    assert next(norms) == pytest.approx(next(norms), rel=1e-3)
     (a, x), (b, y) = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
     assert a.config == b.config and x["tokens"] == y["tokens"]
     assert y["evaluations"][-1] == pytest.approx(x["evaluations"][-1], rel=1e-5)
@@ -2915,6 +3234,17 @@ def test_the_recipe_on_real_text(block, tmp_path):
     assert len(logged(tmp_path)) == lines and not (tmp_path / "lpt.pt").exists()
 
 
+def test_the_script_generates_as_it_was_asked_to(ckpt, monkeypatch):
+    """And prints a character once all of its tokens are there."""
+    asked = []
+    tokens = prepare.load_tokenizer("code4096").encode_ordinary("x漢🙂y")
+    monkeypatch.setattr(LM, "stream", lambda self, prompt, *args: asked.extend(
+        (prompt.tolist(), *args)) or (torch.tensor([token]) for token in tokens))
+    assert ran(model_script, f"--ckpt={ckpt}", "--n=7", "--temperature=0.5", "--top_k=0",
+               "--top_p=0.9", "--seed=3", "--device=cpu") == "x漢🙂y\n"
+    assert asked == [[[4095]], 7, 0.5, None, 0.9, 4095, 3]
+
+
 def test_ids_without_a_text_are_not_drawn(tmp_path):
     lm = LM(Config("gla", n_layer=1, d_model=16, n_head=2, d_mlp=16, vocab_size=100_000,
                    tokenizer="code4096"))
@@ -2924,10 +3254,24 @@ def test_ids_without_a_text_are_not_drawn(tmp_path):
 
 
 def test_the_recipe_on_text_alone(tmp_path):
-    said = ran(train_script, "--pretrain_steps=2", "--steps=2", f"--out_dir={tmp_path}",
-               "--device=cpu", "--d_model=32", "--block_size=64", "--recall_tokens=0")
+    args = ("--pretrain_steps=2", "--steps=2", f"--out_dir={tmp_path}", "--post_lr=3e-3",
+            "--device=cpu", "--d_model=32", "--block_size=64", "--recall_tokens=0")
+    said = ran(train_script, *args)
     assert "Held-out text, StateX - LPT" in said
     assert "recalled" not in said and "not learnt" not in said
+    results = json.loads((tmp_path / "results.json").read_text())
+    for arm, seed, lr, curriculum, tokens in (
+            ("pretrained", 0, 0.01, 0.6, 1), ("lpt", 1, 3e-3, 0, 2),
+            ("statex", 1, 3e-3, 0, 2)):
+        trained = load_checkpoint(tmp_path / f"{arm}.pt")[1]["options"]
+        assert (trained["seed"], trained["lr"], trained["curriculum"]) == (seed, lr, curriculum)
+        assert results[arm]["tokens"] == tokens * 2 * 8 * 64 and results[arm]["lr"] == lr
+        assert results[arm]["val_loss"] == pytest.approx(results[arm]["evaluations"][-1][1])
+    small, _ = load_checkpoint(tmp_path / "pretrained.pt")
+    for arm, lm in (("lpt", small), ("statex", expand(small, [0, 1])[0])):
+        assert load_checkpoint(tmp_path / f"{arm}.pt")[1]["start"] == train_script.fingerprint(lm)
+    assert {entry["run"] for entry in logged(tmp_path)} == set(report.ARMS)
+    refused(train_script, *args, "--d_model=48", says="run with d_model = 32")
 
 
 # ---------------------------------------------------------------------------------------
@@ -2940,6 +3284,8 @@ RECALL = ("--ckpt={tmp}/code.pt", "--data={corpus}", "--device=cpu")
 BAD = (
     # the command line
     (train_script, ("--learning_rat=1",), "unknown option --learning_rat"),
+    (train_script, ("--step=1", "--ckpt={tmp}/none.pt"), "nearest known one is --steps"),
+    (train_script, ("--lr=inf",), "inf is not a number from 0 up"),
     (train_script, ("--batchsize=1",), "nearest known one is --batch_size"),
     (train_script, ("--ckpt=scratch", "--name=ckpt.pt"), "and .pt is added"),
     (train_script, ("--ckpt=scratch", "--name=" + "x" * 300), "has 300 letters"),
@@ -3017,6 +3363,7 @@ BAD = (
     (recall, ("--ckpt={tmp}/public.pt", *RECALL[1:]), "with --tokenizer=hf:someone/else"),
     (recall, ("--ckpt={tmp}/few.pt", *RECALL[1:]), "4096 token ids, the model 300"),
     (recall, (*RECALL, "--pairs=4,x"), "--pairs=4,x is not a list"),
+    (recall, (*RECALL, "--pairs=4,4"), "no two alike"),
     (recall, (*RECALL, "--pairs=1000"), "1000 pairs need 2000 symbols"),
     (recall, (*RECALL, "--lengths=9999999"), "needs more than that of held-out text"),
     (recall, (*RECALL, "--needle=9999999"), "needs more than that of held-out text"),
@@ -3038,7 +3385,9 @@ BAD = (
     (train_script, (*SCRATCH, "--d_model=1e14"), "out of memory on cpu"),
     (train_script, (*SCRATCH, "--n_head=3"), "n_head 3 does not divide"),
     (train_script, (*SCRATCH, "--block=mamba2", "--headdim=7"), "headdim 7 does not divide"),
-    (train_script, (*SCRATCH, "--block_size=10000000"), "block_size"),
+    (train_script, (*SCRATCH, "--data={tmp}/nine", "--pairs=2", "--block_size=2000"), "2000:"),
+    (train_script, (*SCRATCH, "--accumulate=4", "--recall_tokens=48"), "fewer than 4 sequences"),
+    (train_script, (*SCRATCH, "--clip=0"), "clip 0.0 above 0"),
     (train_script, (*SCRATCH, "--accumulate=3"), "cannot be shared out"),
     (train_script, (*SCRATCH, "--shard"), "start it with torchrun"),
     (train_script, (*SCRATCH, "--compile"), "--compile is for GPUs"),
@@ -3063,7 +3412,7 @@ def bad_files(ckpt, corpus, tmp_path_factory):
     with open(ckpt, "rb") as f:
         start_of_ckpt = f.read(10000)
     fill(tmp, {"cut.pt": start_of_ckpt, "file": "x", "empty.txt": "  \n", "kept/notes.md": "mine",
-               "short.txt": "three short words", "latin.txt": b"caf\xe9 " * 1000,
+               "short.txt": FOX * 40, "latin.txt": b"caf\xe9 " * 1000,
                "wheels/a.whl/x": "", "wheels/b.whl": "no wheel"})
     pin = hashlib.sha256(b"no wheel").hexdigest()
     pairs = [(base64.b64encode(bytes([i % 256, i // 256])).decode(), i) for i in range(300)]
@@ -3168,6 +3517,26 @@ def test_the_tables_are_in_step_with_the_runs():
         tables.updated("<!-- table: no-such -->\n<!-- end -->")
 
 
+def test_verdicts():
+    for more, says in (([-0.1], "open: no interval"), ([-0.1, -0.3], "open"), ([0.1, 0.3], "open"),
+                       ([-0.1, -0.11, -0.09], "confirmed"), ([0.1, 0.11, 0.09], "refuted")):
+        assert tables.verdict(more) == says
+    assert tables.bar([1.0, 2.0]) == (1.5, 0.0) and tables.bar([1.0, 2.0, 3.0])[1] > 2
+
+
+def test_a_recipe_is_appended(tmp_path, monkeypatch):
+    """Without the scores of single sequences, and the places of this machine."""
+    monkeypatch.setattr(tables, "HERE", str(tmp_path))
+    results = {arm: made_up_arm() for arm in report.ARMS} | {
+        "config": {"seed": 3, "out_dir": "x", "data": "y", "plot": ""}, "versions": {"threads": 2}}
+    fill(tmp_path, {"results.json": json.dumps(results), "recipe.jsonl": '{"seed": 0}\n'})
+    tables.append_recipe(tmp_path, "here")
+    first, line = tables.read_lines("recipe.jsonl")
+    assert first == {"seed": 0}
+    assert (line["seed"], line["threads"], line["machine"]) == (3, 2, "here")
+    assert line["config"] == {"seed": 3} and "samples" not in line["lpt"]
+
+
 def made_up_line(seed, arm, repeats, lr=2e-3, own_rate=True):
     groups = {name: {"tokens": 9, "loss": repeats, "accuracy": 0.5}
               for name in ("near", "middle", "far", "repeats", "new", "other")}
@@ -3202,10 +3571,10 @@ def test_differences_are_to_lpt_of_the_same_model(tmp_path, monkeypatch):
 
 def test_the_plan_has_every_arm_and_the_control_at_every_rate(tmp_path):
     lines = [{"family": "gla", "phase": "pilot", "start": "pre", "seed": seed, "arm": arm, "lr": lr,
-              "loss": abs(lr - (4e-3 if arm == "reinit" else 1e-3))}
+              "loss": seed + abs(lr - (4e-3 if arm == "reinit" else 1e-3))}
              for seed in (100, 101) for arm in block_script.TUNED for lr in (1e-3, 2e-3, 4e-3)]
     # a rate that one model tried is compared on that model
-    lines.append(lines[0] | {"arm": "lpt", "lr": 3e-3, "loss": 2e-3})
+    lines.append(lines[0] | {"arm": "lpt", "lr": 3e-3, "loss": 100 + 2e-3})
     fill(tmp_path, {"pilot.jsonl": "".join(json.dumps(line) + "\n" for line in lines)})
     jobs = block_script.plan(block_script.Options(pilot=f"{tmp_path}/pilot.jsonl"))
     assert [(job.name, job.own_rate) for job in jobs if job.arm == "lpt"] == [
@@ -3213,6 +3582,36 @@ def test_the_plan_has_every_arm_and_the_control_at_every_rate(tmp_path):
     assert {job.arm for job in jobs} >= {name for name, arm in block_script.ARMS.items()
                                          if arm.family != "mamba2"}
     assert {job.training["lr"] for job in jobs if job.arm == "reinit"} == {4e-3}
+    of_arm = {job.arm: job for job in jobs if job.own_rate}
+    rates = [of_arm[f"lpt-{name}-rate"].training["lr"] for name in ("half", "8x")]
+    assert rates == [5e-4, 8e-3]
+    steps = {arm: job.training["steps"] for arm, job in of_arm.items()}
+    assert steps["lpt-quarter"] == 128 and 512 == steps["lpt"] < steps["lpt-equal-flops"] < 1024
+    layers = {arm: job.expansion["layers"] for arm, job in of_arm.items() if job.expansion}
+    assert layers["inherit"] == [6, 7] and layers["preserve-x4-half"] == [1, 3, 5, 7]
+    assert layers["preserve-x4-later"] == [4, 5, 6, 7] and layers["reinit-paper"] == [0, 2, 4, 6]
+    assert of_arm["reinit-paper"].expansion["paper"] and of_arm["pre-x4"].training["n_head"] == 4
+    seeds = {(job.training["seed"], job.expansion["seed"]) for job in jobs if job.expansion}
+    assert seeds == {(1000, 0)} and of_arm["pre"].training["seed"] == 0     # other text
+    half = block_script.plan(block_script.Options(share=0.5))
+    assert [job.training["steps"] for job in half[:2]] == [800, 256]
+
+
+def test_the_parts_of_a_block(tmp_path):
+    gates = block_script.plan(block_script.Options(phase="gates"))
+    assert {job.training["gates_rate"] for job in gates if job.arm.endswith("10x")} == {10}
+    ones = block_script.expanded(small("gla"), dict(layers=[1], init="preserve", gates=1.0))
+    assert (ones.layers[1].attn.gates == 1).all()
+    groups = {"repeats": {"tokens": 1, "loss": 4.0}, "other": {"tokens": 3, "loss": 0.0}}
+    assert block_script.mean_loss({"groups": groups}) == 1
+    # a run that fails is tried once more; without a core run the block ends, without others not
+    block = block_script.Block(block_script.Options(), str(tmp_path))
+    failed = concurrent.futures.Future()
+    failed.set_exception(RuntimeError("x"))
+    for core in (True, False):
+        job = next(job for job in block.waiting if job.core == core)
+        assert block.end_job(job, failed) and block.waiting[0] is job
+        assert block.end_job(job, failed) != core
 
 
 def test_a_plan_of_the_optional_runs_that_were_named():
