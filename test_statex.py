@@ -205,11 +205,16 @@ def text(corpus):
 
 
 @pytest.fixture(scope="session")
-def ckpt(corpus, tmp_path_factory):
+def scratch(corpus):
+    """The options of a run from scratch, of a tiny model on that text."""
+    return f"--data={corpus}", "--ckpt=scratch", *TINY
+
+
+@pytest.fixture(scope="session")
+def ckpt(scratch, tmp_path_factory):
     """A checkpoint of two steps of training."""
     out = tmp_path_factory.mktemp("run")
-    ran(train_script, f"--data={corpus}", "--ckpt=scratch", "--steps=2", *TINY,
-        f"--out_dir={out}")
+    ran(train_script, *scratch, "--steps=2", f"--out_dir={out}")
     return f"{out}/ckpt.pt"
 
 
@@ -254,7 +259,8 @@ def test_help_lists_every_option_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for script in scripts:
         said = ran(script, "--help")
-        assert not [name for name in script.Options.__dataclass_fields__ if name not in said]
+        assert not [name for name in script.Options.__dataclass_fields__
+                    if f"--{name}" not in said and name != "words"]
     for process in processes:
         _, err = process.communicate()
         assert process.returncode == 0, err
@@ -385,8 +391,9 @@ def test_triton_equals_recurrent(op, H, G, K, V, T, interpreter):
             for dtype in LIMITS:
                 if slow and dtype == torch.bfloat16 and decay is None:
                     continue
-                args = inputs(op, 2 if T == 17 else 1, T, H, G, K, V, dtype=dtype, device=DEVICE,
-                              decay=decay, seed=seed)
+                batch = 2 if T == 200 or op == "gates" else 1
+                args = inputs(op, batch, T, H, G, K, V, dtype=dtype, device=DEVICE, decay=decay,
+                              seed=seed)
                 check_against(reference, op, args, "triton")
         with torch.no_grad():
             first, second = (run(op, args, "triton") for _ in range(2))
@@ -513,14 +520,13 @@ def test_a_reset_keeps_documents_apart(op, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("huge", (1e6, 1e16))
 @pytest.mark.parametrize("op", ("gla", "ssd"))
-def test_a_huge_decay_leaves_the_small_ones(op, huge, impl):
+def test_a_huge_decay_leaves_the_small_ones(op, impl):
     args = inputs(op, 1, 70, 1, 1, 5, 7, device=DEVICE)
     if op == "gla":
-        args[3][:, 41] = -huge
+        args[3][:, 41] = -1e16
     else:
-        args[1][:, 41], args[0][:, 41] = huge, 0
+        args[1][:, 41], args[0][:, 41] = 1e16, 0
     assert max(errors(op, args, impl).values()) < LIMITS[torch.float32]
 
 
@@ -571,7 +577,6 @@ def test_what_the_definition_broadcasts_is_broadcast(op, shapes, impl):
         assert x.shape == ref.shape and gap(x, ref) < LIMITS[torch.float32]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("op,name,value", (
     ("gla", "v", (2, 3, 4, 7)), ("gla", "g", (2, 1, 2, 5)), ("gla", "k", (2, 4, 3, 5)),
     ("gla", "state", (2, 4, 7, 5)), ("gla", "state", (3, 4, 5, 7)), ("gla", "q", (4, 4, 5)),
@@ -581,11 +586,16 @@ def test_what_the_definition_broadcasts_is_broadcast(op, shapes, impl):
     ("ssd", "A", (4, 6)), ("ssd", "C", (2, 4, 2, 5)), ("ssd", "state", (2, 4, 6, 5)),
     ("ssd", "B", (2, 4, 3, 6)), ("ssd", "D", (3,)), ("ssd", "first", torch.ones(2, 4)),
     ("ssd", "first", torch.ones(2, 5) > 0)))
-def test_what_the_definition_refuses_is_refused(op, name, value, impl):
+def test_what_the_definition_refuses_is_refused(op, name, value):
     """In one sentence, which names the argument, or another that it does not go with."""
     with raises_one_line(f"{op}: ") as refusal:
-        call(op, impl, **{name: value})[1]()
+        call(op, "auto", **{name: value})[1]()
     assert f"{op}: {name}" in str(refusal.value) or f"as {name}" in str(refusal.value)
+
+
+def test_groups_that_do_not_divide_the_heads_are_refused():
+    with raises_one_line("G a divisor of the 4 heads of q"):
+        run("gla", inputs("gla", 1, 3, 4, 3, 2, 2), "auto")
 
 
 def test_no_channels_are_refused_where_all_arguments_agree():
@@ -632,7 +642,7 @@ def test_no_tokens(op, impl):
 @pytest.mark.parametrize("op", ("gla", "gates", "ssd"))
 def test_second_derivatives_are_right_or_an_error(op, impl):
     """Also of a gradient penalty, where the incoming gradient is a constant."""
-    args = inputs(op, 1, 5, 2, 1, 2, 3, device=DEVICE)
+    args = inputs(op, 1, 3, 2, 1, 2, 3, device=DEVICE)
     if impl != "triton":
         args = [a.double().requires_grad_() for a in args]
         assert torch.autograd.gradgradcheck(lambda *args: run(op, args, impl), args)
@@ -645,15 +655,15 @@ def test_second_derivatives_are_right_or_an_error(op, impl):
             torch.autograd.grad(sum(g.square().sum() for g in first), args[0], retain_graph=True)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@needs_triton
 @pytest.mark.parametrize("op", ("gla", "gates", "ssd"))
-def test_activations_computed_twice(op, impl):
+def test_activations_computed_twice(op):
     """torch.utils.checkpoint gives out each saved tensor once."""
     args = [a.requires_grad_() for a in inputs(op, 1, 5, 2, 1, 2, 3, device=DEVICE)]
     twice = torch.utils.checkpoint.checkpoint(
-        lambda *args: run(op, args, impl)[0], *args, use_reentrant=False)
+        lambda *args: run(op, args, "triton")[0], *args, use_reentrant=False)
     for x, y in zip(torch.autograd.grad(twice.sum(), args),
-                    torch.autograd.grad(run(op, args, impl)[0].sum(), args), strict=True):
+                    torch.autograd.grad(run(op, args, "triton")[0].sum(), args), strict=True):
         assert torch.equal(x, y)
 
 
@@ -734,9 +744,8 @@ def test_the_convolution_of_a_gpu_equals_that_of_a_cpu(monkeypatch, taps, T, hel
 @needs_triton
 def test_kernels_refuse_what_is_on_a_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for op in ("gla", "ssd"):
-        with raises_one_line("takes tensors of a GPU, and these are on cpu"):
-            run(op, inputs(op, 1, 3, 2, 2, 4, 4), "triton")
+    with raises_one_line("takes tensors of a GPU, and these are on cpu"):
+        run("gla", inputs("gla", 1, 3, 2, 2, 4, 4), "triton")
 
 
 @needs_triton
@@ -756,12 +765,12 @@ def test_what_the_short_convolution_refuses(change, says):
 @needs_triton
 @pytest.mark.parametrize("block,changes", (("gla", {"n_key_head": 2}), ("mamba2", {})))
 def test_torch_compile_sees_no_graph_break(block, changes, monkeypatch):
-    """A layer with the kernels in it is one graph, forward and backward, for any T."""
+    """A layer with the kernels in it is one graph, forward and backward, for each T."""
     for name, op in (("gla", gla), ("ssd", ssd)):
         monkeypatch.setattr(model_script, name, functools.partial(op, impl="triton"))
     layer = small(block, **changes).layers[0].to(DEVICE)
     one_graph = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    for T in (6, 7, 9):
+    for T in (6, 7):
         x = torch.randn(1, T, 32, device=DEVICE, requires_grad=True)
         plain, compiled = (sum(f(x)[:2]) for f in (layer, one_graph))
         assert gap(compiled, plain) < 1e-5
@@ -1016,6 +1025,7 @@ def test_how_models_start():
 
 @pytest.mark.parametrize("block,changes", MODELS)
 def test_generate(block, changes):
+    """Greedy is the likeliest token after the whole prefix; to draw from one is greedy."""
     lm = small(block, **changes).to(DEVICE)
     n = 30 if CUDA else 12                          # long continuations are recorded on a GPU
     idx = torch.randint(61, (2, 9), device=DEVICE)
@@ -1027,7 +1037,7 @@ def test_generate(block, changes):
     again = idx
     for _ in range(n):                              # without a state: the prefix every time
         again = torch.cat((again, lm(again)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
-    assert torch.equal(greedy, again) and torch.equal(greedy[:, :9], idx)
+    assert torch.equal(greedy, again)
     assert torch.equal(lm.generate(idx, n, top_k=1), greedy)
     assert torch.equal(lm.generate(idx, n, top_p=1e-9), greedy)
     assert lm.generate(idx, 5, top_k=1000, seed=1).max() < 61
@@ -1126,22 +1136,18 @@ def test_a_second_derivative_of_the_loss_is_an_error():
     (lambda lm, idx: lm([[1, 2]]), "idx is of type list"),
     (lambda lm, idx: lm(idx * 0 + 61), "expected 0 to 60"),
     (lambda lm, idx: lm(idx - 61), "token id -"),
-    (lambda lm, idx: lm(idx, idx + 61), "targets has the token id"),
     (lambda lm, idx: lm(idx, idx * 0 - 1), "targets has the token id -1"),
-    (lambda lm, idx: lm(idx, idx.float()), "is torch.float32"),
     (lambda lm, idx: lm(idx, idx.tolist()), "targets is of type list"),
     (lambda lm, idx: lm(idx, state=5), "state is of type int"),
     (lambda lm, idx: lm(idx, state=[(*x, 0) for x in lm(idx)[2]]), "expected a pair"),
     (lambda lm, idx: lm(idx, first=idx * 0), "is torch.int64 on cpu; expected torch.bool"),
     (lambda lm, idx: lm.generate(idx, 2.5), "n is 2.5"),
     (lambda lm, idx: lm.generate(idx, 2, top_k=2.5), "top_k is 2.5"),
-    (lambda lm, idx: lm.generate(idx, 2, seed=1.5), "seed is 1.5"),
     (lambda lm, idx: lm.generate([1, 2, 3], 2), "each a list of token ids"),
     (lambda lm, idx: lm.generate("hello", 2), "the prompts are not token ids"),
     (lambda lm, idx: lm.generate([[1], [70]], 2), "a prompt has the token id 70"),
     (lambda lm, idx: lm(idx, state=[(1, 2)] * 3), "a part of a layer's state is of type int"),
     (lambda lm, idx: lm(idx.to("meta")), "where the model is"),
-    (lambda lm, idx: lm(idx, idx.to("meta")), "where the model is"),
     (lambda lm, idx: lm.generate([None], 2), "no list of token ids"),
     (lambda lm, idx: lm.generate([[10**20]], 2), "no list of token ids"),
     (lambda lm, idx: lm.generate(idx, 2, stop=[1, 2]), "stop is [1, 2]"),
@@ -1192,10 +1198,13 @@ def test_checkpoint_round_trip(block, changes, tmp_path):
 
 
 def test_files_that_hold_no_checkpoint(tmp_path):
-    for entries in ({"config": None, "model": {}}, {"config": [1], "model": {}}, [1],
-                    {"config": {1: 2}, "model": {}}, {"config": {}, "model": None}):
+    for entries, says in (
+            ([1], "expected config, model and train in it"),
+            ({"config": [1], "model": {}, "train": None}, "expected config and model to be dicts"),
+            ({"config": {}, "model": None, "train": None}, "expected config and model to be dicts"),
+            ({"config": {1: 2}, "model": {}, "train": None}, "does not know: 1")):
         torch.save(entries, tmp_path / "x.pt")
-        with pytest.raises(BadInput):
+        with raises_one_line(says):
             load_checkpoint(tmp_path / "x.pt")
     torch.save({"config": {}, "model": {}, "train": Runs(tmp_path / "run")}, tmp_path / "x.pt")
     with raises_one_line("is not a whole checkpoint"):  # and what would be run is not
@@ -1225,6 +1234,7 @@ def test_two_writers_of_one_checkpoint(tmp_path):
         assert writer.is_alive()
         writer.kill()
         writer.join()
+        load_checkpoint(tmp_path / "a.pt")
 
 
 # ---------------------------------------------------------------------------------------
@@ -1409,11 +1419,8 @@ def test_an_init_of_your_own_hears_what_it_lacks(monkeypatch):
     for block, says in (("gla", "`enlarged` does not say"), ("mamba2", "plan_rows does not say")):
         with raises_one_line(says):
             expand(small(block), [0], 2, "mine")
-
-    def plan(part, *_):
-        return [expand_script.Piece("drawn", part)]
-
-    monkeypatch.setattr(expand_script, "plan_gla", plan)
+    monkeypatch.setattr(expand_script, "plan_gla",
+                        lambda part, *_: [expand_script.Piece("drawn", part)])
     with raises_one_line("`make` does not know rows that are drawn"):
         expand(small("gla"), [0], 2)
 
@@ -1600,8 +1607,8 @@ def write_weights(path, config, tensors, shards=0, extension="bin"):
     fill(path, {f"{index}.index.json": json.dumps({"weight_map": files})})
 
 
-@pytest.mark.parametrize("shards,extension", ((0, "bin"), (3, "safetensors"), (2, "bin")))
-@pytest.mark.parametrize("older", (False, True))
+@pytest.mark.parametrize("older,shards,extension", (
+    (False, 0, "bin"), (False, 3, "safetensors"), (True, 2, "bin")))
 @pytest.mark.parametrize("block", ("gla", "mamba2"))
 def test_folders_are_read_tensor_for_tensor(block, older, shards, extension, tmp_path):
     lm, config, tensors = public_model(block)
@@ -1699,7 +1706,7 @@ def test_mamba2_is_written_for_transformers(changes, tmp_path):
             assert gap(back(part)[0], lm(part)[0]) < 1e-5
 
 
-@pytest.mark.parametrize("n_key_head", ((4, 2, 1), (1, 1, 1), (4, 2, 2), (4, 4, 4)))
+@pytest.mark.parametrize("n_key_head", ((4, 2, 1), (4, 2, 2), (4, 4, 4)))
 def test_shared_keys_fold_into_the_projections(n_key_head, tmp_path):
     """The same function in float64, without gates and with keys of its own for each head."""
     lm = small("gla", n_key_head=list(n_key_head), conv_size=0).double().eval()
@@ -1724,24 +1731,17 @@ def test_key_channels_survive_the_ratio(d_model, d_k):
     assert Config("gla", 61, 1, 1000, n_head=1, expand_k=0.57).d_k == 570      # as a float: 569.99
 
 
-@pytest.fixture
-def fla(monkeypatch):
-    """flash-linear-attention's GLA. On a CPU its kernels run in Triton's interpreter, where
-    there is nothing to be timed."""
-    models = library("fla.models.gla")
-    if not CUDA:
-        from triton.runtime.autotuner import Autotuner
-        monkeypatch.setattr(Autotuner, "_bench", lambda self, *args, config, **meta: 1.0)
-    return models
-
-
 @pytest.mark.parametrize("block,changes", (
     ("gla", {"n_key_head": [4, 2, 1], "conv_size": 0}), ("gla", {"conv_size": 4}),
     ("gla", {"n_key_head": 1, "conv_size": 0, "tie_embeddings": True}),
     ("mamba2", {"norm_eps": 1e-3, "n_groups": 2})))
-def test_fla_reads_what_was_written(block, changes, fla, tmp_path):
+def test_fla_reads_what_was_written(block, changes, monkeypatch, tmp_path):
     """And what that writes is read by us: the same logits. Once imported, fla is what
     transformers' Auto classes take for mamba2 too."""
+    library("fla.models.gla")
+    if not CUDA:                        # in Triton's interpreter there is nothing to be timed
+        from triton.runtime.autotuner import Autotuner
+        monkeypatch.setattr(Autotuner, "_bench", lambda self, *args, config, **meta: 1.0)
     if block == "gla":
         changes = changes | {"expand_k": 1.0, "norm_eps": 1e-6}
     lm = small(block, d_model=64, **changes).eval()
@@ -2082,8 +2082,9 @@ def test_tokenizer_round_trip():
     assert 4095 not in tokenizer.encode_ordinary("a<|endoftext|>b")     # spelled out, it is text
 
 
-@pytest.mark.parametrize("blank", (" ", "\n", "\r\n", " \t"))
+@pytest.mark.parametrize("blank", (" ", "\r\n"))
 def test_a_million_blanks(blank):
+    """In a row, at which tiktoken would panic, are cut; the ids spell the text."""
     tokenizer = prepare.load_tokenizer("code4096")
     documents = [("x = 1\n", 0), ("a" + blank * 1_100_000 + "b", 0), (FOX * 9999, 0)]
     ids = [ids for ids, _ in prepare.encoded(documents, tokenizer)]
@@ -2104,12 +2105,17 @@ def save_hf(folder, step=1, letters="abcdefgh ", **special):
     return f"hf:{folder}"
 
 
-@pytest.mark.parametrize("step,dtype", ((1, "uint16"), (3, "uint16"), (9000, "uint32")))
+def corpus_of_letters(folder, tokenizer):
+    """Token files of a text of letters, by a tokenizer of save_hf."""
+    fill(folder, {"a.txt": "abcdefgh " * 2000})
+    prepared(folder / "a.txt", f"--tokenizer={tokenizer}", folder / "out")
+    return prepare.load_corpus(folder / "out")
+
+
+@pytest.mark.parametrize("step,dtype", ((3, "uint16"), (9000, "uint32")))
 def test_hugging_face_ids_may_have_gaps(step, dtype, tmp_path):
     name = save_hf(tmp_path / "hf", step, eos_token="</s>")
-    fill(tmp_path, {"a.txt": "abcdefgh " * 2000})
-    prepared(tmp_path / "a.txt", f"--tokenizer={name}", tmp_path / "out")
-    train, val, meta = prepare.load_corpus(tmp_path / "out")
+    train, val, meta = corpus_of_letters(tmp_path, name)
     assert max(train.max(), val.max()) < meta["vocab_size"] == 10 * step + 1
     assert meta["dtype"] == dtype and val[-1] == meta["end_of_text"] == 1 and 1 not in train
 
@@ -2129,9 +2135,7 @@ def test_hugging_face_tokenizers_that_cannot_be_used(tmp_path):
 def test_the_tokenizer_of_a_model_and_of_a_text(tmp_path):
     import tiktoken
     name = save_hf(tmp_path / "hf", eos_token="</s>")
-    fill(tmp_path, {"a.txt": "abcdefgh " * 2000})
-    prepared(tmp_path / "a.txt", f"--tokenizer={name}", tmp_path / "out")
-    meta = prepare.load_corpus(f"{tmp_path}/out").meta
+    meta = corpus_of_letters(tmp_path, name).meta
     shutil.copytree(tmp_path / "hf", tmp_path / "copy")
     for same in (name, f"hf:{tmp_path}/copy", ""):
         prepare.same_tokenizer(same, meta)
@@ -2157,9 +2161,7 @@ def test_a_tokenizer_may_have_tokens_that_its_model_has_not(tmp_path):
     """Such as one added for padding, which no text contains. Of a model whose tokenizer nobody
     knows, the vocabulary has to be large enough."""
     name = save_hf(tmp_path / "hf", eos_token="</s>", pad_token="<pad>")
-    fill(tmp_path, {"a.txt": "abcdefgh " * 2000})
-    prepared(tmp_path / "a.txt", f"--tokenizer={name}", tmp_path / "out")
-    meta = prepare.load_corpus(tmp_path / "out").meta
+    meta = corpus_of_letters(tmp_path, name).meta
     assert meta["vocab_size"] == 12 and meta["largest_id"] == 10
     prepare.check_vocabulary(Config("gla", 11, 1, 32, tokenizer=name), meta, "f")
     for config in (Config("gla", 11, 1, 32), Config("gla", 10, 1, 32, tokenizer=name)):
@@ -2700,12 +2702,11 @@ def train_quietly(*args):
 
 
 @pytest.mark.slow
-def test_killed_a_dozen_times(corpus, tmp_path):
+def test_killed_a_dozen_times(scratch, tmp_path):
     """kill -9 at random moments, most of them in a save: never a checkpoint lost, and in the
     end the same bits. A run goes on by the same command or by --ckpt=resume."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    args = (f"--data={corpus}", "--ckpt=scratch", "--steps=40", *TINY, "--eval_interval=1",
-            "--pairs=2")
+    args = (*scratch, "--steps=40", "--eval_interval=1", "--pairs=2")
     rng = np.random.default_rng(0)
     steps = [0]
     for times in range(13):
@@ -2726,8 +2727,8 @@ def test_killed_a_dozen_times(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_goes_on_with_its_run_or_is_left_alone(corpus, tmp_path):
-    args = [f"--data={corpus}", "--ckpt=scratch", *TINY, f"--out_dir={tmp_path}"]
+def test_a_folder_goes_on_with_its_run_or_is_left_alone(corpus, scratch, tmp_path):
+    args = (*scratch, f"--out_dir={tmp_path}")
     ran(train_script, *args, "--steps=10")
     before = (tmp_path / "ckpt.pt").read_bytes()
     assert "all steps are done" in ran(train_script, *args, "--steps=10")
@@ -2741,8 +2742,7 @@ def test_a_folder_goes_on_with_its_run_or_is_left_alone(corpus, tmp_path):
     expand = (f"--ckpt={tmp_path}/ckpt.pt", "--every=1")
     refused(expand_script, *expand, f"--out={tmp_path}/ckpt.pt", says="holds a trained run")
     ran(expand_script, *expand, f"--out={tmp_path}/x.pt")
-    onward = (*args[:1], *TINY[:1], "--batch_size=4", "--block_size=32", "--recall_tokens=64",
-              "--pairs=2,4", f"--ckpt={tmp_path}/x.pt", "--steps=2", "--name=onward", args[-1])
+    onward = (*args, "--steps=2", f"--ckpt={tmp_path}/x.pt", "--name=onward")
     ran(train_script, *onward)
     assert "all steps are done" in ran(train_script, *onward)
     ran(expand_script, *expand, f"--out={tmp_path}/x.pt", "--init=reinit")
@@ -2754,8 +2754,7 @@ def test_a_folder_goes_on_with_its_run_or_is_left_alone(corpus, tmp_path):
             says="--name is one of ckpt, onward")
     new = tmp_path / "new"
     refused(train_script, "--ckpt=resume", f"--out_dir={new}", says="before its first save")
-    refused(train_script, args[0], "--ckpt=scratch", *TINY, "--n_head=3", f"--out_dir={new}",
-            says="n_head")
+    refused(train_script, *scratch, "--n_head=3", f"--out_dir={new}", says="n_head")
     assert not new.exists()                             # what is refused leaves nothing
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     ran(train_script, *args, "--steps=20", "--overwrite")
@@ -2769,22 +2768,18 @@ def test_a_folder_goes_on_with_its_run_or_is_left_alone(corpus, tmp_path):
     process.join()
 
 
-def test_another_text_than_before_is_said(corpus, tmp_path):
+def test_another_text_than_before_is_said(ckpt, corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "c")
-    args = ["--steps=2", *TINY]
-    ran(train_script, f"--data={tmp_path}/c", "--ckpt=scratch", *args, f"--out_dir={tmp_path}/o")
-    onward = [*args[:1], "--batch_size=4", "--block_size=32", "--recall_tokens=64", "--pairs=2,4",
-              f"--ckpt={tmp_path}/o/ckpt.pt", "--device=cpu"]
-    said = ran(train_script, f"--data={tmp_path}/c", *onward, f"--out_dir={tmp_path}/p")
+    onward = (train_script, f"--ckpt={ckpt}", *TINY, "--steps=2")
+    said = ran(*onward, f"--data={corpus}", f"--out_dir={tmp_path}/p")
     assert "before, the model was" not in said
-    said = ran(train_script, f"--data={corpus}", *onward, f"--out_dir={tmp_path}/q")
-    assert f"before, the model was trained on {tmp_path}/c" in said
+    said = ran(*onward, f"--data={tmp_path}/c", f"--out_dir={tmp_path}/q")
+    assert f"before, the model was trained on {corpus}" in said
 
 
-def test_resume_knows_its_corpus(corpus, tmp_path):
+def test_resume_knows_its_corpus(corpus, scratch, tmp_path):
     shutil.copytree(corpus, tmp_path / "c")
-    ran(train_script, f"--data={tmp_path}/c", "--ckpt=scratch", "--steps=2", *TINY,
-        f"--out_dir={tmp_path}/o")
+    ran(train_script, *scratch, f"--data={tmp_path}/c", "--steps=2", f"--out_dir={tmp_path}/o")
     meta = json.loads((tmp_path / "c/meta.json").read_text())
     fill(tmp_path, {"c/meta.json": json.dumps(meta | {"sha256": "another"})})
     resume = ["--ckpt=resume", f"--out_dir={tmp_path}/o", "--device=cpu"]
@@ -2926,9 +2921,9 @@ def test_gates_learn_at_a_rate_of_their_own(tmp_path):
     assert steps[1]["layers.0.attn.gates"] == pytest.approx(1e-3, rel=0.01)
 
 
-def test_a_run_goes_on_in_any_number_of_passes(corpus, tmp_path):
+def test_a_run_goes_on_in_any_number_of_passes(scratch, tmp_path):
     """Carried states are cut anew; activations may be computed twice."""
-    args = [f"--data={corpus}", "--ckpt=scratch", "--steps=10", *TINY, "--carry_state"]
+    args = (*scratch, "--steps=10", "--carry_state")
     ran(train_script, *args, f"--out_dir={tmp_path}/a")
     stop = train_script.Stop()
     stop.signal = signal.SIGTERM                    # stops after the first step
@@ -2980,26 +2975,24 @@ def test_text_and_recall_go_side_by_side(ckpt):
 @pytest.mark.skipif(not CUDA, reason="needs a GPU: records CUDA graphs")
 @pytest.mark.parametrize("more", ((), ("--documents",), ("--accumulate=2", "--compile"),
                                   ("--checkpoint_activations", "--block=mamba2")))
-def test_a_recorded_pass_equals_one_as_ever(corpus, tmp_path, more):
+def test_a_recorded_pass_equals_one_as_ever(scratch, tmp_path, more):
     """To the last digit: --graph changes how kernels are launched, not which."""
     for graph in ("true", "false"):
-        ran(train_script, f"--data={corpus}", "--ckpt=scratch", *TINY, "--device=cuda", *more,
-            "--steps=20", f"--graph={graph}", f"--out_dir={tmp_path}/{graph}")
+        ran(train_script, *scratch, "--device=cuda", *more, "--steps=20", f"--graph={graph}",
+            f"--out_dir={tmp_path}/{graph}")
     assert losses(tmp_path / "true") == losses(tmp_path / "false")
 
 
-def test_a_step_that_breaks_the_weights_is_not_saved(corpus, tmp_path):
+def test_a_step_that_breaks_the_weights_is_not_saved(scratch, tmp_path):
     """Its own loss is finite: only what is held out tells."""
-    args = (f"--data={corpus}", "--ckpt=scratch", *TINY, "--eval_interval=1", "--warmup=0",
-            f"--out_dir={tmp_path}")
-    refused(train_script, *args, "--steps=1", "--weight_decay=1e300", says="held-out loss is nan")
+    refused(train_script, *scratch, "--steps=1", "--warmup=0", "--weight_decay=1e300",
+            f"--out_dir={tmp_path}", says="held-out loss is nan")
     assert not list(tmp_path.glob("*.pt"))
 
 
-def test_what_a_killed_save_and_a_foreign_hand_left(corpus, tmp_path):
+def test_what_a_killed_save_and_a_foreign_hand_left(scratch, tmp_path):
     """The first goes, the second does not keep a run from going on."""
-    args = (f"--data={corpus}", "--ckpt=scratch", *TINY, f"--out_dir={tmp_path}")
-    ran(train_script, *args, "--steps=10")
+    ran(train_script, *scratch, "--steps=10", f"--out_dir={tmp_path}")
     fill(tmp_path, {"ckpt.pt.123.tmp": "half", "mine.tmp": "kept"})
     with open(tmp_path / "log.jsonl", "ab") as f:
         f.write(b'[1]\nnull\n{"run": "ckpt", "step": "x"}\n\xff\xfe\n')
@@ -3008,11 +3001,10 @@ def test_what_a_killed_save_and_a_foreign_hand_left(corpus, tmp_path):
     assert all(isinstance(entry, dict) for entry in logged(tmp_path))
 
 
-def test_carried_state_equals_one_long_sequence(corpus, tmp_path):
+def test_carried_state_equals_one_long_sequence(scratch, tmp_path):
     """Without learning, the mean loss of ten slices is that of the ten in one."""
-    ran(train_script, f"--data={corpus}", "--ckpt=scratch", *TINY, "--batch_size=2", "--lr=0",
-        "--recall_tokens=0", "--block_size=16", "--steps=10", "--carry_state",
-        f"--out_dir={tmp_path}")
+    ran(train_script, *scratch, "--batch_size=2", "--lr=0", "--recall_tokens=0", "--block_size=16",
+        "--steps=10", "--carry_state", f"--out_dir={tmp_path}")
     lm, run = run_of(tmp_path)
     slices = []
     for run.step in range(10):
@@ -3028,9 +3020,9 @@ def test_carried_state_equals_one_long_sequence(corpus, tmp_path):
     assert losses(tmp_path)[10][0] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_documents_begin_after_the_end_of_text(corpus, tmp_path):
-    ran(train_script, f"--data={corpus}", "--ckpt=scratch", "--steps=2", *TINY, "--documents",
-        "--block_size=256", f"--out_dir={tmp_path}")
+def test_documents_begin_after_the_end_of_text(scratch, tmp_path):
+    ran(train_script, *scratch, "--steps=2", "--documents", "--block_size=256",
+        f"--out_dir={tmp_path}")
     _, run = run_of(tmp_path)
     begun = 0
     for run.step in range(100):
@@ -3093,9 +3085,8 @@ def test_two_processes_give_the_same_losses(more, corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others(corpus, tmp_path):
-    process = torchrun(2, f"--data={corpus}", "--ckpt=scratch", "--steps=100000", *TINY,
-                   f"--out_dir={tmp_path}")
+def test_a_process_that_dies_ends_the_others(scratch, tmp_path):
+    process = torchrun(2, *scratch, "--steps=100000", f"--out_dir={tmp_path}")
     wait_for((tmp_path / "ckpt.pt").exists, process)
     with open(f"/proc/{process.pid}/task/{process.pid}/children") as f:
         children = f.read().split()
@@ -3106,8 +3097,8 @@ def test_a_process_that_dies_ends_the_others(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_stops(corpus, tmp_path):
-    args = (f"--data={corpus}", "--ckpt=scratch", "--steps=100000", *TINY, "--eval_interval=50000")
+def test_a_signal_saves_and_stops(scratch, tmp_path):
+    args = (*scratch, "--steps=100000", "--eval_interval=50000")
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     processes = {number: run_in_background(train_script, *args, f"--out_dir={tmp_path}/{number}")
                  for number in numbers}
@@ -3125,7 +3116,7 @@ def test_a_signal_saves_and_stops(corpus, tmp_path):
 @contextlib.contextmanager
 def full_disk(size):
     """No file may grow past this size, which the system reports much as a full disk."""
-    import resource
+    resource = library("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -3136,44 +3127,40 @@ def full_disk(size):
 
 def test_a_full_disk_loses_nothing(ckpt, corpus, tmp_path):
     shutil.copy(ckpt, tmp_path / "ckpt.pt")
+    args = (train_script, f"--ckpt={ckpt}", f"--data={corpus}", *TINY, "--steps=3", "--overwrite",
+            f"--out_dir={tmp_path}")
     before = (tmp_path / "ckpt.pt").read_bytes()
     assert len(before) > 30000
     with full_disk(30000):
-        refused(train_script, f"--ckpt={ckpt}", f"--data={corpus}", *TINY, "--steps=3",
-                "--overwrite", f"--out_dir={tmp_path}", says="what was there is untouched")
+        refused(*args, says="what was there is untouched")
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
     os.remove(tmp_path / "log.jsonl")
     os.symlink("/dev/full", tmp_path / "log.jsonl")
-    refused(train_script, f"--ckpt={ckpt}", f"--data={corpus}", *TINY, "--steps=3", "--overwrite",
-            f"--out_dir={tmp_path}", says="No space left on device; what was saved is kept")
+    refused(*args, says="No space left on device; what was saved is kept")
 
 
 @pytest.mark.parametrize("error,status", (
     (BlockingIOError(11, "busy"), 2), (OSError(38, "none"), 0)))
-def test_an_out_dir_is_one_process_s(error, status, corpus, tmp_path, monkeypatch):
+def test_an_out_dir_is_one_process_s(error, status, scratch, tmp_path, monkeypatch):
     """Where the file system has locks; where it has none, a line says so."""
     def refuse(*arguments):
         raise error
     monkeypatch.setattr(library("fcntl"), "flock", refuse)
-    found, _, err = cli(train_script, "--ckpt=scratch", f"--data={corpus}", *TINY, "--steps=1",
-                        f"--out_dir={tmp_path}/o")
+    found, _, err = cli(train_script, *scratch, "--steps=1", f"--out_dir={tmp_path}/o")
     assert found == status and ("cannot be locked (none)" in err) == (status == 0), err
 
 
-def test_processes_that_cannot_meet(corpus, tmp_path, monkeypatch):
+def test_processes_that_cannot_meet(scratch, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    refused(train_script, "--ckpt=scratch", f"--data={corpus}", *TINY, f"--out_dir={tmp_path}/o",
-            says="start them with torchrun")
+    refused(train_script, *scratch, f"--out_dir={tmp_path}/o", says="start them with torchrun")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path):
-    args = (f"--data={corpus}", "--ckpt=scratch", *TINY, "--warmup=0", "--lr=1e30", "--steps=200",
-            "--eval_interval=1", f"--out_dir={tmp_path}")
-    refused(train_script, *args, says="the gradient's norm")
-    if (tmp_path / "ckpt.pt").exists():
-        lm, _ = load_checkpoint(tmp_path / "ckpt.pt")
-        assert all(p.isfinite().all() for p in lm.parameters())
+def test_a_loss_that_is_not_finite_stops_the_run(scratch, tmp_path):
+    refused(train_script, *scratch, "--warmup=0", "--lr=1e30", "--steps=200", "--eval_interval=1",
+            f"--out_dir={tmp_path}", says="the gradient's norm")
+    lm, _ = load_checkpoint(tmp_path / "ckpt.pt")       # of the step before
+    assert all(p.isfinite().all() for p in lm.parameters())
 
 
 @pytest.mark.parametrize("preset", [name for name in train_script.PRESETS if "recipe" not in name])
@@ -3246,9 +3233,7 @@ def test_the_script_generates_as_it_was_asked_to(ckpt, monkeypatch):
 
 
 def test_ids_without_a_text_are_not_drawn(tmp_path):
-    lm = LM(Config("gla", n_layer=1, d_model=16, n_head=2, d_mlp=16, vocab_size=100_000,
-                   tokenizer="code4096"))
-    save_checkpoint(tmp_path / "x.pt", lm)
+    save_checkpoint(tmp_path / "x.pt", small("gla", vocab_size=100_000, tokenizer="code4096"))
     assert ran(model_script, f"--ckpt={tmp_path}/x.pt", "--prompt=def", "--n=40", "--seed=0",
                "--device=cpu").startswith("def")
 
@@ -3299,12 +3284,10 @@ BAD = (
     (train_script, ("--size=gla-340m", "--block=mamba2"), "is a gla model"),
     (train_script, ("--block=gru",), "invalid choice: 'gru'"),
     (train_script, ("--lr=-1",), "-1 is not a number from 0 up"),
-    (model_script, ("--temperature=nan",), "nan is not a number from 0 up"),
     (model_script, ("--n",), "--n: expected one argument"),
     (model_script, ("--device=tpu", "--ckpt={ckpt}"), "--device=tpu cannot be used here"),
     (train_script, ("--device=cuda:99",), "GPUs that PyTorch can use"),
     (train_script, ("--device=meta",), "--device=meta cannot be used here"),
-    (expand_script, ("--evry=6",), "--every"),
     (harness, ("--tasks=x",), "name a checkpoint and tasks"),
     # checkpoints
     (expand_script, ("--ckpt={tmp}/none.pt",), "no checkpoint at"),
@@ -3331,8 +3314,7 @@ BAD = (
     (expand_script, (*EXPAND, "--init=groups"), "control for Mamba2"),
     (expand_script, (*EXPAND, "--noise=1"), "Mamba2's tiled rows"),
     (expand_script, (*EXPAND, "--paper"), "what starts afresh"),
-    (expand_script, (*EXPAND, "--out={tmp}"), "which ends in .pt"),
-    (expand_script, (*EXPAND, "--out=README.md"), "which ends in .pt"),
+    (expand_script, (*EXPAND, "--out={tmp}/x.md"), "which ends in .pt"),
     (expand_script, (*EXPAND, "--ckpt={tmp}/mamba.pt", "--factor=1e15"), "a whole number, 2 to"),
     (expand_script, (*EXPAND, "--ckpt=gla-1.3b"), "add --dry-run"),
     (train_script, ("--data={corpus}", "--out_dir={tmp}/o", "--layers=9"), "out of range"),
@@ -3343,7 +3325,6 @@ BAD = (
      "part of the shape"),
     # text
     (prepare, ("{tmp}/empty.txt", "--out={tmp}/t"), "every file is empty"),
-    (prepare, ("{tmp}/latin.txt", "--out={tmp}/t"), "not UTF-8"),
     (prepare, ("{tmp}/short.txt", "--out={tmp}/t"), "too short a text"),
     (prepare, ("{tmp}/none.txt", "--out={tmp}/t"), "no file or folder"),
     (prepare, ("--ext=.md", "--out={tmp}/t"), "--ext chooses among"),
@@ -3410,13 +3391,15 @@ def bad_files(ckpt, corpus, tmp_path_factory):
     """Files of the table above. -> the values of {tmp}, {ckpt} and {corpus}"""
     tmp = tmp_path_factory.mktemp("bad")
     with open(ckpt, "rb") as f:
-        start_of_ckpt = f.read(10000)
-    fill(tmp, {"cut.pt": start_of_ckpt, "file": "x", "empty.txt": "  \n", "kept/notes.md": "mine",
-               "short.txt": FOX * 40, "latin.txt": b"caf\xe9 " * 1000,
-               "wheels/a.whl/x": "", "wheels/b.whl": "no wheel"})
+        whole = f.read()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1                           # one bit, of a weight
     pin = hashlib.sha256(b"no wheel").hexdigest()
     pairs = [(base64.b64encode(bytes([i % 256, i // 256])).decode(), i) for i in range(300)]
-    fill(tmp, {"pins": f"b==1 --hash=sha256:{pin}\n",
+    fill(tmp, {"cut.pt": whole[:10000], "flipped.pt": bytes(flipped), "file": "x",
+               "empty.txt": "  \n", "short.txt": FOX * 40, "kept/notes.md": "mine",
+               "pins": f"b==1 --hash=sha256:{pin}\n", "wheels/a.whl/x": "",
+               "wheels/b.whl": "no wheel", "foreign/results.json": "{}",
                "odd.tiktoken": "".join(f"{token} {i}\n" for token, i in pairs)})
     torch.save({"weights": torch.ones(3)}, tmp / "other.pt")
     entries = torch.load(ckpt)
@@ -3428,11 +3411,6 @@ def bad_files(ckpt, corpus, tmp_path_factory):
     del entries["model"]["norm.weight"]
     torch.save(entries, tmp / "lacking.pt")
     torch.save(entries | {"model": entries["model"] | {7: torch.ones(3)}}, tmp / "odd.pt")
-    with open(ckpt, "rb") as f:
-        whole = bytearray(f.read())
-    whole[len(whole) // 2] ^= 1                             # one bit, of a weight
-    (tmp / "flipped.pt").write_bytes(whole)
-    fill(tmp / "foreign", {"results.json": "{}"})
     for name, vocab_size, tokenizer in (("public", 4096, "hf:someone/else"), ("few", 300, ""),
                                         ("code", 4096, "code4096")):
         save_checkpoint(tmp / f"{name}.pt",
@@ -3565,8 +3543,8 @@ def test_differences_are_to_lpt_of_the_same_model(tmp_path, monkeypatch):
                                 ("preserve-x16", 4e-3, [-0.6, 0.2])):
         more = tables.differences(models, arm, tables.repeats_loss, rate=rate)
         assert more == pytest.approx(expected)
-    for name, make in tables.SECTIONS.items():
-        assert name not in ("primary", "arms", "claims") or "-0.2000" in make()
+    made = {name: make() for name, make in tables.SECTIONS.items()}
+    assert all("-0.2000" in made[name] for name in ("primary", "arms", "claims"))
 
 
 def test_the_plan_has_every_arm_and_the_control_at_every_rate(tmp_path):
