@@ -13,7 +13,7 @@ Both model families are one recurrence. Per head, with a state S of K x V elemen
           way round: S_t = a_t S_{t-1} + v_t k_t^T, P x N where V is P and K is N.
 
     o, state = gla(q, k, v, g)           y, state = ssd(x, dt, A, B, C)
-    python kernels.py                    checks chunked; on a GPU checks, times triton
+    python kernels.py                    checks chunked; on a GPU checks and times triton
     python kernels.py --only=merged      only these layers; --help lists the options
 
 "recurrent" is the definition: a loop over time. "chunked" does the same sums with
