@@ -3254,11 +3254,15 @@ def test_the_recipe_on_text_alone(tmp_path):
         assert (trained["seed"], trained["lr"], trained["curriculum"]) == (seed, lr, curriculum)
         assert results[arm]["tokens"] == tokens * 2 * 8 * 64 and results[arm]["lr"] == lr
         assert results[arm]["val_loss"] == pytest.approx(results[arm]["evaluations"][-1][1])
-    small, _ = load_checkpoint(tmp_path / "pretrained.pt")
+    small, held = load_checkpoint(tmp_path / "pretrained.pt")
     for arm, lm in (("lpt", small), ("statex", expand(small, [0, 1])[0])):
         assert load_checkpoint(tmp_path / f"{arm}.pt")[1]["start"] == train_script.fingerprint(lm)
     assert {entry["run"] for entry in logged(tmp_path)} == set(report.ARMS)
     refused(train_script, *args, "--d_model=48", says="run with d_model = 32")
+    os.remove(tmp_path / "results.json")
+    small.norm.weight.data += 1
+    save_checkpoint(tmp_path / "pretrained.pt", small, held)
+    refused(train_script, *args, says="with other weights")
 
 
 # ---------------------------------------------------------------------------------------
