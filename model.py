@@ -425,7 +425,7 @@ def add_product(total, a, b):
     in total's float32, not rounded in between."""
     if total.is_cuda and a.dtype == torch.bfloat16:
         with torch.autocast("cuda", enabled=False):
-            total.copy_(torch.addmm(total, a, b, out_dtype=total.dtype))
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
 

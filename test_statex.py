@@ -2002,6 +2002,29 @@ def test_exported_models_have_the_same_scores(block, changes, names, length, lm_
     assert "statex_recall" not in names or 0.3 < ours["statex_recall"]["exact_match,none"] < 0.7
 
 
+@pytest.mark.slow
+def test_merged_heads_are_scored_by_the_harness(lm_eval, tmp_path):
+    """Which no public format holds. The cloze as we would score it: of the tokens of the last
+    word the log-likelihood given those of the text."""
+    lm = code_lm("gla", n_head=[4, 1, 2])
+    folder = task_files(tmp_path, lm)
+    results = harness.evaluate(lm, harness.Options(
+        tasks=",".join(TASKS), include_path=str(folder), max_length=256))["results"]
+    assert 0.3 < results["statex_recall"]["exact_match,none"] < 0.7
+    assert 0 <= results["statex_choice"]["acc,none"] <= 1
+    tokenizer = prepare.load_tokenizer("code4096")
+    found = []
+    for line in (folder / "documents.jsonl").read_text().splitlines():
+        document = json.loads(line)
+        whole = tokenizer.encode_ordinary(document["text"] + document["choices"][0])
+        start = len(tokenizer.encode_ordinary(document["text"]))
+        targets = torch.tensor([[-100] * (start - 1) + whole[start:]])
+        loss = lm(torch.tensor([whole[:-1]]), targets)[1]
+        found.append(loss.item() * (len(whole) - start))
+    assert results["statex_cloze"]["perplexity,none"] == pytest.approx(
+        math.exp(np.mean(found)), rel=1e-4)
+
+
 def test_generation_for_the_harness_ends():
     """Of a model that no public format holds: rows of different lengths at once are as one at
     a time, and end-of-text goes on as such."""
@@ -3566,12 +3589,19 @@ def test_every_part_of_the_runs_has_its_commands(part, tmp_path):
             assert f"    {name}: " in options, (part, name)
 
 
-def test_the_tables_are_in_step_with_the_runs():
+def test_the_tables_and_figures_are_in_step_with_the_runs(tmp_path, monkeypatch):
+    assert "are in step" in ran(tables, "--check")
     written = prepare.read_text(f"{HERE}/data/results/README.md")
-    assert tables.updated(written) == written
     assert sorted(re.findall("<!-- table: (.*) -->", written)) == sorted(tables.SECTIONS)
     with raises_one_line("no-such"):
         tables.updated("<!-- table: no-such -->\n<!-- end -->")
+    results = shutil.copytree(f"{HERE}/data/results", tmp_path / "results")
+    monkeypatch.setattr(tables, "HERE", str(results))
+    with open(results / "recipe.jsonl", "a") as f:
+        f.write("\n")                                       # no other run, but another file
+    refused(tables, "--check", says="recipe.png is not of today's recipe.jsonl")
+    fill(results, {"README.md": written.replace("-0.4780", "-0.5780")})
+    refused(tables, "--check", says="README.md is not what the runs say")
 
 
 def test_verdicts():

@@ -341,7 +341,7 @@ def start_run(lm, options, corpus, processes, stop):
         torch._dynamo.config.optimize_ddp = False   # the same graphs as in one process
         for layer in lm.layers:
             layer.compile(dynamic=False)            # layers of one shape share theirs
-        lm.slice_loss = torch.compile(lm.slice_loss, dynamic=True)
+        lm.slice_loss = torch.compile(lm.slice_loss)
     model = lm
     if options.shard:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

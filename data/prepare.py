@@ -623,7 +623,7 @@ def main():
     if left_out:
         print(f"files left out because they are not UTF-8: {len(left_out)}", file=sys.stderr)
     print(f"{out}: {meta['documents']:,} documents, {meta['train_tokens']:,} tokens to train on, "
-          f"{meta['val_tokens']:,} held out")
+          f"{meta['val_tokens']:,} held out, sha256 {meta['sha256']}")
 
 
 if __name__ == "__main__":

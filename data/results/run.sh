@@ -127,6 +127,12 @@ gpus() {
         for n in 1 2 4; do train_on $preset $n; done
         train_on $preset 4 --shard
     done
+    # The paper's step, on one GPU a quarter of it. (What was measured had no trained weights.)
+    python expand.py --ckpt=fla-hub/gla-1.3B-100B --every=6 --out=out/expanded.pt
+    local paper="train.py --preset=paper-gla --ckpt=out/expanded.pt --data=data/slimpajama"
+    torchrun --nproc_per_node=1 $paper --batch_size=2 --accumulate=2 --out_dir=out/gpus-paper-1
+    torchrun --nproc_per_node=4 $paper --out_dir=out/gpus-paper-4
+    torchrun --nproc_per_node=4 $paper --shard --out_dir=out/gpus-paper-4-shard
 }
 
 tables() { python data/results/tables.py; }

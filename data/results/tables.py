@@ -1,7 +1,7 @@
 """The tables of README.md here, and the figures, from the runs: one run per line of *.jsonl.
 
     python data/results/tables.py            write the tables into README.md, and the figures
-    python data/results/tables.py --check    say only whether README.md is in step
+    python data/results/tables.py --check    say only whether both are in step with the runs
 
     runs.jsonl          natural text: the blocks that block.py made
     larger.jsonl        natural text, one step up (`run.sh larger`)
@@ -20,6 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 from data.options import BadInput, command_line, option, run_script, write_file
 
+import hashlib
 import itertools
 import json
 import math
@@ -463,21 +464,26 @@ def claims_table():
         lpt_other = statistics.mean(values(some, "lpt", other_loss))
         gain = -statistics.mean(differences(some, "preserve-x4", repeats_loss) or [0.0])
         cases = [
-            (f"{claim}: {arm} - lpt", differences(some, arm, measure), against)
+            (f"{claim}: {arm} - lpt", arm, measure, "lpt", against)
             for claim, measure, against in (
                 ("recall up, rare repeats", repeats_loss, 0.0),
                 ("in-context learning up", MEASURES["in-context score"], 0.0),
                 ("text at most 1 % worse, everything else", other_loss, 0.01 * lpt_other))
             for arm in ("reinit", PRIMARY)]
-        cases.append(("reinit better than inherit, rare repeats",
-                      differences(some, "reinit", repeats_loss, "inherit"), 0.0))
+        cases.append(("reinit better than inherit, rare repeats, each at its rate",
+                      "reinit", repeats_loss, "inherit", 0.0))
         cases += [("few layers enough, at most a tenth of the gain less: "
-                   f"{arm} - preserve-x4", differences(some, arm, repeats_loss, "preserve-x4"),
-                   0.1 * gain) for arm in ("preserve-x4-half", "preserve-x4-later")]
-        rows = [[claim, cell(more), len(more), verdict(more, against)]
-                for claim, more, against in cases if more]
-        return markdown([f"{FAMILIES[family]}: the paper's claim", "mean ± 95 %", "models", "so"],
-                        rows)
+                   f"{arm} - preserve-x4", arm, repeats_loss, "preserve-x4", 0.1 * gain)
+                  for arm in ("preserve-x4-half", "preserve-x4-later")]
+        rows = []
+        for claim, arm, measure, control, against in cases:
+            more = differences(some, arm, measure, control)
+            fairer = differences(some, arm, measure, "lpt", BEST_RATE) if control == "lpt" else []
+            if more:
+                rows.append([claim, cell(more), len(more), verdict(more, against),
+                             cell(fairer), verdict(fairer, against) if fairer else ""])
+        return markdown([f"{FAMILIES[family]}: the paper's claim", "mean ± 95 %", "models", "so",
+                         f"less LPT at {BEST_RATE:g}", "so"], rows)
     return each_family(of_family)
 
 
@@ -638,6 +644,18 @@ def pyplot():
     return plt
 
 
+def digest(name):
+    """Of the runs in a file of this folder."""
+    with open(f"{HERE}/{name}", "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()
+
+
+def save(figure, path, runs):
+    """With the digest of the runs that it shows among its texts, for --check."""
+    figure.savefig(path, dpi=130, metadata={"Source": digest(runs)})
+    pyplot().close(figure)
+
+
 def bar(more):
     """The mean and half of its interval; of fewer than three models, whose interval would hide
     the others, no interval."""
@@ -676,12 +694,11 @@ def draw_differences(path):
     axis.axhline(0, color="0.4", lw=0.8)
     axis.set(title=f"{PRIMARY} - LPT", xlabel="post-training tokens, millions", xlim=(-1, None))
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path, "runs.jsonl")
 
 
 MARKERS = {"lpt-equal-flops": "x", "preserve-x4-half": "v", "preserve-x4-later": "^",
-           "preserve-x4": "o", "preserve-x16": "s"}
+           "preserve-x4": "o", "preserve-x16": "s", "inherit": "D", "reinit": "*"}
 
 
 def draw_costs(path):
@@ -705,8 +722,7 @@ def draw_costs(path):
     axes[0].set(xscale="log", ylabel="loss on rare repeats, arm - LPT, nats")
     axes[0].minorticks_off()
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path, "runs.jsonl")
 
 
 def draw_recipe(path):
@@ -732,8 +748,7 @@ def draw_recipe(path):
         axis.set(title=f"{title}, {len(some)} pre-trained models", xlabel="key-value pairs",
                  ylabel="share recalled", ylim=(0, 1.02))
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path, "recipe.jsonl")
 
 
 ARMS_OF_RECIPE = {"pretrained": ("pre-trained", "0.6"),
@@ -741,12 +756,17 @@ ARMS_OF_RECIPE = {"pretrained": ("pre-trained", "0.6"),
                   "statex": ("StateX: trained longer with 4 times the state", "tab:red")}
 
 
+FIGURES = {"recipe.png": ("recipe.jsonl", draw_recipe),      # each with the runs that it shows
+           "differences.png": ("runs.jsonl", draw_differences),
+           "costs.png": ("runs.jsonl", draw_costs)}
+
+
 # ----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Options:
-    check: bool = option(False, "write nothing; status 2 where README.md is not in step")
+    check: bool = option(False, "write nothing; status 2 where something is not in step")
     recipe: str = option("", "first append the recipe in this folder to recipe.jsonl")
     machine: str = option("", "where it ran, in words")
 
@@ -781,16 +801,16 @@ def main():
     if options.check:
         if after != before:
             raise BadInput("README.md is not what the runs say; run python data/results/tables.py")
-        return print("README.md is in step with the runs")
+        for figure, (runs, _) in FIGURES.items():
+            with open(f"{HERE}/{figure}", "rb") as f:
+                if digest(runs).encode() not in f.read():
+                    raise BadInput(f"{figure} is not of today's {runs}; run python "
+                                   "data/results/tables.py")
+        return print("README.md and the figures are in step with the runs")
     write_file(path, lambda file: file.write(after.encode()))
-    drawn = []
-    if read_lines("recipe.jsonl"):
-        draw_recipe(f"{HERE}/recipe.png")
-        drawn.append("recipe.png")
-    if any(models("runs.jsonl").values()):
-        draw_differences(f"{HERE}/differences.png")
-        draw_costs(f"{HERE}/costs.png")
-        drawn += ["differences.png", "costs.png"]
+    drawn = {figure: draw for figure, (runs, draw) in FIGURES.items() if read_lines(runs)}
+    for figure, draw in drawn.items():
+        draw(f"{HERE}/{figure}")
     print(f"{path}; figures: {', '.join(drawn) or 'none, for there are no runs yet'}")
 
 
