@@ -55,8 +55,9 @@ why() {
 # larger.jsonl. GLA's last twelve rows are of these commands, but pre-trained on four GPUs
 # (--nproc_per_node=4 --accumulate=1), each arm on one (--nproc_per_node=1 --accumulate=4), and
 # without `reinit` at 5e-4 and all at 4e-3; its seven rows before: the same after 2,180 steps, at
-# 1e-3 and 4e-3. Mamba2's last three: each arm on one GPU. The first six rows were 800 steps of
-# data/packages without --compile, the next three 2,609 of 3,600.
+# 1e-3 and 4e-3. Mamba2's last six: 3,780 steps and the arms in the same way; its three before:
+# 2,000 steps, each arm on one GPU. The first six rows were 800 steps of data/packages without
+# --compile, the next three 2,609 of 3,600.
 one_larger() {
     local family=$1 steps=$2 out=out/larger-$1
     shift 2
@@ -76,13 +77,12 @@ one_larger() {
             --warmup=32 --seed=1000 --lr=$2 "${@:3}" --name=post-$1-$2
         python data/recall.py --ckpt=$out/post-$1-$2.pt --data=data/packages-larger --T=4096
     }
-    for start in lpt preserve-x16 reinit; do arm $start 1e-3; done
+    for start in lpt preserve-x4 preserve-x16 reinit; do arm $start 1e-3; done
+    for start in lpt preserve-x16; do arm $start 2e-3; done
     if [ $family = gla ]; then
-        arm inherit 1e-3
-        arm preserve-x4 1e-3
-        for rate in 5e-4 2e-3; do
-            for start in lpt preserve-x16 inherit reinit; do arm $start $rate; done
-        done
+        for start in lpt preserve-x16; do arm $start 5e-4; done
+        for rate in 5e-4 1e-3 2e-3; do arm inherit $rate; done
+        for rate in 5e-4 2e-3; do arm reinit $rate; done
         for start in lpt inherit reinit; do arm $start 4e-3; done
         arm preserve-x16 4e-3 --gates_rate=10       # preserve-x16-fast
     fi
@@ -90,7 +90,7 @@ one_larger() {
 
 larger() {
     one_larger gla 3840 --n_layer=12 --d_model=1024 --n_head=16 --d_mlp=0 --conv_size=4
-    one_larger mamba2 2000 --n_layer=12 --d_model=1536 --headdim=64 --d_state=16 \
+    one_larger mamba2 3840 --n_layer=12 --d_model=1536 --headdim=64 --d_state=16 \
         --tie_embeddings --conv_size=4
 }
 
