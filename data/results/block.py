@@ -120,6 +120,7 @@ ARMS = {
                          family="mamba2"),
     "lpt-equal-flops": Arm(length=0, like="lpt"),       # as many FLOPs as preserve-x16
     "reinit-keys": Arm("reinit-keys", "last quarter", 0, like="reinit"),
+    "inherit-4x-rate": Arm("inherit", "last quarter", 0, like="inherit", rate=4, family="mamba2"),
 }
 # --phase=long: the control and `preserve`, for 100M tokens.
 LONG_ARMS = {

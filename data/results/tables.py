@@ -472,6 +472,8 @@ def claims_table():
             for arm in ("reinit", PRIMARY)]
         cases.append(("reinit better than inherit, rare repeats, each at its rate",
                       "reinit", repeats_loss, "inherit", 0.0))
+        cases.append((f"the same, both at {BEST_RATE:g}", "reinit", repeats_loss,
+                      "inherit-4x-rate", 0.0))
         cases += [("few layers enough, at most a tenth of the gain less: "
                    f"{arm} - preserve-x4", arm, repeats_loss, "preserve-x4", 0.1 * gain)
                   for arm in ("preserve-x4-half", "preserve-x4-later")]
