@@ -216,7 +216,8 @@ def gla_chunked(q, k, v, g, scale, state):
     read_chunk = gla_inside_steep if steep else gla_inside
     o, v, q_start, k_end, decay = read_chunk(q, k, v, g)
 
-    # what a chunk adds to its group's states, as S is here: (B,G,n,K,heads V)
+    # S is (B,G,K,heads V), a group's states side by side, so that one product makes what
+    # a chunk adds to all of them
     writes = k_end.mT @ v.transpose(3, 4).flatten(4, 5)
     if S is None:
         S = q.new_zeros(batch, G, K, H // G * V)
@@ -441,9 +442,8 @@ def triton_supports(device):
 @functools.cache
 def capability(device):
     """That of a GPU, (major, minor). Warns once where Triton before 3.9 may make wrong
-    code: ptxas before 13.3 may reuse a register that a matrix product still reads
-    (triton-lang/triton issue 9433), and a wait did not span warp groups (11047). Triton
-    3.6 makes neither mistake in our kernels (see data/results/README.md)."""
+    code (issue 9433: see waited_for; 11047: a wait did not span warp groups). Triton 3.6
+    makes neither mistake in our kernels (see data/results/README.md)."""
     found = torch.cuda.get_device_capability(device)
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if found[0] == 9 and version < (3, 9):
@@ -540,7 +540,7 @@ def gla_first(
         scores = tl.where(i[:, None] >= i[None, :], scores, 0.0)
         o = tl.dot(scores, v, input_precision="ieee")
         o += tl.dot(q * tl.exp(c), state, input_precision="ieee")
-        tl.store(o_ptr + value, o.to(o_ptr.dtype.element_ty), inside)
+        tl.store(o_ptr + value, o, inside)
 
         # forget, then write
         state *= tl.trans(tl.exp(total))
@@ -584,7 +584,7 @@ def ssd_first(
         scores = tl.where(i[:, None] >= i[None, :], scores, 0.0)
         y = tl.dot(scores, v, input_precision="ieee")
         y += tl.exp(c)[:, None] * tl.dot(query, tl.trans(state), input_precision="ieee")
-        tl.store(y_ptr + value, y.to(y_ptr.dtype.element_ty), inside[:, None])
+        tl.store(y_ptr + value, y, inside[:, None])
 
         state *= tl.exp(total)
         state += tl.dot(tl.trans(v * tl.exp(total - c)[:, None]), b, input_precision="ieee")
@@ -610,9 +610,9 @@ def ssd_first(
 # the whole pass).
 #
 # With gates the scores of each head with its own keys are computed once, and a second
-# kernel mixes them into the scores of every head of the group. Only kernels that touch
-# states see the group's f K channels: there K is f K, and q_start and k_end are, in the
-# same memory, (B,T,G,f K), with G = H / f (HX of the scan).
+# kernel mixes them into the scores of every head of the group. The queries of f heads
+# side by side, (B,T,H,K), are in memory (B,T,G,f K). Kernels that touch states are
+# given f K as K, and G = H / f (HX of the scan); the others are given K and H.
 #
 #   launch             gla (with gates)              ssd (where N > READ_APART)
 #   decays             in gla_scores                 ssd_decays
@@ -647,6 +647,7 @@ def ssd_first(
 #   row               a token's head, counted over all tokens
 #   mine, at_, of_    offsets in elements
 #
+# tl.store rounds to the type of what its pointer points to.
 # Programs next to each other read the same tiles, while these are in the cache.
 
 
@@ -682,9 +683,10 @@ def waited_for(x):
     left factor is in registers: ptxas before 13.3 gives these to others while the product
     still reads them (issue 9433; Triton 3.9 brings 13.4).
 
-    Not where each turn needs its product, or the sum before it (gla_grad_decays,
-    scan_states), nor with num_stages=1 (gla_scores): there no product is under way when
-    the next turn begins. No compiler drops the addition, since -0.0 + 0.0 is 0.0."""
+    Not needed where a turn of the loop itself uses its product or rescales the sum
+    (gla_grad_decays, scan_states), nor with num_stages=1 (gla_scores): no product is then
+    under way when the next turn begins. No compiler drops the addition, since -0.0 + 0.0
+    is 0.0."""
     return x + 0.0
 
 
@@ -738,7 +740,7 @@ def scan_states(
     k_block, rest = split(tl.program_id(0), K // BK)
     v_block, rest = split(rest, V // BV)
     head, batch = split(rest, H)
-    batch = batch.to(tl.int64)  # offsets may pass 2^31
+    batch = batch.to(tl.int64)
     i = tl.arange(0, BT)
     k = k_block * BK + tl.arange(0, BK)
     v = v_block * BV + tl.arange(0, BV)
@@ -761,12 +763,12 @@ def scan_states(
         chunk = (piece // PIECES).to(tl.int64)
         entering = step % PIECES == 0
         if entering:
-            tl.store(states_ptr + chunk * K * V + mine, state.to(states_ptr.dtype.element_ty))
+            tl.store(states_ptr + chunk * K * V + mine, state)
 
         token = piece.to(tl.int64) * BT
         x = tl.load(x_ptr + token * HX * K + (i[None, :] * (HX * K) + k[:, None]))  # (BK,BT)
         y = tl.load(y_ptr + token * HY * V + (i[:, None] * (HY * V) + v[None, :]))
-        if weight_ptr is None:  # every channel has a decay of its own
+        if weight_ptr is None:  # gla: a decay per channel, and x has its weights already
             decay = tl.load(decay_ptr + (key_head * n + chunk) * (K // F) + k % (K // F))[:, None]
         else:
             decay = tl.load(decay_ptr + key_head * n + chunk)
@@ -824,14 +826,14 @@ def step_state(
             log_decay = tl.load(g_ptr + shared * K + k, k_inside, 0.0)[:, None]
         key = tl.load(k_ptr + shared * K + k, k_inside, 0.0).to(tl.float32)
         q = tl.load(q_ptr + query * K + k, k_inside, 0.0).to(tl.float32)
-        state = tl.exp2(log_decay * LOG2E) * tl.load(state_ptr + at, inside, 0.0)
+        state = tl.exp(log_decay) * tl.load(state_ptr + at, inside, 0.0)
         state += key[:, None] * value[None, :]
         tl.store(new_ptr + at, state, inside)
         out += tl.sum(q[:, None] * state, axis=0)
     out *= scale
     if D_ptr is not None:
         out += tl.load(D_ptr + head) * x
-    tl.store(out_ptr + bh * V + v, out.to(out_ptr.dtype.element_ty), v_inside)
+    tl.store(out_ptr + bh * V + v, out, v_inside)
 
 
 @chunk_kernel
@@ -873,7 +875,7 @@ def multiply_rows(
             tl.store(diagonal_ptr + (batch * H + head) * n * L + chunk * L + query, diagonal)
         scores = tl.where(query[:, None] > key[None, :], scores, 0.0)
     at = query[:, None] * (H * L) + key[None, :]
-    tl.store(scores_ptr + at, scores.to(scores_ptr.dtype.element_ty))
+    tl.store(scores_ptr + at, scores)
 
 
 # Both families launch them by names of their own, as their other kernels: who looks
@@ -888,8 +890,8 @@ gla_grad_scores = ssd_scores = multiply_rows
 
 
 class Launch:
-    """A kernel with its tile. A call launches `programs` times one program for every
-    tile of what `cut` names: {"BV": "HP"} is one for every BV of H P channels.
+    """A kernel with its tile. A call launches `programs` programs, times the number of
+    tiles in each size that `cut` names: {"BV": "HP"} is one for every BV of H P channels.
 
     Where the GPU's shared memory does not hold num_stages stages of the pipeline, it
     takes fewer from then on: gla_launches and ssd_launches are cached."""
@@ -958,8 +960,9 @@ def operator(results):
 
         def call(*arguments):
             out = allocate(*arguments)
+            filled = out if isinstance(out, tuple) else (out,)
             with on_device(arguments[0]):
-                launch(*arguments, **dict(zip(spec.kwonlyargs, out, strict=True)))
+                launch(*arguments, **dict(zip(spec.kwonlyargs, filled, strict=True)))
             return out
         op = torch.library.custom_op(
             f"statex::{launch.__name__}", call, mutates_args=(), schema=schema)
@@ -969,9 +972,9 @@ def operator(results):
     return make
 
 
-def one_step(kernel, q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None, D=None):
-    """The output and the new state of one token, by step_state under either name, whose
-    arguments these are, in tiles of BK x BV at most."""
+def one_step(q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None, D=None):
+    """The output and the new state of one token, by step_state, whose arguments these
+    are, in tiles of BK x BV at most."""
     g, dt, A, D, state = (
         None if t is None else t.float().contiguous() for t in (g, dt, A, D, state))
     q, k, v = (t.contiguous() for t in (q, k, v))
@@ -981,7 +984,7 @@ def one_step(kernel, q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None,
     out = torch.empty_like(v)
     new = torch.empty_like(state)
     with on_device(q):
-        kernel[(B * H * -(-V // BV),)](
+        step_state[(B * H * -(-V // BV),)](
             q, k, v, g, dt, A, D, state_ptr=state, new_ptr=new, out_ptr=out, scale=scale,
             H=H, G=k.shape[2], K=K, V=V, BK=power_of_two(K, 16, BK), BV=BV, num_warps=4)
     return out, new
@@ -1126,14 +1129,14 @@ def gla_scores(
         scores = tl.dot(q_mid.to(dtype), tl.trans(k_mid.to(dtype)), scores, input_precision=DOT)
 
         # on from the middle to the ends
-        tl.store(q_start_ptr + at, (q_mid * half).to(dtype))
-        tl.store(k_end_ptr + at, (k_mid * half).to(dtype))
+        tl.store(q_start_ptr + at, q_mid * half)
+        tl.store(k_end_ptr + at, k_mid * half)
         tl.store(block_decay_ptr + channel, total)
 
     # no decay on the diagonal, nothing above it
     equal = i[:, None] == i[None, :]
     scores = tl.where(i[:, None] > i[None, :], scores, tl.where(equal, diagonal[:, None], 0.0))
-    tl.store(scores_ptr + i[:, None] * (H * L) + i[None, :], scores.to(dtype))
+    tl.store(scores_ptr + i[:, None] * (H * L) + i[None, :], scores)
 
 
 @chunk_kernel
@@ -1167,7 +1170,7 @@ def gla_scores_steep(
         q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, n, H, K, L, R)
 
     dtype = q_ptr.dtype.element_ty
-    for bit in range(8):  # R is at most 2^7; the last turn is for q_start and k_end
+    for bit in range(8):  # R is at most 2^7; at 7 a piece is the whole block: q_start, k_end
         scores = tl.zeros((R, R), tl.float32)
         for k0 in range(0, K, BK):
             at = i * (H * K) + k0 + tl.arange(0, BK)[None, :]
@@ -1178,10 +1181,10 @@ def gla_scores_steep(
             if bit < 7:
                 scores = tl.dot(q.to(dtype), tl.trans(k.to(dtype)), scores, input_precision=DOT)
             else:
-                tl.store(q_start_ptr + at, q.to(dtype))
-                tl.store(k_end_ptr + at, k.to(dtype))
+                tl.store(q_start_ptr + at, q)
+                tl.store(k_end_ptr + at, k)
         met = (i > j) & ((i ^ j) >> bit == 1)
-        tl.store(scores_ptr + i * (H * L) + j, scores.to(dtype), met)
+        tl.store(scores_ptr + i * (H * L) + j, scores, met)
 
 
 @chunk_kernel
@@ -1214,7 +1217,6 @@ def gla_scores_across(
     decay_ptr += ((batch * H + head) * n + chunk) * K
 
     scores = tl.zeros((R, R), tl.float32)
-    dtype = q_seam_ptr.dtype.element_ty
     for k0 in range(0, K, BK):
         channel = k0 + tl.arange(0, BK)
         at = i[:, None] * (H * K) + channel[None, :]
@@ -1225,10 +1227,10 @@ def gla_scores_across(
         # on by the other block: queries to the chunk's start, keys to its end
         first_decay = tl.load(block_decay_ptr + channel)
         second_decay = tl.load(block_decay_ptr + K + channel)
-        tl.store(q_start_ptr + at, (q.to(tl.float32) * tl.exp2(first_decay)[None, :]).to(dtype))
-        tl.store(k_end_ptr + at, (k.to(tl.float32) * tl.exp2(second_decay)[None, :]).to(dtype))
+        tl.store(q_start_ptr + at, q.to(tl.float32) * tl.exp2(first_decay)[None, :])
+        tl.store(k_end_ptr + at, k.to(tl.float32) * tl.exp2(second_decay)[None, :])
         tl.store(decay_ptr + channel, first_decay + second_decay)
-    tl.store(scores_ptr + i[:, None] * (H * L) + i[None, :], scores.to(dtype))
+    tl.store(scores_ptr + i[:, None] * (H * L) + i[None, :], scores)
 
 
 @triton.jit
@@ -1268,7 +1270,7 @@ def gla_mix_scores(
         at, stored = tile_of_group(block * BT % L, e0 + tl.arange(0, BE), heads, H, F, L, R)
         scores = tl.load(scores_ptr + at, stored, 0.0).to(tl.float32)
         mixed = tl.dot(tl.trans(gates), scores, input_precision=DOT)
-        tl.store(mixed_ptr + at, mixed.to(mixed_ptr.dtype.element_ty), stored)
+        tl.store(mixed_ptr + at, mixed, stored)
 
 
 @triton.jit
@@ -1296,9 +1298,10 @@ def gla_outputs(
 ):
     """o_i = S^T q_start_i + sum over j <= i in its chunk of scores_ij v_j.
 
-    With gates S^T q_start is a sum of gate_h S_h^T q_h over the group's heads h. While
-    those of h are added o is the sum / gate_h, for a second one would not fit the
-    registers; a gate below 1e-20 in size counts as 1e-20, so that o stays finite.
+    With gates S^T q_start is a sum of gate_h S_h^T q_h over the group's heads h. To need
+    one accumulator only, o is kept divided by the gate of the head being added, and at
+    the next head it is multiplied by previous / gate; a gate below 1e-20 in size counts
+    as 1e-20, so that o stays finite.
     One program owns BV channels of the L tokens of one chunk of one head."""
     v_block, rest = split(tl.program_id(0), V // BV)
     head, chunk, batch = split3(rest, H, n)
@@ -1335,7 +1338,7 @@ def gla_outputs(
         scores = load_scores(scores_ptr, i, j, H, L, R)
         v = tl.load(v_ptr + j[:, None] * (H * V) + channel[None, :])
         o = tl.dot(scores, v, o, input_precision=DOT)
-    tl.store(o_ptr + i[:, None] * (H * V) + channel[None, :], o.to(o_ptr.dtype.element_ty))
+    tl.store(o_ptr + i[:, None] * (H * V) + channel[None, :], o)
 
 
 @chunk_kernel
@@ -1377,7 +1380,7 @@ def gla_grad_values(
         scores = load_scores(scores_ptr, i, j, H, L, R)
         do = tl.load(do_ptr + i[:, None] * (H * V) + channel[None, :])
         dv = tl.dot(tl.trans(scores), do, dv, input_precision=DOT)
-    tl.store(dv_ptr + j[:, None] * (H * V) + channel[None, :], dv.to(dv_ptr.dtype.element_ty))
+    tl.store(dv_ptr + j[:, None] * (H * V) + channel[None, :], dv)
 
 
 @chunk_kernel
@@ -1407,7 +1410,7 @@ def gla_grad_mix_scores(
         grad = tl.load(grad_scores_ptr + at, stored, 0.0).to(tl.float32)
         dgates = tl.dot(scores, tl.trans(grad), dgates, input_precision=DOT)
         grad = tl.dot(gates, grad, input_precision=DOT)
-        tl.store(grad_scores_ptr + at, grad.to(grad_scores_ptr.dtype.element_ty), stored)
+        tl.store(grad_scores_ptr + at, grad, stored)
 
     # and the diagonal, which is 0 in grad_scores
     i = tl.arange(0, BT)[None, :]
@@ -1433,9 +1436,10 @@ def gla_grad_mix_scores(
 #   inside   after     j < t                          k dk_after: writes     writes
 #   before   after     all                            around                 always
 #
-# Summed over a query's pairs, weight x gradient is q dq, channel by channel, where dq
-# is what these pairs add to its gradient; over a key's pairs it is k dk. A query with
-# its own key spans nothing: it is left out, for it would drown small gradients.
+# All these variables hold weight x gradient; their names say of which pairs. Summed
+# over a query's pairs it is q dq, channel by channel, where dq is what these pairs add to
+# its gradient; over a key's pairs it is k dk. A query with its own key spans nothing: it
+# is left out, for it would drown small gradients.
 
 
 @triton.jit
@@ -1505,8 +1509,8 @@ def gla_grad_queries_keys(
             tl.store(dgates_ptr + tl.program_id(0) * F + head_of_group, dgate)
             dq_of_head *= gate
         dq += dq_of_head
-    tl.store(dq_start_ptr + at, dq.to(dq_start_ptr.dtype.element_ty))
-    tl.store(dk_end_ptr + at, dk.to(dk_end_ptr.dtype.element_ty))
+    tl.store(dq_start_ptr + at, dq)
+    tl.store(dk_end_ptr + at, dk)
     key_head = batch * H + group * F + k_block * BK // (K // F)
     channel_of_head = k % (K // F)
     if block % (L // R) == 0:  # the same in both blocks of a chunk
@@ -1523,9 +1527,9 @@ def gla_grad_queries_keys(
 @triton.jit
 def meet(q, k, to_q, to_k, grad_scores, pairs, DOT: tl.constexpr):
     """What queries and keys, decayed to where they meet, give each other through the
-    gradient of their scores: dq and dk. pairs: weight x gradient, added at its query's row
-    and taken off at its key's, from the same rounded factors, so that those of pairs
-    wholly after t cancel."""
+    gradient of their scores: dq and dk. pairs: each pair's weight x gradient, added at its
+    query's row and taken off at its key's. Summed from row t on, pairs wholly after t
+    cancel, exactly only if both have the same rounded factors."""
     k = (k * to_k).to(grad_scores.dtype)
     q = (q * to_q).to(grad_scores.dtype)
     dq = tl.dot(grad_scores, k, input_precision=DOT)
@@ -1657,15 +1661,16 @@ def gla_grad_decays(
         if L > R:
             to_other = ((block ^ 1) - block) * K
             other = tl.exp2(tl.load(block_decay_ptr + of_block + channel + to_other))[None, :]
-            seam = at + ((batch * n + block // 2) * R * H + head - row) * K  # its rows
+            seam_row = (batch * n + block // 2) * R * H + head
+            seam = at + (seam_row - row) * K  # as `at`, from the seam's first row
             dq_start, dk_end = across_blocks(
                 dq_start, dk_end, other, block % 2 == 1, grad_scores_ptr + row * L,
                 q_seam_ptr + seam, k_seam_ptr + seam, H * L, DOT)
             around += tl.load(around_ptr + of_block + channel)
         dq_before = dq_start * exp_upto
         dk_after = dk_end * exp_after
-        tl.store(dq_ptr + at, ((dq + dq_before) * scale).to(dq_ptr.dtype.element_ty))
-        tl.store(dk_ptr + at, (dk + dk_after).to(dk_ptr.dtype.element_ty))
+        tl.store(dq_ptr + at, (dq + dq_before) * scale)
+        tl.store(dk_ptr + at, dk + dk_after)
         store_grad_decays(
             dg_ptr + at, g_ptr + at, pairs + q * dq_before, k * dk_after, around, STEEP, DOT)
 
@@ -1674,10 +1679,10 @@ def gla_chunk(T, K, V, dtype):
     """L and R: tokens of a chunk, and of its one or two blocks. A block has at most
     128, since its scores are a tile of R x R in registers; a chunk has two where states
     (K x V) are large, from gla-1.3b's on, which halves what is kept of them."""
-    if T <= 128:
-        L = power_of_two(T, 16) if T <= 32 else 128
+    if T <= 32:
+        L = power_of_two(T, 16)
         return L, L
-    return (256, 128) if dtype == torch.bfloat16 and K * V >= 1 << 17 else (128, 128)
+    return (256, 128) if dtype == torch.bfloat16 and K * V >= 1 << 17 and T > 128 else (128, 128)
 
 
 @functools.cache
@@ -1701,8 +1706,8 @@ def gla_launches(K, V, states, L, R, dtype):
     rows = dict(BK=BK, BV=wide_v)
     rows |= dict(num_warps=8, num_stages=4) if L > R else dict(num_warps=4, num_stages=3)
     few_k = power_of_two(K, 16, 32)  # where many tiles are in registers at once
-    # One program for all channels, the next ones fetched ahead, is 15 % faster, but in
-    # chunks of two blocks 6 to 10 % slower.
+    # In chunks of one block a program takes all channels and fetches the next ones ahead,
+    # which is 15 % faster; in chunks of two that is 6 to 10 % slower.
     all_k = narrow and L == R
     of_decays = dict(cut={"PK": "K"}, PK=K if all_k else few_k, BK=few_k, num_warps=8)
     return types.SimpleNamespace(
@@ -1874,7 +1879,7 @@ def gla_triton(q, k, v, g, scale, state, gates):
     if T == 1 and state is not None and not needs_grad(q, k, v, g, state, gates):
         if gates is not None:
             q = ask_the_group(q, gates)
-        return one_step(gla_step_state, q, k, v, state, 64, 64, scale, g=g)
+        return one_step(q, k, v, state, 64, 64, scale, g=g)
     narrow = q.dtype == k.dtype == v.dtype == torch.bfloat16
     dtype = torch.bfloat16 if narrow else torch.float32
     L, R = gla_chunk(T, k.shape[3], V, dtype)
@@ -1943,10 +1948,10 @@ def ssd_decays(
     high = cum.to(tl.float32)
     tl.store(cum_ptr + at, high, inside)
     if low_ptr is not None:
-        tl.store(low_ptr + at, (cum - high.to(tl.float64)).to(tl.float32), inside)
+        tl.store(low_ptr + at, cum - high.to(tl.float64), inside)
     tl.store(read_weight_ptr + at, tl.exp2(high), inside)
     tl.store(write_weight_ptr + at, tl.exp2((total[None, :] - cum).to(tl.float32)) * dt, inside)
-    tl.store(decay_ptr + (batch * H + head) * n + chunk, total.to(tl.float32), head < H)
+    tl.store(decay_ptr + (batch * H + head) * n + chunk, total, head < H)
 
 
 # States of more columns are read by ssd_read_states, not by each block of outputs and
@@ -1976,7 +1981,7 @@ def ssd_read_states(
     rows = ((batch * H + v // P) * n + chunk) * P * N + v % P * N
     read = read_rows(None, 0, 0, c_ptr, states_ptr, i, rows, G, N, BN, DOT)
     at = i[:, None] * (H * P) + v[None, :]
-    tl.store(read_ptr + at, read.to(read_ptr.dtype.element_ty))
+    tl.store(read_ptr + at, read)
 
 
 @triton.jit
@@ -2043,7 +2048,7 @@ def ssd_outputs(
 
     if D_ptr is not None:
         y += tl.load(D_ptr + head) * tl.load(x_ptr + mine).to(tl.float32)
-    tl.store(y_ptr + of_rows + mine, y.to(y_ptr.dtype.element_ty))
+    tl.store(y_ptr + of_rows + mine, y)
 
 
 @triton.jit
@@ -2120,7 +2125,7 @@ def ssd_grad_values(
         dy = tl.load(dy_ptr + mine).to(tl.float32)
         dx += tl.load(D_ptr + head) * dy
         tl.store(dD_ptr + ((batch * H + head) * n + chunk) * (L // R) + block, tl.sum(x * dy))
-    tl.store(dx_ptr + mine, dx.to(dx_ptr.dtype.element_ty))
+    tl.store(dx_ptr + mine, dx)
 
 
 @chunk_kernel
@@ -2165,13 +2170,13 @@ def ssd_grad_scores(
         grad *= decay_table(cum_ptr, low_ptr, of_head, query, key)
         grad_scores += grad
 
-        # ends and begins nearly cancel: float64 for float32
+        # sums of ends and begins nearly cancel: of float32 inputs they are float64
         pairs = tl.where(below, grad * scores, 0.0).to(ends_ptr.dtype.element_ty)
         of_query = (key_block * heads).to(tl.int64) * n * L + of_head + query
         of_key = (query_block * heads).to(tl.int64) * n * L + of_head + key
         tl.store(ends_ptr + of_query, tl.sum(pairs, axis=1))
         tl.store(begins_ptr + of_key, tl.sum(pairs, axis=0))
-    tl.store(grad_scores_ptr + at, grad_scores.to(grad_scores_ptr.dtype.element_ty))
+    tl.store(grad_scores_ptr + at, grad_scores)
 
 
 @triton.jit
@@ -2254,8 +2259,8 @@ def ssd_grad_queries_keys(
             state_pairs = tl.sum(s.to(tl.float32) * ds.to(tl.float32))
             part = (n_block * heads + batch * H + head) * n
             tl.store(state_pairs_ptr + part + chunk, state_pairs)
-    tl.store(dC_ptr + (start * G + group) * N + at, dC.to(dC_ptr.dtype.element_ty))
-    tl.store(dB_ptr + (start * G + group) * N + at, dB.to(dB_ptr.dtype.element_ty))
+    tl.store(dC_ptr + (start * G + group) * N + at, dC)
+    tl.store(dB_ptr + (start * G + group) * N + at, dB)
 
 
 @chunk_kernel
@@ -2278,7 +2283,8 @@ def ssd_grad_decays(
     mine = (batch * H + head) * T + chunk * L + i
     all_heads = heads.to(tl.int64) * T
 
-    # pairs of a token as query, less those as key, part by part: the other's block
+    # ended_i: of the pairs in which i is the query, less those in which it is the key; one
+    # part per block of the other token
     ended = tl.zeros((L,), ends_ptr.dtype.element_ty)
     for block in range(L // R):
         ended += tl.load(ends_ptr + block * all_heads + mine, block <= i // R, 0.0)
@@ -2328,18 +2334,16 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
     scan = dict(cut={"BK": "K", "BV": "V"}, BK=P, BV=scan_n,
                 BT=min(L, 64 if scan_n > 32 else 128), num_warps=4)
     # maxnreg, a thread's registers: at 128 four programs fit a processor
+    rows = dict(BN=BN, num_warps=4, maxnreg=128 if narrow else None)
     return types.SimpleNamespace(
         decays=Launch(ssd_decays, cut={"BH": "H"}, BH=8, num_warps=4),
         scores=Launch(ssd_scores, BK=BN, num_warps=4),
         scan=Launch(ssd_scan_states, num_stages=4 if narrow else 3, **scan),
         read=Launch(ssd_read_states, cut={"BV": "HP"}, BV=width, BN=BN, num_warps=8,
                     num_stages=3 if L <= 128 else 4),
-        outputs=Launch(
-            ssd_outputs, BN=BN, num_warps=4, num_stages=3, maxnreg=128 if narrow else None),
+        outputs=Launch(ssd_outputs, num_stages=3, **rows),
         grad_scan=Launch(ssd_scan_states, num_stages=3, **scan),
-        grad_values=Launch(
-            ssd_grad_values, BN=BN, num_warps=4, num_stages=3 if narrow else 2,
-            maxnreg=128 if narrow else None),
+        grad_values=Launch(ssd_grad_values, num_stages=3 if narrow else 2, **rows),
         grad_scores=Launch(ssd_grad_scores, num_warps=4, num_stages=3),
         grad_queries_keys=Launch(ssd_grad_queries_keys, cut={"BN": "N", "BR": "L"}, **through),
         grad_decays=Launch(ssd_grad_decays, num_warps=4),
@@ -2467,7 +2471,7 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
     if T == 1 and state is not None and not needs_grad(x, dt, A, B, C, D, state):
         if first is not None:
             state = state.masked_fill(first[:, :, None, None], 0.0)
-        return one_step(ssd_step_state, C, B, x, state, 128, 32, dt=dt, A=A, D=D)
+        return one_step(C, B, x, state, 128, 32, dt=dt, A=A, D=D)
     narrow = x.dtype == B.dtype == C.dtype == torch.bfloat16
     dtype = torch.bfloat16 if narrow else torch.float32
     # A tile has all channels of a head, at most 64: a wider head becomes several.
@@ -2502,9 +2506,10 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
 
 @triton.jit
 def load_shifted(
-    x_ptr, document_ptr, other, token, seen, channel, batch, T, ROW: tl.constexpr, D: tl.constexpr,
+    x_ptr, document_ptr, other, token, channel, batch, T, ROW: tl.constexpr, D: tl.constexpr,
 ):
-    """Rows `other` of x, those that are seen and in the document of `token`; else 0."""
+    """Rows `other` of x, 0 outside 0 to T and in other documents than that of `token`."""
+    seen = (other >= 0) & (other < T)
     at = x_ptr + batch * T * ROW + other[:, None] * ROW + channel[None, :]
     if document_ptr is not None:
         document_ptr += batch * T
@@ -2514,35 +2519,38 @@ def load_shifted(
 
 
 @triton.jit
-def conv_outputs(
-    x_ptr, weight_ptr, bias_ptr,  # (B,T,D) in rows of ROW elements, (D,TAPS), (D,)
+def convolve(
+    x_ptr, weight_ptr, bias_ptr,  # (B,T,D) in rows of ROW elements, (D,TAPS), (D,) or None
     document_ptr,                 # (B,T) int32 or None
     y_ptr,                        # (B,T,D)
     T,
     ROW: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):
-    """One program owns BT tokens of BD channels of one sequence."""
+    """y = silu(pre); in reverse, of dpre, dx_t = sum over i of weight_i dpre_{t + taps - 1 - i}.
+
+    One program owns BT tokens of BD channels of one sequence."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     channel = tl.program_id(1) * BD + tl.arange(0, BD)
     batch = tl.program_id(2).to(tl.int64)
 
-    pre = tl.zeros((BT, BD), tl.float32)
+    y = tl.zeros((BT, BD), tl.float32)
     if bias_ptr is not None:
-        pre += tl.load(bias_ptr + channel, channel < D, 0.0).to(tl.float32)[None, :]
+        y += tl.load(bias_ptr + channel, channel < D, 0.0).to(tl.float32)[None, :]
     for i in tl.static_range(TAPS):
-        s = t - (TAPS - 1) + i
-        seen = (s >= 0) & (s < T)
-        x = load_shifted(x_ptr, document_ptr, s, t, seen, channel, batch, T, ROW, D)
+        s = t + (TAPS - 1 - i) if REVERSE else t - (TAPS - 1) + i
+        x = load_shifted(x_ptr, document_ptr, s, t, channel, batch, T, ROW, D)
         weight = tl.load(weight_ptr + channel * TAPS + i, channel < D, 0.0)
-        pre += x * weight.to(tl.float32)[None, :]
+        y += x * weight.to(tl.float32)[None, :]
+    if not REVERSE:
+        y *= tl.sigmoid(y)
     at = y_ptr + batch * T * D + t[:, None] * D + channel[None, :]
-    y = (pre * tl.sigmoid(pre)).to(y_ptr.dtype.element_ty)
     tl.store(at, y, (t < T)[:, None] & (channel < D)[None, :])
 
 
 @triton.jit
 def conv_gradients(
-    x_ptr, weight_ptr, bias_ptr,  # as in conv_outputs
+    x_ptr, weight_ptr, bias_ptr,  # as in convolve
     document_ptr,
     dy_ptr,                  # (B,T,D) in rows of DY_ROW elements
     dpre_ptr,                # (B,T,D)
@@ -2579,14 +2587,13 @@ def conv_gradients(
         sums = ()
         for i in tl.static_range(TAPS):
             s = t - (TAPS - 1) + i
-            seen = (s >= 0) & (s < T)
-            shifted += (load_shifted(x_ptr, document_ptr, s, t, seen, channel, batch, T, ROW, D),)
+            shifted += (load_shifted(x_ptr, document_ptr, s, t, channel, batch, T, ROW, D),)
             pre += shifted[i] * weights[i]
         gate = tl.sigmoid(pre)
         dy = tl.load(dy_ptr + t[:, None] * DY_ROW + channel[None, :], stored, 0.0).to(tl.float32)
         dpre = dy * gate * (1 + pre * (1 - gate))
         at = dpre_ptr + t[:, None] * D + channel[None, :]
-        tl.store(at, dpre.to(dpre_ptr.dtype.element_ty), stored)
+        tl.store(at, dpre, stored)
         dbias += dpre
         for i in tl.static_range(TAPS):
             sums += (dweights[i] + dpre * shifted[i],)
@@ -2598,28 +2605,6 @@ def conv_gradients(
         tl.store(dbias_ptr + part * D + channel, tl.sum(dbias, 0), channel < D)
 
 
-@triton.jit
-def conv_grad_inputs(
-    dpre_ptr, weight_ptr,  # (B,T,D), (D,TAPS)
-    document_ptr,          # (B,T) int32 or None
-    dx_ptr,                # (B,T,D)
-    T,
-    D: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-):
-    """dx_t = sum over j of weight_{taps - 1 - j} dpre_{t + j}; else as conv_outputs."""
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
-    channel = tl.program_id(1) * BD + tl.arange(0, BD)
-    batch = tl.program_id(2).to(tl.int64)
-    dx = tl.zeros((BT, BD), tl.float32)
-    for j in tl.static_range(TAPS):
-        s = t + j
-        dpre = load_shifted(dpre_ptr, document_ptr, s, t, s < T, channel, batch, T, D, D)
-        weight = tl.load(weight_ptr + channel * TAPS + TAPS - 1 - j, channel < D, 0.0)
-        dx += dpre * weight.to(tl.float32)[None, :]
-    tl.store(dx_ptr + batch * T * D + t[:, None] * D + channel[None, :],
-             dx.to(dx_ptr.dtype.element_ty), (t < T)[:, None] & (channel < D)[None, :])
-
-
 def conv_tile(x):
     """Tokens and channels of a tile of x (B,T,D)."""
     if x.is_cuda:
@@ -2627,22 +2612,14 @@ def conv_tile(x):
     return power_of_two(x.shape[1], 4, 32), power_of_two(x.shape[2], 4, 32)
 
 
-@torch.library.custom_op(
-    "statex::conv_forward", mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? document) -> Tensor")
-def conv_forward(x, weight, bias, document):
+@operator(lambda x, **others: x.new_empty(x.shape))
+def conv_forward(x, weight, bias, document, *, y):
     """short_conv with weight (D,taps) and x as rows_apart gives it."""
     B, T, D = x.shape
     BT, BD = conv_tile(x)
-    y = x.new_empty(x.shape)
-    with on_device(x):
-        conv_outputs[(-(-T // BT), -(-D // BD), B)](
-            x, weight, bias, document, y, T=T, ROW=x.stride(1), D=D, TAPS=weight.shape[1],
-            BT=BT, BD=BD, num_warps=4)
-    return y
-
-
-conv_forward.register_fake(lambda x, weight, bias, document: x.new_empty(x.shape))
+    convolve[(-(-T // BT), -(-D // BD), B)](
+        x, weight, bias, document, y, T=T, ROW=x.stride(1), D=D, TAPS=weight.shape[1],
+        BT=BT, BD=BD, REVERSE=False, num_warps=4)
 
 
 def conv_results(x, weight, bias, **others):
@@ -2666,15 +2643,12 @@ def conv_backward(x, weight, bias, document, dy, *, dx, dweight, dbias):
     conv_gradients[(parts, columns, B)](
         x, weight, bias, document, dy, dpre, dweights, dbiases, T=T, STEPS=steps,
         ROW=x.stride(1), DY_ROW=dy.stride(1), D=D, TAPS=taps, BT=rows, BD=BD, num_warps=4)
-    conv_grad_inputs[(-(-T // BT), columns, B)](
-        dpre, weight, document, dx, T=T, D=D, TAPS=taps, BT=BT, BD=BD, num_warps=4)
+    convolve[(-(-T // BT), columns, B)](
+        dpre, weight, None, document, dx, T=T, ROW=D, D=D, TAPS=taps, BT=BT, BD=BD, REVERSE=True,
+        num_warps=4)
     dweight.copy_(dweights.sum(0))
     if bias is not None:
         dbias.copy_(dbiases.sum(0))
-
-
-def conv_save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
 
 
 def conv_chain(ctx, dy):
@@ -2683,7 +2657,8 @@ def conv_chain(ctx, dy):
     return dx, dweight, None if saved[2] is None else dbias, None
 
 
-conv_forward.register_autograd(conv_chain, setup_context=conv_save)
+conv_forward.register_autograd(
+    conv_chain, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def rows_apart(x):
@@ -2850,8 +2825,7 @@ def peers(op, G, H):
     with contextlib.suppress(ImportError):
         if op == "ssd":
             from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-            scan = functools.partial(mamba_chunk_scan_combined, chunk_size=256)
-            return {"mamba_ssm": lambda a: scan(*a[:5], D=a[5])}
+            return {"mamba_ssm": lambda a: mamba_chunk_scan_combined(*a[:5], 256, D=a[5])}
         if G == H:
             from fla.ops.gla import chunk_gla
             return {"fla": lambda a: chunk_gla(*a[:4])[0]}
