@@ -1117,8 +1117,9 @@ def test_generate(block, changes):
     assert lm.generate(idx, 5, top_k=1000, seed=1).max() < 61
 
 
-def test_prompts_of_unlike_lengths_are_continued_as_alone():
-    lm = small("mamba2")
+@pytest.mark.parametrize("block,changes", (("mamba2", {}), ("gla", {"n_key_head": [4, 2, 1]})))
+def test_prompts_of_unlike_lengths_are_continued_as_alone(block, changes):
+    lm = small(block, **changes)
     prompts = [torch.randint(61, (length,)) for length in (5, 1, 9)]
     together = lm.generate(prompts, 20, seed=3)
     for i, prompt in enumerate(prompts):
