@@ -47,7 +47,7 @@ import model as model_script
 import train as train_script
 from data import harness, prepare, public, recall, report
 from data.results import block as block_script
-from data.results import tables
+from data.results import tables, throughput
 from expand import choose_layers, describe, expand
 from kernels import errors, example, gla, run, ssd
 from model import LM, SIZES, Config, SlicedCrossEntropy, load_checkpoint, save_checkpoint
@@ -254,7 +254,7 @@ def test_how_a_script_ends(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_help_lists_every_option_from_any_folder(tmp_path, monkeypatch):
     scripts = (train_script, expand_script, model_script, kernels, prepare, recall, harness,
-               tables, block_script)
+               tables, block_script, throughput)
     processes = [run_in_background(script, "--help", cwd=tmp_path)
                  for script in (train_script, recall, tables)]      # of each folder one
     monkeypatch.chdir(tmp_path)
@@ -3655,6 +3655,17 @@ def test_differences_are_to_lpt_of_the_same_model(tmp_path, monkeypatch):
         assert more == pytest.approx(expected)
     made = {name: make() for name, make in tables.SECTIONS.items()}
     assert all("-0.2000" in made[name] for name in ("primary", "arms", "claims"))
+
+
+@pytest.mark.parametrize("name,state", (
+    ("gla-340m", 24 * 512 * 256), ("gla-340m-expanded", 20 * 512 * 256 + 4 * 512 * 1024),
+    ("mamba2-370m-expanded", 44 * 2048 * 128 + 4 * 2048 * 512),
+    ("evidence-gla-lpt", 8 * 256 * 32), ("evidence-gla-preserve-x16", 16 * 8 * 256 * 32),
+    ("evidence-mamba2-inherit", 9 * 1024 * 16 + 3 * 1024 * 64)))
+def test_the_models_that_are_timed(name, state):
+    assert throughput.shape(name, 4096).total_state() == state
+    with raises_one_line("no "):
+        throughput.shape(f"{name}-x", 4096)
 
 
 def test_the_plan_has_every_arm_and_the_control_at_every_rate(tmp_path):

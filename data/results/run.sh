@@ -111,6 +111,14 @@ speed() {
         --checkpoint_activations --peers=false
     python data/results/throughput.py --generate \
         --models=gla-1.3b,gla-1.3b-expanded,gla-1.3b-preserve,mamba2-1.3b,mamba2-1.3b-expanded
+    local arms="" family arm                # what the arms of the blocks cost
+    for family in gla mamba2; do
+        for arm in lpt preserve-x4 preserve-x16 inherit reinit; do
+            arms+=${arms:+,}evidence-$family-$arm
+        done
+    done
+    python data/results/throughput.py --models=$arms --T=4096 --vocab_size=4096 --peers=false
+    python data/results/throughput.py --models=$arms --vocab_size=4096 --generate
 }
 
 # Arguments: a preset, the number of GPUs, more options of train.py.

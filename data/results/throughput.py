@@ -13,7 +13,8 @@ mamba_ssm's Mamba2 blocks between RMSNorms (with causal_conv1d where that is ins
 PyTorch's conv1d). They get the same autocast, clipping and optimizer, and are not compiled.
 
 Models: a name of model.SIZES, NAME-expanded (the paper's layers and factor: GLA every 6th layer
-with one head, Mamba2 every 12th with 4 N) or NAME-preserve (the same layers by `preserve`).
+with one head, Mamba2 every 12th with 4 N) or NAME-preserve (the same layers by `preserve`); or
+evidence-FAMILY-ARM, an arm of block.py, such as evidence-gla-preserve-x16.
 """
 import os
 import sys
@@ -62,13 +63,13 @@ class Options:
 
 def shape(name, vocab_size):
     """The Config of a name. Raises BadInput."""
-    size, _, kind = name.partition("-expanded")
-    kind = "expanded" if name.endswith("-expanded") else ""
-    if name.endswith("-preserve"):
-        size, kind = name.removesuffix("-preserve"), "preserve"
+    if name.startswith("evidence-"):
+        return evidence(name, vocab_size)
+    kind = next((kind for kind in ("expanded", "preserve") if name.endswith(f"-{kind}")), "")
+    size = name.removesuffix(f"-{kind}")
     if size not in SIZES:
         raise BadInput(f"no model {name!r}; there are {', '.join(SIZES)}, each also as "
-                       "NAME-expanded and NAME-preserve")
+                       "NAME-expanded and NAME-preserve, and evidence-FAMILY-ARM")
     config = copy.deepcopy(SIZES[size])
     config.vocab_size = vocab_size
     if not kind:
@@ -81,6 +82,19 @@ def shape(name, vocab_size):
     if kind == "expanded":
         config.n_head[::6] = [1] * chosen
     return config
+
+
+def evidence(name, vocab_size):
+    """The Config of an arm of block.py. Raises BadInput."""
+    from data.results import block
+    family, _, arm = name.removeprefix("evidence-").partition("-")
+    if family not in block.SHAPES or arm not in block.ARMS:
+        raise BadInput(f"no arm {name!r}; expected evidence-FAMILY-ARM, with one of "
+                       f"{', '.join(block.SHAPES)} and of {', '.join(block.ARMS)}")
+    options = block.Options(family=family)
+    job = block.arm_job(arm, block.ARMS[arm], options.seed, options)
+    with torch.device("meta"):
+        return block.random_model(job, options, "code4096", vocab_size).config
 
 
 # ----------------------------------------------------------------------------------------
