@@ -149,14 +149,11 @@ class Piece:
 
 def plan_tensor(name, config, new_config, layers, init):
     """The pieces of the tensor `name` (as in the state_dict), in order."""
-    where = name.split(".", 2)                          # "layers", "0", "attn.gates"
-    if where[0] != "layers" or int(where[1]) not in layers:
+    if not name.startswith(tuple(f"layers.{i}." for i in layers)):
         return [Piece("kept", "everything outside the chosen layers")]
-    layer = int(where[1])
-    part = where[2]
-    if config.block == "gla":
-        return plan_gla(part, config, new_config, layer, init)
-    return plan_mamba2(part, config, new_config, layer, init)
+    _, layer, part = name.split(".", 2)                 # "layers", "0", "attn.gates"
+    plan = plan_gla if config.block == "gla" else plan_mamba2
+    return plan(part, config, new_config, int(layer), init)
 
 
 def plan_gla(part, config, new_config, layer, init):
@@ -323,15 +320,15 @@ def changes(lm, new, plan, layers, init, seed):
 
 def describe(r):
     """The report of `expand` as text."""
-    n_layer = len(r["state_elements_by_layer"])
+    by_layer = r["state_elements_by_layer"]
     lines = [f"{r['block']}, init {r['init']}, seed {r['seed']}: "
-             f"{len(r['layers'])} of {n_layer} layers expanded",
+             f"{len(r['layers'])} of {len(by_layer)} layers expanded",
              "", f"{'':8s}{'elements':>14s}  tensors"]
     kept_first = sorted(r["elements"].items(), key=lambda item: (item[0][0] != "kept", item[0]))
     for (how, what), count in kept_first:
         lines.append(f"{how:8s}{count:14,d}  {what}")
     lines += ["", "layer   state elements per sequence"]
-    for i, (old, new) in enumerate(r["state_elements_by_layer"]):
+    for i, (old, new) in enumerate(by_layer):
         lines.append(f"{i:5d}   {old:,d}" + (f" -> {new:,d}" if new != old else ""))
     params = r["params_before"]
     more = r["params_after"] - params

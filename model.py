@@ -637,24 +637,19 @@ class LM(nn.Module):
             check_ids("a prompt", batch, self.config.vocab_size, batch.device)
         device = self.embeddings.weight.device
         read = [self.features(batch.to(device)) for batch in batches]
-        state = [tuple(None if parts[0] is None else torch.cat(parts)
-                       for parts in zip(*layer, strict=True))
-                 for layer in zip(*(state for _, state in read), strict=True)]
+        state = map_state(lambda *parts: torch.cat(parts), *(state for _, state in read))
         return torch.cat([x[:, -1] for x, _ in read]), state
 
     def recorded_step(self, token, state):
         """The step of one token after `state` as a CUDA graph: a function of the tokens (B,)
         that returns the features (B,d_model) and moves its own copy of the state on."""
         token = token.clone()
-        state = [tuple(None if t is None else t.clone() for t in layer) for layer in state]
+        state = map_state(torch.clone, state)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             x, new_state = self.features(token[:, None], state)
             x = x[:, -1]
-            for layer, new_layer in zip(state, new_state, strict=True):
-                for tensor, new in zip(layer, new_layer, strict=True):
-                    if tensor is not None:
-                        tensor.copy_(new)
+            map_state(torch.Tensor.copy_, state, new_state)
 
         def step(t, held=state):        # held: the graph reads and writes these tensors
             token.copy_(t)
@@ -721,6 +716,14 @@ def check_state(state, n_layer, device):
                                f"dtype on {device}, or None")
 
 
+def map_state(function, *states):
+    """The state whose tensors are function(the same tensor of each of the states). None,
+    such as `before` without a convolution, stays None."""
+    return [tuple(None if tensors[0] is None else function(*tensors)
+                  for tensors in zip(*layers, strict=True))
+            for layers in zip(*states, strict=True)]
+
+
 def check_sampling(n, temperature, top_k, top_p, stop, seed):
     for name, value in (("n", n), ("top_k", top_k), ("stop", stop), ("seed", seed)):
         if value is not None and (not isinstance(value, numbers.Integral)
@@ -770,15 +773,10 @@ def choose(logits, temperature, top_k, top_p, chance):
 
 
 def save_checkpoint(path, lm, train=None, weights=None):
-    """Write a checkpoint. train: a dict that a run goes on from, or None. weights: the
-    model's state_dict, where lm holds only a part of it.
-
-    A kill at any moment leaves the old file or the new. Raises BadInput."""
+    """Write a checkpoint (see write_file). train: a dict that a run goes on from, or None.
+    weights: the model's state_dict, where lm holds only a part of it. Raises BadInput."""
     entries = {"config": asdict(lm.config), "model": weights or lm.state_dict(), "train": train}
-    try:
-        write_file(path, lambda file: torch.save(entries, file))
-    except RuntimeError as e:                           # a full disk may reach us as this
-        raise BadInput(f"cannot write {path}: {one_line(e)}; what was there is untouched") from e
+    write_file(path, lambda file: torch.save(entries, file))
 
 
 def load_checkpoint(path):

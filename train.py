@@ -63,7 +63,7 @@ except ImportError:                     # Windows: no lock on out_dir, no peak o
 from data import prepare, recall
 from data.report import print_report
 from expand import INITS, choose_layers, describe, expand
-from model import LM, SIZES, Config, load_checkpoint, save_checkpoint
+from model import LM, SIZES, Config, load_checkpoint, map_state, save_checkpoint
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -100,8 +100,7 @@ class Options:
     ckpt: str = option("", "scratch | resume | the checkpoint, folder or hub id to start from; "
                        "empty: the recipe", alias="init_from")
     preset: str = option("", "other values for the options below, listed above; the recipe takes "
-                             "recipe-BLOCK",
-                         choices=tuple(PRESETS))
+                         "recipe-BLOCK", choices=tuple(PRESETS))
     block: str = option("gla", "of the recipe or from scratch", choices=("gla", "mamba2"))
     data: str = option(f"{HERE}/data/python", "folder of token files, see data/prepare.py")
     out_dir: str = option("", "empty: out/recipe-BLOCK for the recipe, out/run for one run")
@@ -396,7 +395,7 @@ def make_optimizer(lm, options):
 def precision(options):
     """bfloat16 matrix products on a GPU; parameters, residuals, norms and states stay in
     float32."""
-    return torch.autocast("cuda", torch.bfloat16) if options.cuda else contextlib.nullcontext()
+    return torch.autocast("cuda", torch.bfloat16, enabled=options.cuda)
 
 
 # ---------------------------------------------------------------------------------------
@@ -465,8 +464,7 @@ def recall_batch(run, rng, k):
 
 def slices_per_row(run):
     """With --carry_state: steps until the text begins again."""
-    options = run.options
-    return (len(run.corpus.train) - 1) // options.batch_size // options.block_size
+    return (len(run.corpus.train) - 1) // run.options.batch_size // run.options.block_size
 
 
 def learning_rate(options, step):
@@ -514,7 +512,7 @@ def one_pass(run, k, i, batch):
     else:
         loss, state = loss_and_gradients(run, idx, targets, first, weight, state)
     if carries:
-        run.carried[k] = cut_off(state, options.device)
+        run.carried[k] = map_state(torch.Tensor.detach, state)
     return loss, idx.numel()
 
 
@@ -548,12 +546,6 @@ def replayed(run, *batch):
             old.copy_(new)
     graph.replay()
     return loss
-
-
-def cut_off(states, device):
-    """The states of all layers on a device, cut off from autograd's graph."""
-    return [tuple(None if t is None else t.detach().to(device) for t in layer)
-            for layer in states]
 
 
 def clip_and_step(run):
@@ -618,13 +610,12 @@ def gather_carried(run):
     """The carried states of all rows of the batch, in order, on the CPU; None without any."""
     if not run.carried:
         return None
-    states = [cut_off(state, "cpu") for state in run.carried.values()]
+    states = [map_state(torch.Tensor.cpu, state) for state in run.carried.values()]
     if run.processes.size > 1:
         gathered = [None] * run.processes.size
         dist.all_gather_object(gathered, states)
         states = [state for of_rank in gathered for state in of_rank]
-    return [tuple(None if rows[0] is None else torch.cat(rows)
-                  for rows in zip(*layers, strict=True)) for layers in zip(*states, strict=True)]
+    return map_state(lambda *parts: torch.cat(parts), *states)
 
 
 def restore(run, held):
@@ -650,22 +641,15 @@ def restore(run, held):
     if carried:
         for k in range(passes(run.options, run.processes)):
             rows = share(run, run.options.batch_size, k)
-            mine = [tuple(None if t is None else t[rows] for t in layer) for layer in carried]
-            run.carried[k] = cut_off(mine, run.options.device)
+            run.carried[k] = map_state(lambda t, rows=rows: t[rows].to(run.options.device), carried)
 
 
 def load_run(path):
-    """-> (model, "train" entry) of a run that is to go on. Raises BadInput."""
+    """-> (model, "train" entry) of a run that can go on. Raises BadInput for others."""
     lm, held = load_checkpoint(path)
     if held is None:
         raise BadInput(f"{path} holds a model and no run to go on with; start one from it by "
                        f"--ckpt={path}, in another --out_dir or by another --name, or --overwrite")
-    check_held(held, path)
-    return lm, held
-
-
-def check_held(held, path):
-    """Raises BadInput where the "train" entry of the checkpoint at path cannot be a run's."""
     kinds = {"options": dict, "optimizer": dict, "corpus": dict, "evaluations": list, "step": int,
              "tokens": int, "seconds": float}
     for name, kind in kinds.items():
@@ -680,6 +664,7 @@ def check_held(held, path):
     if not 0 <= held["step"] <= steps or held["tokens"] < 0 or not held["seconds"] >= 0:
         raise other_version(path, f"it is at step {held['step']} of {steps}, after "
                                   f"{held['tokens']} tokens and {held['seconds']} s")
+    return lm, held
 
 
 def other_version(path, why):
@@ -691,12 +676,9 @@ def flops_per_token(lm):
     """Of forward and backward: 6 per weight of a matrix product, 12 per element of state (2 to
     write it and 2 to read it, a product and a sum each, and twice that backward). What is
     computed twice to save memory is not counted."""
-    c = lm.config
-    weights = sum(p.numel() for name, p in lm.named_parameters()
-                  if p.dim() == 2 and not name.startswith("embeddings"))
-    if c.tie_embeddings:
-        weights += lm.embeddings.weight.numel()
-    return 6 * weights + 12 * c.total_state()
+    in_layers = sum(p.numel() for p in lm.layers.parameters() if p.dim() == 2)
+    weights = in_layers + lm.lm_head.weight.numel()
+    return 6 * weights + 12 * lm.config.total_state()
 
 
 def peak_memory(cuda):
@@ -721,7 +703,7 @@ def drop_later(path, name, step):
     kept = []
     with open(path, errors="replace") as f:
         for line in f:
-            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            with contextlib.suppress(ValueError, TypeError, KeyError):
                 entry = json.loads(line)                # a line that is none goes, too
                 if entry["run"] != name or entry["step"] <= step:
                     kept.append(line)
@@ -889,9 +871,8 @@ def open_folder(options, processes):
 
 # What --ckpt=resume may change. Nothing that is computed depends on it, but for `data`,
 # which is then typed on purpose.
-FREE = {"ckpt", "preset", "device", "out_dir", "name", "overwrite", "plot", "accumulate",
-        "compile", "graph", "checkpoint_activations", "shard", "tensorboard", "eval_interval",
-        "data"}
+FREE = {"accumulate", "checkpoint_activations", "compile", "data", "device", "eval_interval",
+        "graph", "shard", "tensorboard"}
 
 
 def fingerprint(lm):
@@ -917,7 +898,7 @@ def held_run(options, meta):
         return None, None
     lm, held = load_run(options.path)
     kept = asdict(Options()) | held["options"]
-    free = set(FREE)
+    free = FREE | {"ckpt", "preset", "out_dir", "name", "overwrite", "plot"}
     if options.ckpt != "resume":            # the same command again: with the same start, too
         free.discard("data")
         if kept["ckpt"] != "resume":        # a run once resumed does not say what it began with
@@ -931,9 +912,9 @@ def held_run(options, meta):
         had = ", ".join(f"{name} = {kept[name]}" for name in other)
         how = ""
         if options.ckpt:
-            free = sorted(FREE - {"ckpt", "preset", "out_dir", "name", "overwrite", "plot"})
-            how = (f"--ckpt=resume goes on with that and may change {', '.join(free)}; a run from "
-                   f"its end on is --ckpt={shlex.quote(options.path)} in another --out_dir; or ")
+            how = (f"--ckpt=resume goes on with that and may change {', '.join(sorted(FREE))}; a "
+                   f"run from its end on is --ckpt={shlex.quote(options.path)} in another "
+                   "--out_dir; or ")
         raise BadInput(f"{options.path} holds a run with {had}; {how}take another --out_dir, or "
                        "--overwrite")
     return lm, held
@@ -980,8 +961,7 @@ def check_model(lm, options, meta):
     if options.recall_tokens and pair_sizes(options)[-1] > half:
         raise BadInput(f"--pairs={options.pairs}; expected at most {half}, as a vocabulary of "
                        f"{c.vocab_size} has {2 * half} symbols for recall")
-    gates = [name for name, _ in lm.named_parameters() if name.endswith("gates")]
-    if options.gates_rate != 1 and not gates:
+    if options.gates_rate != 1 and not any(name.endswith("gates") for name in lm.state_dict()):
         raise BadInput(f"--gates_rate={options.gates_rate:g} is for GLA whose heads share keys, "
                        "by expand.py --init=preserve; this model has no gates")
 
@@ -1071,8 +1051,8 @@ def resumed(options, given):
     """The options of the run in options.path, and over them what was typed: held_run
     refuses later what may not change."""
     if not os.path.exists(options.path):
-        others = glob.glob(f"{glob.escape(options.out_dir)}/*.pt")
-        names = ", ".join(sorted(os.path.basename(path)[:-3] for path in others))
+        others = glob.glob("*.pt", root_dir=options.out_dir)
+        names = ", ".join(sorted(name.removesuffix(".pt") for name in others))
         how = f"--name is one of {names}" if names else (
             "a run that was killed before its first save (--eval_interval) starts again")
         raise BadInput(f"no checkpoint at {options.path}; {how}")
@@ -1214,8 +1194,7 @@ def resolve(given):
 def main(stop=None):
     presets = [f"  {name}: " + " ".join(f"{k}={v}" for k, v in preset.items())
                for name, preset in PRESETS.items()]
-    given = command_line(Options, "\n".join([__doc__, "presets:", *presets]))
-    options = resolve(given)
+    options = resolve(command_line(Options, "\n".join([__doc__, "presets:", *presets])))
     if options.plot:
         return print_report(options.plot)
     processes, options.device = join(options.device)

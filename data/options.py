@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import io
 import math
 import os
 import sys
@@ -125,7 +124,7 @@ def pick_device(name):
             torch.zeros(1, device=device).item()
         elif (device.index or 0) >= torch.cuda.device_count():
             raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs that PyTorch can use")
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError) as e:
         raise BadInput(f"--device={name} cannot be used here: {one_line(e)}") from e
     return name
 
@@ -158,9 +157,9 @@ def write_file(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as e:
-        raise BadInput(f"cannot write {path}: {e.strerror or e}; what was there is "
-                       "untouched") from e
+    except (OSError, RuntimeError) as e:    # torch.save's RuntimeError may be a full disk
+        why = getattr(e, "strerror", None) or one_line(e)
+        raise BadInput(f"cannot write {path}: {why}; what was there is untouched") from e
     finally:                                            # also after Ctrl-C
         with contextlib.suppress(OSError):
             os.remove(part)
@@ -183,7 +182,7 @@ def out_of_memory(error):
 def run_script(main):
     """Run a script's main. What the user can mend ends it with one line and status 2,
     Ctrl-C with 130, a reader that went away with 141."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # text that the terminal cannot show
     try:
         main()

@@ -250,7 +250,7 @@ def python_files(site_packages=False):
     for folder in folders:
         for path in files_below(folder):
             name = os.path.relpath(path, folder).replace(os.sep, "/")
-            # below the standard library they may be, and are asked for apart
+            # packages, which may be below the standard library and are asked for apart
             installed = name.startswith(("site-packages/", "dist-packages/"))
             if is_source(name) and not installed:
                 found.add(path)
@@ -432,7 +432,7 @@ def wheel_texts(path):
             except UnicodeDecodeError:
                 continue
             text = text.replace("\r\n", "\n").replace("\r", "\n")
-            digits = sum(text.count(digit) for digit in "0123456789")
+            digits = sum(map(text.count, "0123456789"))
             generated = "do not edit" in text[:2000].lower() or digits > len(text) / 10
             longest = max(map(len, text.split("\n")))
             if text and not text.isspace() and not generated and longest <= 1000:

@@ -52,9 +52,8 @@ class Format:
     ignored: str
 
 
-# Of no consequence in any of the libraries: what transformers writes for every model (before
-# version 5 how to generate, too), and what chooses an initialisation, a kernel, a loss or a
-# precision.
+# Ignored in every library. What transformers writes for every model is among them,
+# before version 5 also how to generate.
 COMMON = """architectures model_type torch_dtype dtype transformers_version auto_map use_cache
     bos_token_id eos_token_id pad_token_id sep_token_id tokenizer_class return_dict
     output_hidden_states output_attentions is_decoder is_encoder_decoder add_cross_attention
@@ -553,10 +552,9 @@ def pad_states(config, tensors):
 def fold_keys(config, tensors, shared):
     """GLA with heads that share keys -> with keys of their own, as wide as the widest.
 
-    shared: heads of a group, per layer. In a group of f heads, head j reads the keys of all
-    f: its query is (m_1j q_1, ..., m_fj q_f), and the gates m are numbers, so they go into the
-    rows of q_proj. Rows beyond those f heads' are zero. The public format scales q by its own
-    head size^-0.5, ours by that of one head: the square root of the width makes up for it."""
+    shared: heads of a group, per layer. The formula is at the top of this file; rows beyond
+    those of a group's heads are zero. The public format scales q by its own head size^-0.5,
+    ours by that of one head: the square root of the width makes up for it."""
     heads = config["n_head"]
     key_channels = len(tensors["layers.0.attn.q_proj.weight"])
     size = key_channels // heads
@@ -602,8 +600,7 @@ def write_tokenizer(name, folder):
     except BadInput:                                       # no such name, or no files here
         return None
     if name.startswith("hf:"):
-        from transformers import AutoTokenizer
-        AutoTokenizer.from_pretrained(name.removeprefix("hf:")).save_pretrained(folder)
+        tokenizer.tokenizer.save_pretrained(folder)
         return tokenizer.eot_token
     byte_pair_tokenizer(tokenizer).save(f"{folder}/tokenizer.json")
     end = tokenizer.decode([tokenizer.eot_token])

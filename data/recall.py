@@ -416,8 +416,7 @@ class BigramCounts:
 
     def times_seen(self, pairs):
         """How often each of pairs (...) is in the training text."""
-        place = np.searchsorted(self.pairs, pairs)
-        place[place == len(self.pairs)] = 0         # behind all: nor are they the first
+        place = np.searchsorted(self.pairs[:-1], pairs)     # beyond all: the last place
         return np.where(self.pairs[place] == pairs, self.counts[place], 0)
 
 

@@ -47,6 +47,7 @@ import torch
 import train
 from data import recall
 from data.prepare import load_corpus, load_tokenizer
+from data.results.tables import read_lines
 from expand import expand
 from model import load_checkpoint
 
@@ -313,7 +314,7 @@ def chosen_rates(options):
     """{tuned arm: learning rate}: the one with the lowest loss on held-out text, compared with
     the first of RATES on the pilot models of the family that tried both."""
     losses = {}
-    for line in read_lines(options.pilot):
+    for line in read_lines(os.path.abspath(options.pilot)):
         if line["family"] == options.family and line["phase"] == "pilot" and line["start"]:
             losses[line["arm"], line["lr"], line["seed"]] = line["loss"]
     rates = {}
@@ -336,17 +337,6 @@ def one_more(job, results, options):
     best = min(tried, key=tried.get)
     further = {min(tried): best / 2, max(tried): best * 2}.get(best)
     return [arm_job(job.arm, ARMS[job.arm], further, options, PILOT_LENGTH)] if further else []
-
-
-def read_lines(path):
-    """The entries of a file with one JSON object per line; none where there is no file."""
-    try:
-        with open(path) as f:
-            return [json.loads(line) for line in f]
-    except FileNotFoundError:
-        return []
-    except ValueError as e:
-        raise BadInput(f"{path} is not one JSON object per line: {e}") from e
 
 
 def print_plan(jobs, options):
@@ -375,25 +365,20 @@ def predicted(jobs, speed):
 # one run, in a process of its own
 
 
-def prepare_worker():
-    torch.set_num_threads(1)
-
-
 def run_job(job, options, folder):
     """Train and score. Returns the run's line. Its output goes to folder/NAME/log.txt."""
     place = f"{folder}/{job.name}"
     os.makedirs(place, exist_ok=True)
-    with open(f"{place}/log.txt", "a") as log:
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            try:
-                return train_and_score(job, options, folder, place)
-            except BaseException:
-                traceback.print_exc()
-                raise
-            finally:
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()        # the others need the room
+    with (open(f"{place}/log.txt", "a") as log, contextlib.redirect_stdout(log),
+          contextlib.redirect_stderr(log)):
+        try:
+            return train_and_score(job, options, folder, place)
+        except BaseException:
+            traceback.print_exc()
+            raise
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()        # the others need the room
 
 
 def train_and_score(job, options, folder, place):
@@ -401,7 +386,11 @@ def train_and_score(job, options, folder, place):
     training = train.Options(**job.training, ckpt="scratch", name="ckpt", out_dir=place,
                              data=options.data, device=options.device,
                              compile=options.device.startswith("cuda"))
-    lm = starting_model(job, training, corpus, folder)
+    if job.start:
+        lm, _ = load_checkpoint(f"{folder}/{job.start}/ckpt.pt")
+        lm = expanded(lm, job.expansion)
+    else:
+        lm = train.new_model(training, corpus.meta)
     begin = time.time()
     trained = train.train(lm, training, corpus)
     seconds = time.time() - begin
@@ -410,9 +399,7 @@ def train_and_score(job, options, folder, place):
         scores["mqar"] = fine_tune(lm, training, corpus, options)
     if job.start:
         os.remove(f"{place}/ckpt.pt")
-    config = lm.config
-    elements = config.total_state()
-    per_token = train.flops_per_token(lm)
+    elements = lm.config.total_state()
     device = "cpu"
     if options.device.startswith("cuda"):
         device = torch.cuda.get_device_name(options.device)
@@ -422,7 +409,7 @@ def train_and_score(job, options, folder, place):
         "start": job.start, "expansion": job.expansion, "core": job.core,
         "own_rate": job.own_rate, **scores,
         "params": sum(p.numel() for p in lm.parameters()), "state_elements": elements,
-        "state_bytes": 4 * elements, "flops": per_token * trained["tokens"],
+        "state_bytes": 4 * elements, "flops": train.flops_per_token(lm) * trained["tokens"],
         "peak_mem_mib": trained["peak_mem_mib"], "tokens_per_s": trained["tokens_per_s"],
         "jobs": options.jobs, "seconds": round(seconds, 1),
         "scoring_seconds": round(time.time() - begin - seconds, 1),
@@ -437,13 +424,6 @@ def code_version():
         with open(f"{ROOT}/{name}", "rb") as f:
             code.update(f.read())
     return code.hexdigest()[:12]
-
-
-def starting_model(job, training, corpus, folder):
-    if not job.start:
-        return train.new_model(training, corpus.meta)
-    lm, _ = load_checkpoint(f"{folder}/{job.start}/ckpt.pt")
-    return expanded(lm, job.expansion)
 
 
 def expanded(lm, expansion):
@@ -539,9 +519,9 @@ def warm(job, options, folder):
     training = train.Options(**training, name="ckpt", out_dir=place, data=options.data,
                              device=options.device, compile=options.device.startswith("cuda"))
     lm = random_model(job, options, corpus.meta["tokenizer"], corpus.meta["vocab_size"])
-    with open(f"{place}/log.txt", "w") as log:
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            train.train(lm, training, short)
+    with (open(f"{place}/log.txt", "w") as log, contextlib.redirect_stdout(log),
+          contextlib.redirect_stderr(log)):
+        train.train(lm, training, short)
     if job.fine_tuned:                  # each length of recall sequences has kernels of its own
         rng = np.random.default_rng(0)
         for pairs in map(int, FINE_TUNE["pairs"].split(",")):
@@ -576,15 +556,14 @@ class Block:
     def seconds(self):
         return time.time() - self.begin
 
-    def seconds_left(self, minutes=None):
-        minutes = self.options.minutes if minutes is None else minutes
-        return 60 * minutes - self.seconds()
+    def seconds_left(self):
+        return 60 * self.options.minutes - self.seconds()
 
     def run(self):
         """Run all there is time for. -> whether every core run has ended."""
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(
-                self.options.jobs, context, prepare_worker) as pool:
+                self.options.jobs, context, torch.set_num_threads, (1,)) as pool:
             try:
                 return self.run_in(pool)
             finally:
@@ -627,8 +606,8 @@ class Block:
         speed = self.trained / self.seconds() if self.trained else self.options.speed
         under_way = [other for other in self.running.values() if other is not None]
         alone = job.tokens * (1 + len(under_way)) / speed
-        left = min(self.seconds_left(), self.seconds_left(self.options.optional_minutes))
-        return alone + 4 * SECONDS_PER_RUN < left
+        minutes = min(self.options.minutes, self.options.optional_minutes)
+        return alone + 4 * SECONDS_PER_RUN < 60 * minutes - self.seconds()
 
     def start_warming(self, pool):
         """While models are pre-trained, the free processes compile what comes next: jobs that

@@ -42,15 +42,15 @@ BEST_RATE = 4e-3        # LPT's, by its loss on rare repeats, of those that all 
 def t_within(t, df):
     """The probability that Student's t with df degrees of freedom is within -t and t
     (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    odd = df % 2
     angle = math.atan(t / math.sqrt(df))
-    term = math.cos(angle) if df % 2 else 1.0
+    term = math.cos(angle) if odd else 1.0
     total = 0.0
-    for i in range(3 if df % 2 else 2, df + 1, 2):
+    for i in range(2 + odd, df + 1, 2):
         total += term
         term *= math.cos(angle) ** 2 * (i - 1) / i
-    if df % 2:
-        return 2 / math.pi * (angle + math.sin(angle) * total)
-    return math.sin(angle) * total
+    series = math.sin(angle) * total
+    return 2 / math.pi * (angle + series) if odd else series
 
 
 def t_quantile(df, level=0.95):
@@ -127,9 +127,9 @@ class Model:
 
 
 def read_lines(name):
-    """The runs in a file of this folder; [] where there is no such file."""
+    """The runs in a file: its path, or its name in this folder; [] without such a file."""
     try:
-        with open(f"{HERE}/{name}") as f:
+        with open(os.path.join(HERE, name)) as f:
             return [json.loads(line) for line in f if line.strip()]
     except FileNotFoundError:
         return []
@@ -145,7 +145,7 @@ def models(name, phases=("block",)):
             key = (line["family"], line["seed"], line["phase"], line["began"])
             found.setdefault(key, []).append(line)
     result = {family: [] for family in FAMILIES}
-    for (family, seed, phase, _), lines in sorted(found.items(), key=lambda item: item[0]):
+    for (family, seed, phase, _), lines in sorted(found.items()):
         result[family].append(Model(family, seed, phase, lines))
     return result
 
@@ -170,13 +170,18 @@ def differences(some, arm, measure, control="lpt", rate=None):
     for model in some:
         line = model.get(arm)
         other = line and model.get(control, line["lr"] if rate == "same" else rate)
-        if line and other:
+        if other:
             result.append(measure(line) - measure(other))
     return result
 
 
+def lines_of(some, arm):
+    """The runs of an arm, of the models that have one."""
+    return [line for line in (model.get(arm) for model in some) if line]
+
+
 def values(some, arm, measure):
-    return [measure(line) for line in (model.get(arm) for model in some) if line]
+    return [measure(line) for line in lines_of(some, arm)]
 
 
 def arms_of(some, start="pre"):
@@ -186,9 +191,8 @@ def arms_of(some, start="pre"):
     order = ["preserve-x16", "preserve-x4", "preserve-x4-half", "preserve-x4-later", "inherit",
              "inherit-noise", "reinit", "reinit-keys", "reinit-same-state", "reinit-paper",
              "groups-x4", "lpt-equal-flops"]
-    known = [arm for arm in order if arm in found]
-    others = [arm for arm in found if arm not in order]
-    return known + [arm for arm in others if not arm.endswith(("-quarter", "-long"))]
+    others = [arm for arm in found if arm not in order and not arm.endswith(("-quarter", "-long"))]
+    return [arm for arm in order if arm in found] + others
 
 
 # ----------------------------------------------------------------------------------------
@@ -196,14 +200,17 @@ def arms_of(some, start="pre"):
 
 
 def markdown(head, rows):
+    """A table as text; empty without rows."""
+    if not rows:
+        return ""
     lines = ["| " + " | ".join(str(entry) for entry in row) + " |" for row in (head, *rows)]
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def each_family(make, name="runs.jsonl", phases=("block",)):
-    """make(family, its models) for each family that has models."""
-    parts = [make(family, some) for family, some in models(name, phases).items() if some]
-    return "\n\n".join(part for part in parts if part) or "No runs yet."
+    """make(name of a family, its models) for each family that has models."""
+    parts = [make(FAMILIES[family], some) for family, some in models(name, phases).items() if some]
+    return "\n\n".join(filter(None, parts))
 
 
 def summary_table():
@@ -235,18 +242,20 @@ def summary_table():
 
 def primary_table():
     """The primary comparison of both families, corrected for there being two."""
+    blocks = models("runs.jsonl")
+    found = {family: differences(some, PRIMARY, repeats_loss) for family, some in blocks.items()}
+    p_values = {family: p_value(more) for family, more in found.items() if more}
+    corrected = holm(p_values)
     rows = []
-    found = {family: (some, differences(some, PRIMARY, repeats_loss))
-             for family, some in models("runs.jsonl").items()}
-    found = {family: entry for family, entry in found.items() if entry[1]}
-    corrected = holm({family: p_value(more) for family, (_, more) in found.items()})
-    for family, (some, more) in found.items():
-        rows.append([FAMILIES[family], len(more), cell(values(some, "lpt", repeats_loss), "{:.4f}"),
-                     cell(more), f"{p_value(more):.1g}", f"{corrected[family]:.1g}",
-                     f"{sum(x < 0 for x in more)} of {len(more)}",
-                     cell(differences(some, PRIMARY, repeats_loss, rate=BEST_RATE))])
+    for family, p in p_values.items():
+        more = found[family]
+        lpt = values(blocks[family], "lpt", repeats_loss)
+        fairer = differences(blocks[family], PRIMARY, repeats_loss, rate=BEST_RATE)
+        rows.append([FAMILIES[family], len(more), cell(lpt, "{:.4f}"), cell(more), f"{p:.1g}",
+                     f"{corrected[family]:.1g}", f"{sum(x < 0 for x in more)} of {len(more)}",
+                     cell(fairer)])
     if not rows:
-        return "No runs yet."
+        return ""
     table = markdown(["family", "models", "LPT, nats", f"{PRIMARY} - LPT", "p", "p, Holm",
                       "lower than LPT", f"{PRIMARY} - LPT at {BEST_RATE:g}"], rows)
     return f"{table}\n\n![Rare repeats, arm minus LPT, by post-training tokens](differences.png)"
@@ -261,9 +270,8 @@ MEASURES = {
 
 
 def arm_row(some, arm):
-    first = next(line for line in (model.get(arm) for model in some) if line)
-    lpt = next(model.get("lpt") for model in some)
-    state = first["state_elements"] / lpt["state_elements"]
+    first = lines_of(some, arm)[0]
+    state = first["state_elements"] / some[0].get("lpt")["state_elements"]
     repeats = [differences(some, arm, repeats_loss, rate=rate)
                for rate in (None, "same", BEST_RATE)]
     others = [differences(some, arm, measure) for measure in MEASURES.values()]
@@ -273,7 +281,7 @@ def arm_row(some, arm):
 def arms_table():
     """Every arm's differences to LPT."""
     def of_family(family, some):
-        head = [f"{FAMILIES[family]}, more than LPT", "state x", "lr", "rare repeats, loss",
+        head = [f"{family}, more than LPT", "state x", "lr", "rare repeats, loss",
                 "LPT at the arm's lr", f"LPT at {BEST_RATE:g}", *MEASURES, "models"]
         return markdown(head, [arm_row(some, arm) for arm in arms_of(some)])
     return each_family(of_family)
@@ -284,19 +292,18 @@ def levels_table():
     def of_family(family, some):
         rows = []
         for arm in ("pre", "lpt", *arms_of(some), "ceiling-x4"):
-            lines = [line for line in (model.get(arm) for model in some) if line]
+            lines = lines_of(some, arm)
             if not lines:
                 continue
-            cells = [f"{statistics.mean(group(name, 'loss')(line) for line in lines):.4f}"
-                     for name in ("repeats", "near", "middle", "far", "new", "other")
-                     if all(name in line["rare_repeats"]["groups"] for line in lines)]
+            cells = [f"{statistics.mean(values(some, arm, group(name, 'loss'))):.4f}"
+                     for name in ("repeats", "near", "middle", "far", "new", "other")]
             rows.append([arm, f"{lines[0]['params'] / 1e6:.2f}", f"{lines[0]['state_bytes']:,}",
                          f"{lines[0]['flops'] / 1e15:.1f}",
                          f"{max(line['peak_mem_mib'] for line in lines) / 1024:.1f}", *cells])
-        head = [f"{FAMILIES[family]}, loss", "M parameters", "state bytes", "PFLOPs", "peak GiB",
+        head = [f"{family}, loss", "M parameters", "state bytes", "PFLOPs", "peak GiB",
                 "repeats", "under 512 ago", "512 to 2047", "2048 or more", "as rare, new",
                 "everything else"]
-        return markdown(head[:5 + len(cells)], rows)
+        return markdown(head, rows)
     return each_family(of_family)
 
 
@@ -314,8 +321,8 @@ def gap_table():
             if shares:
                 rows.append([arm, cell(differences(some, "ceiling-x4", repeats_loss)),
                              cell(shares, "{:.2f}"), len(shares)])
-        head = [FAMILIES[family], "ceiling - LPT, nats", "share of the way", "models"]
-        return markdown(head, rows) if rows else ""
+        head = [family, "ceiling - LPT, nats", "share of the way", "models"]
+        return markdown(head, rows)
     return each_family(of_family)
 
 
@@ -323,12 +330,10 @@ def needle_table():
     """Needle gain by the length of the context."""
     def of_family(family, some):
         lengths = list(some[0].get("lpt")["needle_gain"])
-        rows = []
-        for arm in ("pre", "lpt", *arms_of(some)):
-            rows.append([arm, *(cell(values(some, arm, needle(length)), "{:.3f}")
-                                for length in lengths)])
-        return markdown([f"{FAMILIES[family]}, nats per digit", *(f"{int(n):,} tokens"
-                                                                 for n in lengths)], rows)
+        rows = [[arm, *(cell(values(some, arm, needle(n)), "{:.3f}") for n in lengths)]
+                for arm in ("pre", "lpt", *arms_of(some))]
+        head = [f"{family}, nats per digit", *(f"{int(n):,} tokens" for n in lengths)]
+        return markdown(head, rows)
     return each_family(of_family)
 
 
@@ -337,12 +342,12 @@ def gates_table():
     some = models("runs.jsonl", ("gates",))["gla"]
     rows = []
     for arm in (PRIMARY, *(f"{PRIMARY}-gates-{times}x" for times in (3, 10, 30))):
-        more = [differences(some, arm, measure, control) for control in ("lpt", PRIMARY)
-                for measure in (repeats_loss, other_loss) if arm != control]
-        rows.append([arm, *map(cell, more), *[""] * (4 - len(more)), len(some)])
+        more = [differences(some, arm, measure, control) if arm != control else []
+                for control in ("lpt", PRIMARY) for measure in (repeats_loss, other_loss)]
+        rows.append([arm, *map(cell, more), len(some)])
     head = ["GLA", "rare repeats, more than LPT", "everything else",
             f"rare repeats, more than {PRIMARY}", "everything else", "models"]
-    return markdown(head, rows) if some else "No runs yet."
+    return markdown(head, rows) if some else ""
 
 
 def why_table():
@@ -350,33 +355,34 @@ def why_table():
     some = [model for model in models("runs.jsonl", ("why",))["gla"] if not model.get(FAST)]
     rows = []
     for arm in arms_of(some):
-        lines = [line for line in (model.get(arm) for model in some) if line]
+        lines = lines_of(some, arm)
         more = [differences(some, arm, repeats_loss), differences(some, arm, other_loss),
                 differences(some, arm, repeats_loss, "inherit") if arm != "inherit" else []]
         rows.append([arm, len(lines[0]["expansion"]["layers"]), f"{lines[0]['lr']:g}",
                      *(", ".join(f"{value:+.3f}" for value in column) for column in more)])
     head = ["GLA, by model", "layers", "lr", "rare repeats, more than LPT", "everything else",
             "rare repeats, more than inherit"]
-    return markdown(head, rows) if rows else "No runs yet."
+    return markdown(head, rows)
 
 
 def fast_table():
     """`preserve` at `inherit`'s learning rate and with fast gates, beside `inherit` and LPT."""
     some = [model for model in models("runs.jsonl", ("why",))["gla"] if model.get(FAST)]
+    columns = [("rare repeats, more than LPT", repeats_loss, "lpt", None),
+               ("than LPT at 4e-3", repeats_loss, "lpt", "same"),
+               ("everything else, than LPT", other_loss, "lpt", None),
+               ("than LPT at 4e-3", other_loss, "lpt", "same"),
+               ("from 2,048 tokens ago or more, than LPT at 4e-3", group("far", "loss"), "lpt",
+                "same"),
+               ("rare repeats, than inherit", repeats_loss, "inherit", None),
+               ("everything else, than inherit", other_loss, "inherit", None)]
     rows = []
     for arm in ("inherit", FAST):
-        columns = [(repeats_loss, "lpt", None), (repeats_loss, "lpt", "same"),
-                   (other_loss, "lpt", None), (other_loss, "lpt", "same"),
-                   (group("far", "loss"), "lpt", "same"), (repeats_loss, "inherit", None),
-                   (other_loss, "inherit", None)]
-        cells = [cell(differences(some, arm, *column)) if column[1] != arm else ""
-                 for column in columns]
+        cells = [cell(differences(some, arm, measure, control, rate)) if arm != control else ""
+                 for _, measure, control, rate in columns]
         rows.append([arm, *cells, len(some)])
-    head = ["GLA, at 4e-3", "rare repeats, more than LPT", "than LPT at 4e-3",
-            "everything else, than LPT", "than LPT at 4e-3",
-            "from 2,048 tokens ago or more, than LPT at 4e-3", "rare repeats, than inherit",
-            "everything else, than inherit", "models"]
-    return markdown(head, rows) if some else "No runs yet."
+    head = ["GLA, at 4e-3", *(label for label, *_ in columns), "models"]
+    return markdown(head, rows) if some else ""
 
 
 def fine_tuned_table():
@@ -392,7 +398,7 @@ def fine_tuned_table():
         rows += [[arm, *(cell(differences(some, arm, measure), "{:+.3f}") for measure in measures)]
                  for arm in arms_of(some)
                  if all("mqar" in (model.get(arm) or {}) for model in some)]
-        return markdown([f"{FAMILIES[family]}, {len(some)} models, share recalled",
+        return markdown([f"{family}, {len(some)} models, share recalled",
                          *(f"of {n} pairs" for n in sizes)], rows)
     return each_family(of_family)
 
@@ -403,9 +409,8 @@ def by_tokens(family):
     for name, phases in (("-quarter", ("block",)), ("", ("block", "long")), ("-long", ("long",))):
         some = models("runs.jsonl", phases)[family]
         more = differences(some, PRIMARY + name, repeats_loss, "lpt" + name)
-        tokens = [line["tokens"] for line in (model.get("lpt" + name) for model in some) if line]
         if more:
-            result.append((tokens[0], more))
+            result.append((lines_of(some, "lpt" + name)[0]["tokens"], more))
     return result
 
 
@@ -429,7 +434,7 @@ def tokens_table():
     head = ["more than LPT after as many tokens", "millions", "rare repeats, after fewer",
             "after more", "growth", "everything else, after more", "models"]
     if not rows:
-        return "No runs yet."
+        return ""
     return f"{markdown(head, rows)}\n\n![The same, by state bytes and FLOPs](costs.png)"
 
 
@@ -445,7 +450,7 @@ def larger_table():
                      f"{line['state_elements']:,}", f"{line['loss']:.4f}", *cells])
     head = ["", "M parameters", "M tokens before", "arm", "lr", "state elements",
             "loss on all text", "rare repeats", *MEASURES]
-    return markdown(head, rows) if rows else "No runs yet."
+    return markdown(head, rows)
 
 
 def verdict(more, against=0.0):
@@ -484,7 +489,7 @@ def claims_table():
             if more:
                 rows.append([claim, cell(more), len(more), verdict(more, against),
                              cell(fairer), verdict(fairer, against) if fairer else ""])
-        return markdown([f"{FAMILIES[family]}: the paper's claim", "mean ± 95 %", "models", "so",
+        return markdown([f"{family}: the paper's claim", "mean ± 95 %", "models", "so",
                          f"less LPT at {BEST_RATE:g}", "so"], rows)
     return each_family(of_family)
 
@@ -492,10 +497,13 @@ def claims_table():
 def pilot_table():
     """Phase zero, and the loss on text by learning rate."""
     def of_family(family, some):
-        zero = [[model.seed, *(f"{repeats_loss(model.get(arm)):.4f}" for arm in ("pre", "pre-x4")),
-                 f"{repeats_loss(model.get('pre-x4')) - repeats_loss(model.get('pre')):+.4f}"]
-                for model in some if model.get("pre") and model.get("pre-x4")]
-        first = markdown([f"{FAMILIES[family]}, rare repeats, seed", "small state",
+        zero = []
+        for model in some:
+            lines = [model.get("pre"), model.get("pre-x4")]
+            if all(lines):
+                small, large = map(repeats_loss, lines)
+                zero.append([model.seed, f"{small:.4f}", f"{large:.4f}", f"{large - small:+.4f}"])
+        first = markdown([f"{family}, rare repeats, seed", "small state",
                           "four times the state, from scratch", "difference"], zero)
         tried = {}
         for model in some:
@@ -505,9 +513,9 @@ def pilot_table():
         rates = sorted({lr for of_arm in tried.values() for lr in of_arm})
         rows = [[arm, *(" ".join(f"{line['loss']:.4f}" for line in of_arm.get(lr, []))
                         for lr in rates)] for arm, of_arm in tried.items()]
-        second = markdown([f"{FAMILIES[family]}, loss on text, by model",
+        second = markdown([f"{family}, loss on text, by model",
                            *(f"lr {lr:g}" for lr in rates)], rows)
-        return f"{first}\n\n{second}"
+        return "\n\n".join(filter(None, (first, second)))
     return each_family(of_family, "pilot.jsonl", ("pilot", "zero"))
 
 
@@ -521,12 +529,11 @@ def of_recall(task, size):
 
 def recipe_rows(lines):
     """A recipe's measures: LPT, StateX, and the difference, over models."""
-    sizes = [("mqar", size, f"of {size} pairs") for size in lines[0]["lpt"]["recall"]["mqar"]]
-    sizes += [("fewshot", size, f"after {size} shots")
-              for size in lines[0]["lpt"]["recall"]["fewshot"]]
+    recall = lines[0]["lpt"]["recall"]
     measures = {"held-out text, nats": lambda entry: entry["val_loss"],
                 "in-context score": lambda entry: entry["icl_score"]}
-    measures |= {what: of_recall(task, size) for task, size, what in sizes}
+    measures |= {f"of {size} pairs": of_recall("mqar", size) for size in recall["mqar"]}
+    measures |= {f"after {size} shots": of_recall("fewshot", size) for size in recall["fewshot"]}
     rows = []
     for what, measure in measures.items():
         means = [f"{statistics.mean(measure(line[arm]) for line in lines):.3f}"
@@ -551,7 +558,7 @@ def recipe_table():
         head = [f"{what}, n = {len(lines)}", "pre-trained", "LPT", "StateX", "StateX - LPT",
                 "range"]
         parts.append(markdown(head, recipe_rows(lines)))
-    return "\n\n".join(parts) or "No runs yet."
+    return "\n\n".join(parts)
 
 
 def inits_table():
@@ -625,7 +632,7 @@ def updated(text):
         if name not in SECTIONS:
             raise BadInput(f"README.md has a mark for the table {name!r}; there are "
                            f"{', '.join(SECTIONS)}")
-        return f"<!-- table: {name} -->\n\n{SECTIONS[name]()}\n\n<!-- end -->"
+        return f"<!-- table: {name} -->\n\n{SECTIONS[name]() or 'No runs yet.'}\n\n<!-- end -->"
     return re.sub(r"<!-- table: (.*?) -->.*?<!-- end -->", make, text, flags=re.S)
 
 
@@ -685,8 +692,7 @@ def draw_differences(path):
         axis.set(title=FAMILIES[family], xlabel="loss on rare repeats, arm - LPT, nats")
     axis = axes[-1]
     for family in found:
-        points = by_tokens(family)
-        points = [(0, [0.0]), *points]          # it starts as the same function
+        points = [(0, [0.0]), *by_tokens(family)]       # it starts as the same function
         means = [bar(more) for _, more in points]
         for tokens, more in points:
             axis.plot([tokens / 1e6] * len(more), more, "o", ms=3, color="0.7")
@@ -712,7 +718,7 @@ def draw_costs(path):
             more = differences(some, arm, repeats_loss)
             if not more:
                 continue
-            line = next(line for line in (model.get(arm) for model in some) if line)
+            line = lines_of(some, arm)[0]
             mean, half = bar(more)
             for axis, cost in zip(axes, (line["state_bytes"], line["flops"]), strict=True):
                 axis.errorbar(cost, mean, half, marker=marker, ms=5, capsize=3, ls="",

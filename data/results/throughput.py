@@ -23,7 +23,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 from data.options import BadInput, command_line, option, run_script
 
-import copy
 import importlib.util
 import math
 import statistics
@@ -35,6 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train
+from expand import enlarged
 from model import LM, SIZES
 
 WARM_UP = 3             # steps before the timed ones: they compile, or record
@@ -65,23 +65,18 @@ def shape(name, vocab_size):
     """The Config of a name. Raises BadInput."""
     if name.startswith("evidence-"):
         return evidence(name, vocab_size)
-    kind = next((kind for kind in ("expanded", "preserve") if name.endswith(f"-{kind}")), "")
-    size = name.removesuffix(f"-{kind}")
+    size, _, kind = name.rpartition("-")
+    if kind not in ("expanded", "preserve"):
+        size, kind = name, ""
     if size not in SIZES:
         raise BadInput(f"no model {name!r}; there are {', '.join(SIZES)}, each also as "
                        "NAME-expanded and NAME-preserve, and evidence-FAMILY-ARM")
-    config = copy.deepcopy(SIZES[size])
-    config.vocab_size = vocab_size
+    config = replace(SIZES[size], vocab_size=vocab_size)
     if not kind:
         return config
-    if config.block == "mamba2":
-        config.d_state[::12] = [4 * N for N in config.d_state[::12]]
-        return config
-    chosen = len(config.n_head[::6])
-    config.n_key_head[::6] = [1] * chosen
-    if kind == "expanded":
-        config.n_head[::6] = [1] * chosen
-    return config
+    layers = range(0, config.n_layer, 6 if config.block == "gla" else 12)
+    init = "preserve" if kind == "preserve" else "reinit"
+    return enlarged(config, layers, None, init, same_state=False)
 
 
 def evidence(name, vocab_size):
@@ -92,7 +87,7 @@ def evidence(name, vocab_size):
         raise BadInput(f"no arm {name!r}; expected evidence-FAMILY-ARM, with one of "
                        f"{', '.join(block.SHAPES)} and of {', '.join(block.ARMS)}")
     options = block.Options(family=family)
-    job = block.arm_job(arm, block.ARMS[arm], options.seed, options)
+    job = block.arm_job(arm, block.ARMS[arm], lr=0.0, options=options)
     with torch.device("meta"):
         return block.random_model(job, options, "code4096", vocab_size).config
 
@@ -261,9 +256,9 @@ def median_seconds(f):
 
 
 def print_generating(options):
-    print(f"| model | state bytes per sequence | prefill of {PROMPT}, tokens/s | "
-          + " | ".join(f"ms per token, batch {batch}" for batch in BATCHES)
-          + " |\n|---|---|---|" + "---|" * len(BATCHES), flush=True)
+    head = ["model", "state bytes per sequence", f"prefill of {PROMPT}, tokens/s",
+            *(f"ms per token, batch {batch}" for batch in BATCHES)]
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|", flush=True)
     for name in options.models.split(","):
         config = shape(name, options.vocab_size)
         torch.manual_seed(0)
@@ -277,9 +272,8 @@ def print_generating(options):
             start = prompt[:batch, :1]
             writing = median_seconds(lambda lm=lm, start=start: lm.generate(start, WRITTEN))
             cells.append(f"{1000 * writing / WRITTEN:.2f}")
-        elements = config.total_state()
-        print(f"| {name} | {4 * elements:,} | {PROMPT / reading:,.0f} | {' | '.join(cells)} |",
-              flush=True)
+        print(f"| {name} | {4 * config.total_state():,} | {PROMPT / reading:,.0f} | "
+              f"{' | '.join(cells)} |", flush=True)
         del lm
         torch.cuda.empty_cache()
 
