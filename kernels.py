@@ -972,9 +972,9 @@ def operator(results):
     return make
 
 
-def one_step(q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None, D=None):
-    """The output and the new state of one token, by step_state, whose arguments these
-    are, in tiles of BK x BV at most."""
+def one_step(kernel, q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None, D=None):
+    """The output and the new state of one token, by step_state under either name, whose
+    arguments these are, in tiles of BK x BV at most."""
     g, dt, A, D, state = (
         None if t is None else t.float().contiguous() for t in (g, dt, A, D, state))
     q, k, v = (t.contiguous() for t in (q, k, v))
@@ -984,7 +984,7 @@ def one_step(q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None, D=None)
     out = torch.empty_like(v)
     new = torch.empty_like(state)
     with on_device(q):
-        step_state[(B * H * -(-V // BV),)](
+        kernel[(B * H * -(-V // BV),)](
             q, k, v, g, dt, A, D, state_ptr=state, new_ptr=new, out_ptr=out, scale=scale,
             H=H, G=k.shape[2], K=K, V=V, BK=power_of_two(K, 16, BK), BV=BV, num_warps=4)
     return out, new
@@ -1879,7 +1879,7 @@ def gla_triton(q, k, v, g, scale, state, gates):
     if T == 1 and state is not None and not needs_grad(q, k, v, g, state, gates):
         if gates is not None:
             q = ask_the_group(q, gates)
-        return one_step(q, k, v, state, 64, 64, scale, g=g)
+        return one_step(gla_step_state, q, k, v, state, 64, 64, scale, g=g)
     narrow = q.dtype == k.dtype == v.dtype == torch.bfloat16
     dtype = torch.bfloat16 if narrow else torch.float32
     L, R = gla_chunk(T, k.shape[3], V, dtype)
@@ -2471,7 +2471,7 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
     if T == 1 and state is not None and not needs_grad(x, dt, A, B, C, D, state):
         if first is not None:
             state = state.masked_fill(first[:, :, None, None], 0.0)
-        return one_step(C, B, x, state, 128, 32, dt=dt, A=A, D=D)
+        return one_step(ssd_step_state, C, B, x, state, 128, 32, dt=dt, A=A, D=D)
     narrow = x.dtype == B.dtype == C.dtype == torch.bfloat16
     dtype = torch.bfloat16 if narrow else torch.float32
     # A tile has all channels of a head, at most 64: a wider head becomes several.

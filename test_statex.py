@@ -883,6 +883,23 @@ def test_grids_fit_a_gpu(op, T, monkeypatch):
     assert grids and all(size <= 65535 for grid in grids for size in grid[1:])
 
 
+@needs_triton
+@pytest.mark.parametrize("op", ("gla", "ssd"))
+def test_one_token_is_launched_by_its_family_s_name(op, monkeypatch):
+    """For who replaces or counts a family's kernels by their names."""
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(kernels, f"{op}_step_state", Recorder())
+    with torch.no_grad():
+        run(op, inputs(op, 2, 1, 4, 4, 4, 4, device=DEVICE), "triton")
+    assert len(grids) == 1
+
+
 @pytest.mark.skipif(not CUDA, reason="needs a GPU: layers of the public sizes")
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("layer", kernels.layers())
