@@ -564,7 +564,7 @@ class LM(nn.Module):
         idx: (B,T) token ids, returned as (B,T+n), or less where all have met `stop`; or
         a list of prompts of any lengths (lists of ids or 1-D tensors), for which a list
         of 1-D tensors comes back, each cut after its `stop`. Either way a prompt is
-        continued as it would be alone. Raises BadInput."""
+        continued as it would be alone, prompt i with seed + i. Raises BadInput."""
         new = list(self.stream(idx, n, temperature, top_k, top_p, stop, seed))
         if torch.is_tensor(idx):
             return torch.cat([idx, *(token[:, None].to(idx) for token in new)], dim=1)
@@ -631,7 +631,9 @@ class LM(nn.Module):
         else:
             raise BadInput("the prompts are not token ids; expected a tensor (batch, length), or a "
                            "list of prompts, each a list of token ids")
-        if not batches or any(0 in batch.shape[1:] for batch in batches):
+        if not batches:
+            raise BadInput("there are no prompts; expected at least one")
+        if any(0 in batch.shape[1:] for batch in batches):
             raise BadInput("a prompt is empty; begin at least with the end-of-text token")
         for batch in batches:                                       # while they are on a CPU
             check_ids("a prompt", batch, self.config.vocab_size, batch.device)
@@ -857,11 +859,14 @@ def main():
     options = Options(**command_line(Options, __doc__))
     if not options.ckpt:
         raise BadInput("name a checkpoint: --ckpt=out/recipe-gla/statex.pt")
+    if options.export and options.prompt:
+        raise BadInput("--export writes the model and --prompt generates; name one of them")
     device = pick_device(options.device)
     lm = LM.from_pretrained(options.ckpt).eval()
     if options.export:
         export(lm, options.export)
-        print(f"{options.export}: a folder in the public format")
+        needs = "; transformers reads it after `import fla`" if lm.config.block == "gla" else ""
+        print(f"{options.export}: a folder in the public format{needs}")
         return
     if not lm.config.tokenizer:
         raise BadInput(f"{options.ckpt} does not say what its token ids mean (tokenizer is empty)")
@@ -873,8 +878,8 @@ def main():
     tokens = lm.to(device).stream(prompt, options.n, options.temperature, options.top_k or None,
                                   options.top_p, tokenizer.eot_token, options.seed)
     # A character may take several tokens: what does not decode yet waits for the next one.
-    text = printed = tokenizer.decode(ids)
-    print(printed, end="", flush=True)
+    text = tokenizer.decode(ids)
+    printed = ""
     for token in tokens:
         ids.append(token.item())
         text = tokenizer.decode(ids)

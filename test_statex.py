@@ -2071,9 +2071,12 @@ def test_bad_options_of_the_harness(lm_eval, tmp_path):
     fill(tmp_path, {"statex_text.yaml": json.dumps({
         "task": "statex_text", "dataset_path": "json", "test_split": "test",
         "output_type": "generate_until", "dataset_kwargs": {"data_files": "nothing.json"}})})
+    fill(tmp_path, {"no.yaml": "task: ["})
     usual = {"tasks": "statex_text", "include_path": str(tmp_path)}
     for changes, says in (({"tasks": "hellaswagg"}, "no task hellaswagg"),
                           ({}, "cannot run statex_text"), ({"metadata": "{"}, "is not JSON"),
+                          ({"tasks": f"{tmp_path}/no.yaml"}, "ParserError"),
+                          ({"include_path": "nowhere"}, "nowhere is no folder"),
                           ({"metadata": "[1]"}, "is not an object")):
         with raises_one_line(says):
             harness.evaluate(lm, harness.Options(**usual | changes))
@@ -2185,7 +2188,7 @@ def test_token_files_of_an_earlier_version_are_read(tmp_path):
     token_files(tmp_path, range(100), range(70), vocab_size="4096")
     with raises_one_line("vocab_size is '4096'"):
         prepare.load_corpus(folder)
-    with raises_one_line("no token files"):
+    with raises_one_line("are damaged (TypeError"):
         prepare.load_corpus(fill(folder, {"meta.json": "[]"}))
 
 
@@ -2293,7 +2296,7 @@ def test_ids_beyond_the_vocabulary_are_not_written(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_bpe_learned_from_your_own_text(tmp_path):
+def test_a_bpe_learned_from_your_own_text(tmp_path, monkeypatch):
     library("tokenizers")
     words = "словоформа и словоформы; " * 3000
     bpe = f"{tmp_path}/mine.tiktoken"
@@ -2302,6 +2305,9 @@ def test_a_bpe_learned_from_your_own_text(tmp_path):
     assert (train + val).startswith(words)
     meta = prepare.load_corpus(tmp_path / "out").meta
     assert meta["tokenizer"] == bpe and meta["train_tokens"] + meta["val_tokens"] < 3000 * 10
+    monkeypatch.chdir(tmp_path)                         # found from other folders, too
+    prepared("a.txt", "--tokenizer=mine.tiktoken", tmp_path / "out")
+    assert prepare.load_corpus(tmp_path / "out").meta["tokenizer"] == bpe
     fill(tmp_path, {"blank.txt": "", "f.tiktoken/x": ""})
     for text, path, says in (("a.txt", "x.bpe", "does not end in .tiktoken"),
                              ("blank.txt", "n.tiktoken", "no text"),
@@ -2851,7 +2857,11 @@ def test_a_folder_goes_on_with_its_run_or_is_left_alone(corpus, scratch, tmp_pat
     refused(train_script, "--ckpt=resume", f"--out_dir={tmp_path}", "--steps=20",
             says="holds a run with steps = 10")
     shutil.copytree(corpus, tmp_path / "other")
-    refused(train_script, *args, "--steps=10", f"--data={tmp_path}/other", says="run with data =")
+    elsewhere = (*args, "--steps=10", f"--data={tmp_path}/other")
+    assert "all steps are done" in ran(train_script, *elsewhere)        # the text is the same
+    meta = json.loads((tmp_path / "other/meta.json").read_text())
+    fill(tmp_path, {"other/meta.json": json.dumps(meta | {"sha256": "another"})})
+    refused(train_script, *elsewhere, says="run with data =")
     refused(train_script, *args, "--steps=10", f"--ckpt={tmp_path}/ckpt.pt",
             says="run with ckpt = scratch")
     expand = (f"--ckpt={tmp_path}/ckpt.pt", "--every=1")
@@ -3636,6 +3646,8 @@ def test_a_recipe_is_appended(tmp_path, monkeypatch):
         "config": {"seed": 3, "out_dir": "x", "data": "y", "plot": ""}, "versions": {"threads": 2}}
     fill(tmp_path, {"results.json": json.dumps(results), "recipe.jsonl": '{"seed": 0}\n'})
     tables.append_recipe(tmp_path, "here")
+    with raises_one_line("is not a recipe's (KeyError)"):
+        tables.append_recipe(fill(tmp_path / "other", {"results.json": "{}"}), "here")
     first, line = tables.read_lines("recipe.jsonl")
     assert first == {"seed": 0}
     assert (line["seed"], line["threads"], line["machine"]) == (3, 2, "here")

@@ -42,6 +42,7 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -900,12 +901,12 @@ def held_run(options, meta):
     kept = asdict(Options()) | held["options"]
     free = FREE | {"ckpt", "preset", "out_dir", "name", "overwrite", "plot"}
     if options.ckpt != "resume":            # the same command again: with the same start, too
-        free.discard("data")
+        if not text_is(held, meta):         # the same text in another folder will do
+            free.discard("data")
         if kept["ckpt"] != "resume":        # a run once resumed does not say what it began with
             free.discard("ckpt")
         if not options.ckpt and options.name in ("pretrained", "lpt"):
             free |= {"every", "layers", "factor", "init"}           # of StateX alone
-        same_text(held, options, meta)
     other = [name for name, value in asdict(options).items()
              if name not in free and kept[name] != value]
     if other:
@@ -917,13 +918,19 @@ def held_run(options, meta):
                    "--out_dir; or ")
         raise BadInput(f"{options.path} holds a run with {had}; {how}take another --out_dir, or "
                        "--overwrite")
+    if options.ckpt != "resume":
+        same_text(held, options, meta)
     return lm, held
+
+
+def text_is(held, meta):
+    """Whether the held run's text is that of this meta, as far as both say."""
+    return held["corpus"].get("sha256") in (None, meta.get("sha256"))
 
 
 def same_text(held, options, meta):
     """Raises BadInput where the held run began with another text than is there now."""
-    saved = held["corpus"].get("sha256")
-    if saved and meta.get("sha256") != saved:
+    if not text_is(held, meta):
         raise BadInput(f"the text in {options.data} has changed since the run in {options.path} "
                        "began (another sha256); make it as it was, or go on with this one: "
                        f"--ckpt=resume --out_dir={shlex.quote(options.out_dir)} "
@@ -1192,8 +1199,9 @@ def resolve(given):
 
 
 def main(stop=None):
-    presets = [f"  {name}: " + " ".join(f"{k}={v}" for k, v in preset.items())
-               for name, preset in PRESETS.items()]
+    presets = [textwrap.fill(" ".join([f"{name}:", *(f"{k}={v}" for k, v in preset.items())]), 90,
+                             initial_indent="  ", subsequent_indent="      ",
+                             break_on_hyphens=False) for name, preset in PRESETS.items()]
     options = resolve(command_line(Options, "\n".join([__doc__, "presets:", *presets])))
     if options.plot:
         return print_report(options.plot)

@@ -97,13 +97,17 @@ def evaluate(lm, options):
     """-> what lm_eval.simple_evaluate returns. Raises BadInput, also for what it raises."""
     try:
         import lm_eval
+        from datasets.exceptions import DatasetsError
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
         from transformers import AutoTokenizer
+        from yaml import YAMLError
     except ImportError as e:
         raise BadInput(f"{e}; to score with lm-evaluation-harness: "
                        'pip install "lm_eval[hf]"') from e
     tasks = [name for name in options.tasks.split(",") if name]
+    if options.include_path and not os.path.isdir(options.include_path):
+        raise BadInput(f"--include_path={options.include_path} is no folder")
     with tempfile.TemporaryDirectory() as folder:
         end_of_text = write_tokenizer(lm.config.tokenizer, folder)
         if end_of_text is None:
@@ -111,21 +115,22 @@ def evaluate(lm, options):
                            "not to be had here; expected one that data/prepare.py can load")
         # RULER makes texts of a length in tokens, and asks its metadata for the tokenizer
         metadata = {"tokenizer": folder} | read_metadata(options.metadata)
-        manager = TaskManager(include_path=options.include_path or None, metadata=metadata)
-        for name in tasks:
-            if not name.endswith(".yaml") and not manager.match_tasks([name]):
-                raise BadInput(f"the harness has no task {name}; `lm_eval ls tasks` lists them, "
-                               "and --include_path adds yours")
-        model = HFLM(pretrained=HarnessModel(lm, end_of_text), backend="causal",
-                     tokenizer=AutoTokenizer.from_pretrained(folder),
-                     batch_size=options.batch_size, max_length=options.max_length,
-                     mixed_precision_dtype="bfloat16" if options.bfloat16 else None)
         try:
+            manager = TaskManager(include_path=options.include_path or None, metadata=metadata)
+            for name in tasks:
+                if not name.endswith(".yaml") and not manager.match_tasks([name]):
+                    raise BadInput(f"the harness has no task {name}; `lm_eval ls tasks` lists "
+                                   "them, and --include_path adds yours")
+            model = HFLM(pretrained=HarnessModel(lm, end_of_text), backend="causal",
+                         tokenizer=AutoTokenizer.from_pretrained(folder),
+                         batch_size=options.batch_size, max_length=options.max_length,
+                         mixed_precision_dtype="bfloat16" if options.bfloat16 else None)
             return lm_eval.simple_evaluate(model, tasks=tasks, task_manager=manager,
                                            limit=options.limit or None)
         except BadInput:
             raise
-        except (OSError, ValueError, KeyError) as e:       # data that is not there, a wrong file
+        # data that is not there, a wrong file
+        except (OSError, ValueError, KeyError, DatasetsError, YAMLError) as e:
             raise BadInput(f"the harness cannot run {options.tasks}: "
                            f"{type(e).__name__}: {one_line(e, 300)}") from e
 

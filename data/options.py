@@ -166,9 +166,12 @@ def write_file(path, write):
 
 
 def one_line(error, most=200):
-    """What an exception says, on one line, cut after `most` characters; its kind where
-    it says nothing."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+    """What an exception says, on one line, cut to words of `most` characters; its kind
+    where it says nothing."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    if len(said) <= most:
+        return said
+    return (said[:most].rpartition(" ")[0] or said[:most]) + " ..."
 
 
 def out_of_memory(error):

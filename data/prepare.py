@@ -570,9 +570,12 @@ def load_corpus(folder):
                 raise TypeError(f"{name} is {meta[name]!r}")
         train = np.memmap(f"{folder}/train.bin", dtype=dtype, mode="r")
         val = np.memmap(f"{folder}/val.bin", dtype=dtype, mode="r")
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except OSError as e:
         raise BadInput(f"no token files in {folder} ({type(e).__name__}: {one_line(e)}); "
                        "data/prepare.py makes them, see its --help") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise BadInput(f"the token files in {folder} are damaged ({type(e).__name__}: "
+                       f"{one_line(e)}); make them again: python data/prepare.py") from e
     if (len(train), len(val)) != expected:
         raise BadInput(f"the token files in {folder} are cut short; make them again: "
                        "python data/prepare.py")
@@ -603,6 +606,16 @@ def source(options, left_out):
     return read_documents(python_files(options.site_packages), left_out), folder
 
 
+def from_any_folder(tokenizer):
+    """A tokenizer's name; of a file or folder its whole path, for those who read the text, or a
+    model trained on it, from elsewhere."""
+    prefix = "hf:" if tokenizer.startswith("hf:") else ""
+    path = tokenizer.removeprefix(prefix)
+    if path.endswith(".tiktoken") or prefix and os.path.exists(path):
+        return prefix + os.path.abspath(path)
+    return tokenizer
+
+
 def main():
     options = Options(**command_line(Options, __doc__))
     tokenizer = options.tokenizer
@@ -617,7 +630,7 @@ def main():
     left_out = []
     documents, folder = source(options, left_out)
     out = options.out or f"{HERE}/{folder}"
-    meta = write_corpus(documents, out, tokenizer, options.tokens or math.inf)
+    meta = write_corpus(documents, out, from_any_folder(tokenizer), options.tokens or math.inf)
     for path in left_out[:10]:
         print(f"left out, not UTF-8: {path}", file=sys.stderr)
     if left_out:

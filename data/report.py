@@ -2,7 +2,7 @@
 
     python train.py --plot=out/recipe-gla
 """
-from data.options import BadInput, one_line
+from data.options import BadInput, one_line, write_file
 
 import json
 import math
@@ -19,9 +19,12 @@ def print_report(folder):
     try:
         with open(f"{folder}/results.json") as f:
             results = json.load(f)
-    except (OSError, ValueError) as e:
-        raise BadInput(f"no results.json in {folder} ({type(e).__name__}); `python train.py` "
-                       "writes one when it has ended") from e
+    except OSError as e:
+        raise BadInput(f"no results.json in {folder} ({e.strerror}); `python train.py` writes one "
+                       "when it has ended") from e
+    except ValueError as e:
+        raise BadInput(f"{folder}/results.json is damaged ({one_line(e)}); without it the recipe "
+                       "scores its models again") from e
     try:
         print(f"\n{table(results)}\n\n{closing(results)}\n")
         print(f"{folder}/results.json{picture(results, f'{folder}/recipe.png')}")
@@ -127,6 +130,6 @@ def picture(results, path):
     right.set(title="held-out text", xlabel="post-training tokens, millions",
               ylabel="nats per token")
     right.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    write_file(path, lambda file: figure.savefig(file, dpi=150))
     plt.close(figure)
     return f" and {path}"

@@ -786,12 +786,15 @@ def append_recipe(folder, machine):
             results = json.load(f)
     except (OSError, ValueError) as e:
         raise BadInput(f"no results.json in {folder} ({type(e).__name__})") from e
-    for arm in ARMS_OF_RECIPE:
-        results[arm].pop("samples")
-    config = {name: value for name, value in results["config"].items()
-              if name not in ("data", "out_dir", "plot")}
-    line = {"seed": config["seed"], "threads": results["versions"]["threads"],
-            "machine": machine, **results, "config": config}
+    try:
+        for arm in ARMS_OF_RECIPE:
+            results[arm].pop("samples")
+        config = {name: value for name, value in results["config"].items()
+                  if name not in ("data", "out_dir", "plot")}
+        line = {"seed": config["seed"], "threads": results["versions"]["threads"],
+                "machine": machine, **results, "config": config}
+    except (KeyError, TypeError, AttributeError) as e:
+        raise BadInput(f"{folder}/results.json is not a recipe's ({type(e).__name__})") from e
     with open(f"{HERE}/recipe.jsonl", "a") as f:
         f.write(json.dumps(line) + "\n")
 
