@@ -901,7 +901,8 @@ def held_run(options, meta):
     kept = asdict(Options()) | held["options"]
     free = FREE | {"ckpt", "preset", "out_dir", "name", "overwrite", "plot"}
     if options.ckpt != "resume":            # the same command again: with the same start, too
-        if not text_is(held, meta):         # the same text in another folder will do
+        saved = held["corpus"].get("sha256")
+        if not saved or saved != meta.get("sha256"):    # the same text elsewhere will do
             free.discard("data")
         if kept["ckpt"] != "resume":        # a run once resumed does not say what it began with
             free.discard("ckpt")
@@ -923,14 +924,10 @@ def held_run(options, meta):
     return lm, held
 
 
-def text_is(held, meta):
-    """Whether the held run's text is that of this meta, as far as both say."""
-    return held["corpus"].get("sha256") in (None, meta.get("sha256"))
-
-
 def same_text(held, options, meta):
     """Raises BadInput where the held run began with another text than is there now."""
-    if not text_is(held, meta):
+    saved = held["corpus"].get("sha256")
+    if saved and meta.get("sha256") != saved:
         raise BadInput(f"the text in {options.data} has changed since the run in {options.path} "
                        "began (another sha256); make it as it was, or go on with this one: "
                        f"--ckpt=resume --out_dir={shlex.quote(options.out_dir)} "
