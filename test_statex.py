@@ -7,7 +7,7 @@
 Public formats are tested against their own libraries where these are installed:
 pip install transformers safetensors flash-linear-attention "lm_eval[hf]"
 """
-from data.options import BadInput, command_line, run_script
+from data.options import BadInput, command_line, one_line, run_script
 
 import base64
 import concurrent.futures
@@ -233,6 +233,12 @@ def test_the_command_line():
     typed = {"preset": "gla-1.3b", "ckpt": "scratch", "lr": 1.0, "device": "cpu"}
     typed = train_script.resolve(typed)
     assert (typed.lr, typed.steps, typed.beta2) == (1.0, 30000, 0.95)  # typed, preset, default
+
+
+def test_what_an_exception_says_fits_on_a_line():
+    for said, short in (("a  b\nc", "a b c"), ("", "ValueError"), ("word " * 9, "word word ..."),
+                        ("x" * 30, "x" * 12 + " ...")):
+        assert one_line(ValueError(said), 12) == short
 
 
 def test_how_a_script_ends(tmp_path, monkeypatch):
@@ -3693,6 +3699,7 @@ def test_differences_are_to_lpt_of_the_same_model(tmp_path, monkeypatch):
     ("evidence-mamba2-inherit", 9 * 1024 * 16 + 3 * 1024 * 64)))
 def test_the_models_that_are_timed(name, state):
     assert throughput.shape(name, 4096).total_state() == state
+    assert throughput.shape("gla-340m-expanded", 4096).n_head[:7] == [1, 4, 4, 4, 4, 4, 1]
     with raises_one_line("no "):
         throughput.shape(f"{name}-x", 4096)
 
