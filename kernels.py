@@ -2510,12 +2510,13 @@ def load_shifted(
 ):
     """Rows `other` of x, 0 outside 0 to T and in other documents than that of `token`."""
     seen = (other >= 0) & (other < T)
-    at = x_ptr + batch * T * ROW + other[:, None] * ROW + channel[None, :]
+    at = other[:, None] * ROW + channel[None, :]
+    x_ptr += batch * T * ROW
     if document_ptr is not None:
         document_ptr += batch * T
         of_other = tl.load(document_ptr + other, seen, 0)
         seen = seen & (of_other == tl.load(document_ptr + token, token < T, 0))
-    return tl.load(at, seen[:, None] & (channel < D)[None, :], 0.0).to(tl.float32)
+    return tl.load(x_ptr + at, seen[:, None] & (channel < D)[None, :], 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -2544,8 +2545,9 @@ def convolve(
         y += x * weight.to(tl.float32)[None, :]
     if not REVERSE:
         y *= tl.sigmoid(y)
-    at = y_ptr + batch * T * D + t[:, None] * D + channel[None, :]
-    tl.store(at, y, (t < T)[:, None] & (channel < D)[None, :])
+    y_ptr += batch * T * D
+    at = t[:, None] * D + channel[None, :]
+    tl.store(y_ptr + at, y, (t < T)[:, None] & (channel < D)[None, :])
 
 
 @triton.jit
@@ -2592,15 +2594,14 @@ def conv_gradients(
         gate = tl.sigmoid(pre)
         dy = tl.load(dy_ptr + t[:, None] * DY_ROW + channel[None, :], stored, 0.0).to(tl.float32)
         dpre = dy * gate * (1 + pre * (1 - gate))
-        at = dpre_ptr + t[:, None] * D + channel[None, :]
-        tl.store(at, dpre, stored)
+        tl.store(dpre_ptr + t[:, None] * D + channel[None, :], dpre, stored)
         dbias += dpre
         for i in tl.static_range(TAPS):
             sums += (dweights[i] + dpre * shifted[i],)
         dweights = sums
     for i in tl.static_range(TAPS):
-        at = dweight_ptr + (part * D + channel) * TAPS + i
-        tl.store(at, tl.sum(dweights[i], 0), channel < D)
+        at = (part * D + channel) * TAPS + i
+        tl.store(dweight_ptr + at, tl.sum(dweights[i], 0), channel < D)
     if bias_ptr is not None:
         tl.store(dbias_ptr + part * D + channel, tl.sum(dbias, 0), channel < D)
 
