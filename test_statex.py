@@ -2028,25 +2028,29 @@ def test_exported_models_have_the_same_scores(block, changes, names, length, lm_
 
 @pytest.mark.slow
 def test_merged_heads_are_scored_by_the_harness(lm_eval, tmp_path):
-    """Which no public format holds. The cloze as we would score it: of the tokens of the last
-    word the log-likelihood given those of the text."""
+    """Which no public format holds. The cloze and the choice as we would score them, by the
+    log-likelihood of an answer's tokens given those of the text."""
     lm = code_lm("gla", n_head=[4, 1, 2])
     folder = task_files(tmp_path, lm)
     results = harness.evaluate(lm, harness.Options(
         tasks=",".join(TASKS), include_path=str(folder), max_length=256))["results"]
     assert 0.3 < results["statex_recall"]["exact_match,none"] < 0.7
-    assert 0 <= results["statex_choice"]["acc,none"] <= 1
     tokenizer = prepare.load_tokenizer("code4096")
-    found = []
-    for line in (folder / "documents.jsonl").read_text().splitlines():
-        document = json.loads(line)
-        whole = tokenizer.encode_ordinary(document["text"] + document["choices"][0])
-        start = len(tokenizer.encode_ordinary(document["text"]))
+
+    def surprise(text, answer):
+        whole = tokenizer.encode_ordinary(text + answer)
+        start = len(tokenizer.encode_ordinary(text))
         targets = torch.tensor([[-100] * (start - 1) + whole[start:]])
-        loss = lm(torch.tensor([whole[:-1]]), targets)[1]
-        found.append(loss.item() * (len(whole) - start))
+        return lm(torch.tensor([whole[:-1]]), targets)[1].item() * (len(whole) - start)
+
+    lines = (folder / "documents.jsonl").read_text().splitlines()
+    documents = [(document["text"], document["choices"]) for document in map(json.loads, lines)]
+    first = [surprise(text, choices[0]) for text, choices in documents]
     assert results["statex_cloze"]["perplexity,none"] == pytest.approx(
-        math.exp(np.mean(found)), rel=1e-4)
+        math.exp(np.mean(first)), rel=1e-4)
+    right = [np.argmin([surprise(text, f" {choice}") for choice in choices]) == 0
+             for text, choices in documents]
+    assert results["statex_choice"]["acc,none"] == pytest.approx(np.mean(right))
 
 
 def test_generation_for_the_harness_ends():
