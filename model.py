@@ -295,7 +295,7 @@ class GLA(nn.Module):
         gain = self.g_norm_swish_gate.weight.to(o.dtype)
         o = F.rms_norm(o, o.shape[-1:], gain, self.g_norm_swish_gate.eps)
         # head by head: torch.compile then makes one kernel of the norm and the gate
-        o = o * F.silu(self.g_proj(x)).unflatten(-1, (self.n_head, -1))
+        o = o * F.silu(self.g_proj(x).unflatten(-1, (self.n_head, -1)))
         return self.o_proj(o.flatten(-2)), (S, before)
 
 
@@ -487,6 +487,7 @@ class LM(nn.Module):
         super().__init__()
         c = self.config = config
         self.checkpoint_activations = False     # for backward, keep layers' inputs only
+        self.bfloat16_residual = False          # in training, keep the residual stream in it
         self.slice_loss = slice_loss            # train.py puts a compiled one here
         rows = math.ceil(c.vocab_size / c.pad_vocab) * c.pad_vocab
         Block = {"gla": GLABlock, "mamba2": Mamba2Block}[c.block]
@@ -532,6 +533,9 @@ class LM(nn.Module):
             raise BadInput(f"first {kind_of(first)}; expected torch.bool of idx's shape, "
                            f"{tuple(idx.shape)}, on {device}")
         x = self.embeddings(idx)
+        dtype = x.dtype
+        if self.bfloat16_residual and self.training:
+            x = x.bfloat16()
         update = None
         states = []
         for i, layer in enumerate(self.layers):
@@ -543,7 +547,7 @@ class LM(nn.Module):
             else:
                 x, update, after = layer(x, update, before, first)
             states.append(after)
-        return self.norm(x + update), states
+        return self.norm((x + update).to(dtype)), states
 
     def loss(self, x, targets):
         """Mean cross-entropy, in nats, of features x (B,T,d_model) where targets (B,T) are

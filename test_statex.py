@@ -3119,6 +3119,34 @@ def test_a_recorded_pass_equals_one_as_ever(scratch, tmp_path, more):
     assert losses(tmp_path / "true") == losses(tmp_path / "false")
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("block, changes", MODELS)
+def test_the_residual_stream_in_bfloat16(block, changes):
+    """Every layer gets it so in training, none in evaluation; loss and gradients hardly change."""
+    lm = small(block, **changes).to(DEVICE)
+    seen = []
+    for layer in lm.layers:
+        layer.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].dtype))
+    idx = torch.randint(61, (4, 32), device=DEVICE)
+
+    def pass_of(bfloat16):
+        lm.bfloat16_residual = bfloat16
+        lm.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            lm.train()
+            loss = lm(idx, idx)[1]
+            with torch.no_grad():
+                scored = lm.eval()(idx, idx)[1]
+        loss.backward()
+        return loss.detach(), scored, torch.cat([p.grad.flatten() for p in lm.parameters()])
+
+    loss, scored, gradient = pass_of(True)
+    assert seen == [torch.bfloat16] * 3 + [torch.float32] * 3
+    expected, same, expected_gradient = pass_of(False)
+    assert gap(loss, expected) < 2e-3 and gap(gradient, expected_gradient) < 0.05
+    assert torch.equal(scored, same) and not torch.equal(loss, expected)
+
+
 def test_a_step_that_breaks_the_weights_is_not_saved(scratch, tmp_path):
     """Its own loss is finite: only what is held out tells."""
     refused(train_script, *scratch, "--steps=1", "--warmup=0", "--weight_decay=1e300",
@@ -3513,6 +3541,7 @@ BAD = (
     (train_script, (*SCRATCH, "--shard"), "start it with torchrun"),
     (train_script, (*SCRATCH, "--compile"), "--compile is for GPUs"),
     (train_script, (*SCRATCH, "--graph"), "--graph is for one GPU"),
+    (train_script, (*SCRATCH, "--bfloat16_residual"), "--bfloat16_residual is for a GPU"),
     (train_script, (*SCRATCH, "--pairs=2;4"), "not a list of whole numbers"),
     (train_script, (*SCRATCH, "--vocab_size=100"), "less than the 4096 token ids"),
     (train_script, (*SCRATCH, "--carry_state", "--batch_size=100000"), "--carry_state reads"),

@@ -140,13 +140,15 @@ class Options:
     beta2: float = option(0.95, "of AdamW")
     clip: float = option(1.0, "largest norm of the gradient")
     gates_rate: float = option(1.0, "GLA's gates learn at this many times the rate")
-    # speed and memory: none of these changes what is computed
+    # speed and memory: none of these but the last changes what is computed
     accumulate: int = option(1, "passes that a step is cut into, over all processes together")
     compile: bool = option(False, "torch.compile every layer: for GPUs, a minute at the start")
     graph: bool = option(False, "on one GPU: record every pass as a CUDA graph; small models "
                                 "else wait for launches")
     checkpoint_activations: bool = option(False, "keep layers' inputs only, compute the rest again")
     shard: bool = option(False, "with torchrun: FSDP2 in place of DistributedDataParallel")
+    bfloat16_residual: bool = option(False, "on a GPU, train with the residual stream in bfloat16; "
+                                            "it is scored in float32")
     # evaluation, saving, logging
     eval_interval: int = option(500, "steps between evaluations; each saves a checkpoint")
     tensorboard: bool = option(False, "beside log.jsonl")
@@ -213,6 +215,8 @@ def check(options, processes):
     if options.compile and options.device == "cpu":
         raise BadInput("--compile is for GPUs: on a CPU the first step takes minutes and the "
                        "others gain little")
+    if options.bfloat16_residual and not options.cuda:
+        raise BadInput("--bfloat16_residual is for a GPU")
     if options.graph and (not options.cuda or processes.size > 1 or options.carry_state):
         raise BadInput("--graph is for one GPU, without --carry_state")
     if os.path.exists(options.out_dir) and not os.path.isdir(options.out_dir):
@@ -336,11 +340,14 @@ def start_run(lm, options, corpus, processes, stop):
     """A Run at step 0: lm on its device, compiled, and shared out over the processes."""
     lm.to(options.device).train()
     lm.checkpoint_activations = options.checkpoint_activations
+    lm.bfloat16_residual = options.bfloat16_residual
     if options.compile:
         torch._dynamo.config.recompile_limit = 64   # one graph per shape of layer and of batch
         torch._dynamo.config.optimize_ddp = False   # the same graphs as in one process
         for layer in lm.layers:
-            layer.compile(dynamic=False)            # layers of one shape share theirs
+            # Layers of one shape share theirs. What has up to six inputs is read where it is
+            # used, not written out first: norms, gates and sums of gradients, in fewer kernels.
+            layer.compile(dynamic=False, options={"realize_reads_threshold": 6})
         lm.slice_loss = torch.compile(lm.slice_loss)
     model = lm
     if options.shard:
@@ -394,8 +401,8 @@ def make_optimizer(lm, options):
 
 
 def precision(options):
-    """bfloat16 matrix products on a GPU; parameters, residuals, norms and states stay in
-    float32."""
+    """bfloat16 matrix products on a GPU; parameters, norms, states and (see bfloat16_residual)
+    the residual stream stay in float32."""
     return torch.autocast("cuda", torch.bfloat16, enabled=options.cuda)
 
 

@@ -7,6 +7,8 @@
     python data/results/block.py --family=gla --seed=0 --phase=zero      a larger state alone
     python data/results/block.py --family=gla --seed=0 --phase=gates     GLA's gates, faster
     python data/results/block.py --family=gla --seed=0 --phase=why       and `inherit`'s lead
+    python data/results/block.py --family=gla --seed=0 --phase=long-fast and both for longer
+    python data/results/block.py --family=mamba2 --seed=0 --phase=equal  all at one rate
 
 A small model is pre-trained on text, and each arm goes on from it with the same tokens in the
 same order and schedule. Nothing made up is in training, but for a last short one that is there
@@ -158,6 +160,23 @@ WHY_ARMS = {
     "preserve-last": Arm("preserve", "last quarter", 0, like="inherit", gates_rate=10,
                          family="gla"),
 }
+# --phase=long-fast: the same, and the control at their rate, for 100M tokens.
+LONG_FAST_ARMS = {
+    "lpt-fast-long": Arm(length=3, like="inherit", core=True),
+    "preserve-x16-fast-long": Arm("preserve", factor=16, length=3, like="inherit", gates_rate=10,
+                                  core=True, family="gla"),
+    "inherit-long": Arm("inherit", "last quarter", 0, length=3, like="inherit", core=True),
+}
+# --phase=equal: Mamba2's `inherit` at `reinit`'s rate, and with noise, which breaks the tie.
+EQUAL_ARMS = {
+    "lpt": ARMS["lpt"],
+    "reinit": ARMS["reinit"],
+    "inherit-4x-rate": replace(ARMS["inherit-4x-rate"], core=True),
+    "inherit-noise-4x-rate": Arm("inherit", "last quarter", 0, {"noise": 0.1}, like="inherit",
+                                 rate=4, core=True, family="mamba2"),
+}
+PHASES = {"block": ARMS, "long": LONG_ARMS, "gates": GATES_ARMS, "why": WHY_ARMS,
+          "long-fast": LONG_FAST_ARMS, "equal": EQUAL_ARMS}
 # Pre-trained models; one that others need is started first.
 STARTS = {"pre": 1, "pre-x4": 4}        # times the state
 
@@ -184,8 +203,7 @@ def layers_of(choice, n_layer):
 class Options:
     family: str = option("gla", "gla or mamba2", choices=tuple(SHAPES))
     seed: int = option(0, "of the pre-trained model")
-    phase: str = option("block", "which runs", choices=("zero", "pilot", "block", "long",
-                                                     "gates", "why"))
+    phase: str = option("block", "which runs", choices=("zero", "pilot", *PHASES))
     data: str = option(f"{ROOT}/data/packages", "folder of token files, see data/prepare.py")
     out: str = option("", "file that the lines are appended to; empty: runs.jsonl here, of the "
                           "pilot and phase zero pilot.jsonl")
@@ -244,8 +262,8 @@ def plan(options):
             starts = starts[:1]
         return starts + [arm_job(name, ARMS[name], lr, options, PILOT_LENGTH)
                          for lr in RATES for name in TUNED]
-    arms = {"long": LONG_ARMS, "gates": GATES_ARMS, "why": WHY_ARMS}.get(options.phase, ARMS)
-    arms = {name: arm for name, arm in arms.items() if arm.family in ("", options.family)}
+    arms = {name: arm for name, arm in PHASES[options.phase].items()
+            if arm.family in ("", options.family)}
     if options.optional:
         arms = {name: arm for name, arm in arms.items() if arm.core} | named(options, arms)
     chosen = chosen_rates(options)
@@ -255,9 +273,9 @@ def plan(options):
         if arm.start not in {job.name for job in jobs}:
             jobs.append(pre_job(arm.start, options))
         jobs.append(arm_job(name, arm, rates[name], options))
-    if options.phase in ("block", "why"):   # the control at the rate of every core arm
+    if options.phase in ("block", "why", "equal"):      # the control at the rate of every core arm
         others = {rates[name] for name, arm in arms.items() if arm.core} - {rates["lpt"]}
-        at = next(i for i, job in enumerate(jobs) if not job.core and job.start)
+        at = next((i for i, job in enumerate(jobs) if not job.core and job.start), len(jobs))
         jobs[at:at] = [replace(arm_job("lpt", ARMS["lpt"], lr, options), own_rate=False)
                        for lr in sorted(others)]
     return jobs

@@ -57,6 +57,7 @@ class Options:
     compile: bool = option(True, "torch.compile every layer of ours")
     graph: bool = option(False, "record ours as a CUDA graph; its memory is not in the peak")
     checkpoint_activations: bool = option(False, "keep layers' inputs only")
+    bfloat16_residual: bool = option(False, "ours with the residual stream in bfloat16")
     peers: bool = option(True, "the peers too")
     generate: bool = option(False, "read and write instead, in bfloat16; random weights")
 
@@ -196,7 +197,8 @@ def print_training(options):
         block_size=options.T, device="cuda", ckpt="scratch", batch_size=options.batch_size,
         vocab_size=options.vocab_size, steps=options.steps, lr=options.lr, warmup=options.warmup,
         compile=options.compile, graph=options.graph,
-        checkpoint_activations=options.checkpoint_activations)
+        checkpoint_activations=options.checkpoint_activations,
+        bfloat16_residual=options.bfloat16_residual)
     card = torch.cuda.get_device_name()
     peak_flops = next((f for name, f in train.PEAK.items() if name in card), math.nan)
     print("| model | whose | tokens/s | MFU | peak GiB | ready after, s |")
