@@ -379,6 +379,12 @@ def choose_layers(n_layer, every, listed):
     return list(range(0, n_layer, every))
 
 
+def check_choice(given):
+    """Raises BadInput where the command line chooses layers twice."""
+    if given.get("layers") and "every" in given:
+        raise BadInput("--layers and --every both choose layers; name one of them")
+
+
 def is_run(path):
     """Whether training is in this checkpoint: any other file may be overwritten."""
     try:
@@ -388,7 +394,9 @@ def is_run(path):
 
 
 def main():
-    options = Options(**command_line(Options, __doc__))
+    given = command_line(Options, __doc__)
+    check_choice(given)
+    options = Options(**given)
     if not options.ckpt:
         raise BadInput("name a checkpoint to expand: --ckpt=out/recipe-gla/pretrained.pt, or "
                        f"one of {', '.join(SIZES)} with --dry-run")

@@ -63,7 +63,7 @@ except ImportError:                     # Windows: no lock on out_dir, no peak o
 
 from data import prepare, recall
 from data.report import print_report
-from expand import INITS, choose_layers, describe, expand
+from expand import INITS, check_choice, choose_layers, describe, expand
 from model import LM, SIZES, Config, load_checkpoint, map_state, save_checkpoint
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -1162,6 +1162,7 @@ RECIPE_ALONE = ("pretrain_steps", "every", "layers", "factor", "init", "post_lr"
 
 def resolve(given):
     """Defaults, then the preset, then what was typed."""
+    check_choice(given)
     preset = given.get("preset")
     if given.get("ckpt") == "resume" and (preset or given.get("overwrite")):
         raise BadInput("--ckpt=resume goes on with a run as it is; --preset and --overwrite are "
