@@ -365,24 +365,50 @@ def why_table():
     return markdown(head, rows)
 
 
+def compared(title, some, arms, columns):
+    """A row per arm of what it has more than others. columns: (label, measure, control, rate),
+    see differences."""
+    rows = [[arm, *(cell(differences(some, arm, measure, control, rate)) if arm != control else ""
+                    for _, measure, control, rate in columns), len(some)] for arm in arms]
+    return markdown([title, *(label for label, *_ in columns), "models"], rows) if some else ""
+
+
 def fast_table():
     """`preserve` at `inherit`'s learning rate and with fast gates, beside `inherit` and LPT."""
     some = [model for model in models("runs.jsonl", ("why",))["gla"] if model.get(FAST)]
-    columns = [("rare repeats, more than LPT", repeats_loss, "lpt", None),
-               ("than LPT at 4e-3", repeats_loss, "lpt", "same"),
-               ("everything else, than LPT", other_loss, "lpt", None),
-               ("than LPT at 4e-3", other_loss, "lpt", "same"),
-               ("from 2,048 tokens ago or more, than LPT at 4e-3", group("far", "loss"), "lpt",
-                "same"),
-               ("rare repeats, than inherit", repeats_loss, "inherit", None),
-               ("everything else, than inherit", other_loss, "inherit", None)]
-    rows = []
-    for arm in ("inherit", FAST):
-        cells = [cell(differences(some, arm, measure, control, rate)) if arm != control else ""
-                 for _, measure, control, rate in columns]
-        rows.append([arm, *cells, len(some)])
-    head = ["GLA, at 4e-3", *(label for label, *_ in columns), "models"]
-    return markdown(head, rows) if some else ""
+    return compared("GLA, at 4e-3", some, ("inherit", FAST), [
+        ("rare repeats, more than LPT", repeats_loss, "lpt", None),
+        ("than LPT at 4e-3", repeats_loss, "lpt", "same"),
+        ("everything else, than LPT", other_loss, "lpt", None),
+        ("than LPT at 4e-3", other_loss, "lpt", "same"),
+        ("from 2,048 tokens ago or more, than LPT at 4e-3", group("far", "loss"), "lpt", "same"),
+        ("rare repeats, than inherit", repeats_loss, "inherit", None),
+        ("everything else, than inherit", other_loss, "inherit", None)])
+
+
+def long_fast_table():
+    """The same after 100M tokens."""
+    some = models("runs.jsonl", ("long-fast",))["gla"]
+    lpt, inherit = "lpt-fast-long", "inherit-long"
+    return compared("GLA, at 4e-3, 100.7M tokens", some, (inherit, f"{FAST}-long"), [
+        ("rare repeats, more than LPT", repeats_loss, lpt, None),
+        ("everything else", other_loss, lpt, None),
+        ("from 2,048 tokens ago or more", group("far", "loss"), lpt, None),
+        ("in-context score", MEASURES["in-context score"], lpt, None),
+        ("rare repeats, than inherit", repeats_loss, inherit, None),
+        ("everything else, than inherit", other_loss, inherit, None)])
+
+
+def equal_table():
+    """Mamba2's `inherit`, with and without noise, at `reinit`'s learning rate."""
+    some = models("runs.jsonl", ("equal",))["mamba2"]
+    inherit = "inherit-4x-rate"
+    return compared("Mamba2, at 4e-3", some, (inherit, "inherit-noise-4x-rate", "reinit"), [
+        ("rare repeats, more than LPT", repeats_loss, "lpt", "same"),
+        ("everything else", other_loss, "lpt", "same"),
+        ("in-context score", MEASURES["in-context score"], "lpt", "same"),
+        ("rare repeats, than inherit", repeats_loss, inherit, None),
+        ("everything else, than inherit", other_loss, inherit, None)])
 
 
 def fine_tuned_table():
@@ -466,6 +492,7 @@ def verdict(more, against=0.0):
 def claims_table():
     """The paper's claims, by its own transplant and by ours."""
     def of_family(family, some):
+        equal = models("runs.jsonl", ("equal",))[some[0].family]
         lpt_other = statistics.mean(values(some, "lpt", other_loss))
         gain = -statistics.mean(differences(some, "preserve-x4", repeats_loss) or [0.0])
         cases = [
@@ -477,14 +504,16 @@ def claims_table():
             for arm in ("reinit", PRIMARY)]
         cases.append(("reinit better than inherit, rare repeats, each at its rate",
                       "reinit", repeats_loss, "inherit", 0.0))
-        cases.append((f"the same, both at {BEST_RATE:g}", "reinit", repeats_loss,
-                      "inherit-4x-rate", 0.0))
+        cases += [(f"{claim}, all at {BEST_RATE:g}", "reinit", repeats_loss, arm, 0.0)
+                  for claim, arm in (("the same", "inherit-4x-rate"),
+                                     ("than inherit with noise", "inherit-noise-4x-rate"))]
         cases += [("few layers enough, at most a tenth of the gain less: "
                    f"{arm} - preserve-x4", arm, repeats_loss, "preserve-x4", 0.1 * gain)
                   for arm in ("preserve-x4-half", "preserve-x4-later")]
         rows = []
         for claim, arm, measure, control, against in cases:
-            more = differences(some, arm, measure, control)
+            of = equal if control.endswith("4x-rate") else some
+            more = differences(of, arm, measure, control)
             fairer = differences(some, arm, measure, "lpt", BEST_RATE) if control == "lpt" else []
             if more:
                 rows.append([claim, cell(more), len(more), verdict(more, against),
@@ -616,7 +645,7 @@ def rates_table():
 SECTIONS = {
     "summary": summary_table, "primary": primary_table, "arms": arms_table,
     "gates": gates_table, "why": why_table, "fast": fast_table,
-    "tokens": tokens_table, "gap": gap_table,
+    "long-fast": long_fast_table, "equal": equal_table, "tokens": tokens_table, "gap": gap_table,
     "fine-tuned": fine_tuned_table, "claims": claims_table, "larger": larger_table,
     "pilot": pilot_table, "levels": levels_table, "needle": needle_table,
     "recipe": recipe_table, "inits": inits_table, "mixture": mixture_table,
