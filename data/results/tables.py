@@ -226,6 +226,8 @@ def summary_table():
          "lpt-long", None),
         ("x16 at 4e-3 with gates ten times as fast, LPT at 4e-3", fast, FAST, repeats_loss, "lpt",
          BEST_RATE),
+        ("the same, both for three times as long", models("runs.jsonl", ("long-fast",)),
+         f"{FAST}-long", repeats_loss, "lpt-fast-long", None),
         ("x4, LPT at 4e-3", blocks, "preserve-x4", repeats_loss, "lpt", BEST_RATE),
         ("inherit, LPT at the same rate", blocks, "inherit", repeats_loss, "lpt", "same"),
         ("reinit, LPT at the same rate", blocks, "reinit", repeats_loss, "lpt", "same"))
