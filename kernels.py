@@ -56,8 +56,8 @@ def gla(q, k, v, g, scale=None, state=None, impl="auto", gates=None):
     another argument has more.
     gates (G,f,f) or None, f = H / G: each head may read the keys of all f heads of its
     group. k and g are then (B,T,G,f K), the state (B,H,f K,V), K channels for each of
-    the f heads, side by side. Head j reads its state with (m_1j q_1, ..., m_fj q_f): on
-    the channels with head i's keys the query is head i's, times m_ij = gates[:,i,j].
+    the f heads, side by side. On the channels with head i's keys, head j of the group
+    reads with the query gates[:,i,j] q_i.
     scale, a number, multiplies q; K**-0.5 when None.
     impl: "recurrent" | "chunked" | "triton" | "auto", which is triton on a GPU that it
     supports, else chunked. Where any input is float64, chunked takes triton's place.
@@ -183,8 +183,8 @@ MAX_EXPONENT = 30.0
 
 
 def chunks(x, G, L):
-    """x (B,T,H,D) -> (B,G,n,heads,L,D): n chunks, heads = H / G. Zeros fill the last
-    one: k = v = g = 0 leaves the state alone."""
+    """x (B,T,H,D) -> (B,G,n,heads,L,D): n chunks, heads = H / G (of keys 1). Zeros fill
+    the last chunk: k = v = g = 0 leaves the state alone."""
     x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % L))
     x = x.unflatten(2, (G, -1)).transpose(1, 2)  # (B,G,n L,heads,D)
     return x.unflatten(2, (-1, L)).transpose(3, 4)
@@ -441,9 +441,9 @@ def triton_supports(device):
 
 @functools.cache
 def capability(device):
-    """That of a GPU, (major, minor). Warns once where Triton before 3.9 may make wrong
-    code (issue 9433: see waited_for; 11047: a wait did not span warp groups). Triton 3.6
-    makes neither mistake in our kernels (see data/results/README.md)."""
+    """(major, minor) of a GPU. Warns once on Hopper (9.x), where Triton before 3.9 may
+    make wrong code: issues 9433 (see waited_for) and 11047 (a wait did not span warp
+    groups). Triton 3.6 makes neither in our kernels (see data/results/README.md)."""
     found = torch.cuda.get_device_capability(device)
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if found[0] == 9 and version < (3, 9):
@@ -594,14 +594,14 @@ def ssd_first(
 # --------------------------------------------------------------------------------------
 # Triton, the fast path. Five changes to the kernels above:
 #
-#   all chunks at once   one kernel scans the states over the chunks and keeps them;
-#                        outputs and gradients then take all chunks side by side
+#   all chunks at once   scan_states takes the chunks in turn and stores the state at
+#                        each; outputs and gradients then take all chunks side by side
 #   products only        scores too are a matrix product: in gla the decay of a pair is
 #                        split into a factor for each of the two
-#   long chunks          a kept state costs K V / L elements per token, most of the
+#   long chunks          a stored state costs K V / L elements per token, most of the
 #                        traffic: 256 tokens where states are large, else 128
-#   small tiles          several programs share a state, and fetch ahead their factors
-#   gradients by hand    from the kept states, with nothing computed twice but factors
+#   small tiles          several programs share a state, and fetch ahead its factors
+#   gradients by hand    from the stored states; only factors are computed again
 #
 # Measured on an H100, batch 4, 8192 tokens, bfloat16, forward and backward: long chunks
 # take gla-340m with one head from 1.49 to 1.41 ms and from 0.89 to 0.69 GB, Mamba2-1.3b
@@ -609,10 +609,12 @@ def ssd_first(
 # 256, take both scans of gla-1.3b with one head from 2.36 to 0.95 ms (of 3.6 for
 # the whole pass).
 #
-# With gates the scores of each head with its own keys are computed once, and a second
-# kernel mixes them into the scores of every head of the group. The queries of f heads
-# side by side, (B,T,H,K), are in memory (B,T,G,f K). Kernels that touch states are
-# given f K as K, and G = H / f (HX of the scan); the others are given K and H.
+# In gla every head has keys of its own here: gla_triton copies shared ones, and with
+# gates cuts a group's f K channels into f heads of K. Without gates f is 1. With gates
+# gla_mix_scores makes every head's scores from those of its group's heads with their
+# own keys. For states nothing is copied: (B,T,H,K) is also (B,T,G,f K) in memory.
+# Kernels that touch states are given f K as K, and G = H / f (HX of the scan); the
+# others are given K and H.
 #
 #   launch             gla (with gates)              ssd (where N > READ_APART)
 #   decays             in gla_scores                 ssd_decays
@@ -629,23 +631,28 @@ def ssd_first(
 #
 # The chunk kernels (all but step_state) mask neither tokens nor channels: callers pad T
 # to whole chunks (as in gla_chunked, for ssd with dt = 0) and channels to whole tiles.
-# Their names, where in shapes B is the batch:
+# Their names (in shapes B is the batch):
 #
-#   n, L, R           chunks of a sequence, tokens of a chunk, of a block. L is R or 2 R
-#                     in gla, where `block` counts from the sequence's start, up to 4 R
-#                     in ssd, where it counts from the chunk's. heads: B H
-#   BK, BV, BN        channels of a tile; BT, BR, BI, BJ: its tokens; BE: its scores;
-#                     BF, BH: its heads; PK: channels of a program with several tiles
-#   DOT               tl.dot's input_precision: None for bfloat16, "tf32x3" for float32.
-#                     Gates are float32: where they mix scores, "tf32" for None
-#   upto, after       sums of g (c, cum) from the start of a chunk or block up to a
-#                     token, and after it to the end, in bits (log2, exp2), though
-#                     formulas write exp
+#   n, L, R           chunks of a sequence, tokens of a chunk, tokens of a block.
+#                     gla: L is R or 2 R; `block` counts from the sequence's start
+#                     ssd: L is R, 2 R or 4 R; `block` counts from the chunk's start
+#   F                 heads of a group in gla, f above
+#   heads             as an argument B H; as a vector the heads of a group
+#   BK, BV, BN        channels of a tile; PK: of a program with several tiles
+#   BT, BR, BI, BJ    tokens of a tile
+#   BE, BF, BH        scores of a tile, heads of a group, heads of a program
+#   DOT               tl.dot's input_precision: None for bfloat16, "tf32x3" for float32;
+#                     "tf32" where float32 gates mix bfloat16 scores
+#   upto (c, cum)     sum of g from the start of a chunk or block up to a token
+#   after             sum of g after it to the end
+#                     Both are in bits (log2, exp2), though formulas write exp.
 #   q_start, k_end    q exp(upto), k exp(after): what meets the states around a chunk
-#   q_seam, k_seam    the same of a block, where a chunk's two blocks meet
+#   q_seam, k_seam    the same of one block, where a chunk's two blocks meet: of the
+#                     second one's queries, of the first one's keys
 #   dx, grad_x        the gradient of x; S is a state, dS its gradient
-#   row               a token's head, counted over all tokens
+#   row               token * H + head
 #   mine, at_, of_    offsets in elements
+#   processor         one of the GPU's multiprocessors
 #
 # tl.store rounds to the type of what its pointer points to.
 # Programs next to each other read the same tiles, while these are in the cache.
@@ -660,8 +667,8 @@ LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None
 
 @triton.jit
 def split3(number, H, n, blocks: tl.constexpr = 1):
-    """The three of number = head + H * (block + n * blocks * batch). The batch has 64 bits,
-    since offsets may pass 2^31."""
+    """head, block and batch of number = head + H * (block + n * blocks * batch). The
+    batch has 64 bits, since offsets may pass 2^31."""
     head, rest = split(number, H)
     block, batch = split(rest, n * blocks)
     return head, block, batch.to(tl.int64)
@@ -675,18 +682,18 @@ def log2_decay(g):
 
 @triton.jit
 def waited_for(x):
-    """x, a loop's running sum of matrix products, waited for by adding 0.
+    """x, a loop's running sum of matrix products, waited for by adding 0 (no compiler
+    drops the addition, since -0.0 + 0.0 is 0.0). Two kinds of loops need it:
 
-    Triton's pipeliner counts too few buffers for a tile that both registers and a
-    product still under way read: the next fetch may write over it (triton-lang/triton
-    issue 6691). Loops with such a tile need this until that is closed. So do loops whose
-    left factor is in registers: ptxas before 13.3 gives these to others while the product
-    still reads them (issue 9433; Triton 3.9 brings 13.4).
+    - Where both registers and a product still under way read a tile: Triton's pipeliner
+      counts too few buffers for it, and the next fetch may write over it
+      (triton-lang/triton issue 6691), until that is closed.
+    - Where a product's left factor is in registers: ptxas before 13.3 gives these to
+      others while the product still reads them (issue 9433; Triton 3.9 brings 13.4).
 
-    Not needed where a turn of the loop itself uses its product or rescales the sum
-    (gla_grad_decays, scan_states), nor with num_stages=1 (gla_scores): no product is then
-    under way when the next turn begins. No compiler drops the addition, since -0.0 + 0.0
-    is 0.0."""
+    Not where a turn itself uses its product or rescales the sum (gla_grad_decays,
+    scan_states), nor with num_stages=1 (gla_scores): no product is then under way when
+    the next turn begins."""
     return x + 0.0
 
 
@@ -711,8 +718,8 @@ def load_gate(gates_ptr, channel, head, K: tl.constexpr, F: tl.constexpr):
     return tl.load(gates_ptr + (head // F * F + asked) * F + head % F)
 
 
-# What scan_states adds up. (With gates K is f K, and since q_start has no gates in it,
-# in reverse x y^T is multiplied by the one with which the head reads these channels.)
+# What scan_states adds up. With gates K is f K, and q_start has no gates in it: so in
+# reverse x y^T is multiplied by the gate with which the head reads the tile's channels.
 #
 #                  x        y   weight         S (K x V)
 #     gla          k_end    v   None           K x V
@@ -733,10 +740,10 @@ def scan_states(
     K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BT: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr,
 ):
-    """S = decay_c S + sum of weight_t x_t y_t^T over chunk c, chunk after chunk; dS the
-    same from the last chunk to the first (REVERSE). Stored are S before, and dS after
-    every chunk. One program owns BK x BV elements of one head's S, in registers from end
-    to end, and adds a piece of BT tokens at a time."""
+    """S = decay S + sum of weight_t x_t y_t^T over a chunk's tokens, chunk after chunk;
+    dS the same from the last chunk to the first (REVERSE). Stored are S before, and dS
+    after every chunk. One program owns BK x BV elements of one head's S, in registers
+    from end to end, and adds BT tokens (a piece) at a time."""
     k_block, rest = split(tl.program_id(0), K // BK)
     v_block, rest = split(rest, V // BV)
     head, batch = split(rest, H)
@@ -750,7 +757,7 @@ def scan_states(
     x_ptr += (batch * n * L * HX + head // F) * K
     y_ptr += (batch * n * L * HY + head // (H // HY)) * V
     states_ptr += (batch * H + head) * n * K * V
-    # the head of the group whose keys, and so decays, the tile's channels have
+    # the head whose keys and decays the tile's channels belong to
     key_head = batch * H + head // F * F + k_block * BK // (K // F)
     if gates_ptr is not None:
         gate = load_gate(gates_ptr, k_block * BK, head, K, F)
@@ -845,11 +852,10 @@ def multiply_rows(
     H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
-    """scores_ij = x_i . y_j for j <= i. For ssd the scores, C . B, of all heads of a
-    group, and so without decays: what stands above the diagonal meets a decay of 0. For
-    gla the gradient of scores, do . v, with the diagonal apart, for it has no decay.
-
-    One program owns a block of queries and one of keys, no later, of one head."""
+    """scores_ij = x_i . y_j, in blocks of keys no later than queries. For ssd C . B,
+    shared by the heads of a group: their decays, 0 for j > i, come later. For gla
+    do . v, the gradient of scores: 0 for j > i, and the diagonal apart, for it has no
+    decay. One program owns one block of queries and one of keys, of one head."""
     key_block, rest = split(tl.program_id(0), L // R)
     query_block, rest = split(rest, L // R)
     head, chunk, batch = split3(rest, H, n)
@@ -878,8 +884,8 @@ def multiply_rows(
     tl.store(scores_ptr + at, scores)
 
 
-# Both families launch them by names of their own, as their other kernels: who looks
-# here for a family's kernels by its name finds all of them.
+# Each family launches them by names of its own: a search for gla_ or ssd_ finds all its
+# kernels.
 gla_scan_states = ssd_scan_states = scan_states
 gla_step_state = ssd_step_state = step_state
 gla_grad_scores = ssd_scores = multiply_rows
@@ -1006,8 +1012,8 @@ class FirstDerivativeOnly(torch.autograd.Function):
 
 def differentiable(forward, save, backward, chain):
     """Two operators as one differentiable function: as they are for torch.compile, else
-    plain. save(ctx, inputs, output) keeps what chain(backward, ctx, saved tensors,
-    *gradients) needs. (torch.utils.checkpoint gives saved tensors out once.)"""
+    plain. save(ctx, inputs, output) keeps what chain(backward, ctx, saved, *gradients)
+    needs; saved are the saved tensors, which torch.utils.checkpoint gives out once."""
     def compiled_backward(ctx, *gradients):
         return chain(backward, ctx, ctx.saved_tensors, *gradients)
 
@@ -1040,9 +1046,10 @@ def differentiable(forward, save, backward, chain):
 
 @triton.jit
 def is_steep(decay_ptr, K: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
-    """Whether a channel of a block decays by more than 2 HALF bits. Up to that exp2(HALF)
-    and exp2(-HALF) are exact enough: of bfloat16's 126 bits 36 are left to q and k, and in
-    float32 a sum near 30 is rounded by 2e-6, which is then the result's error."""
+    """Whether a channel of a block decays by more than 2 HALF bits. Up to that the
+    factors of gla_scores, exp2(-HALF) to exp2(HALF), are exact enough: bfloat16 ends at
+    2^126, so 2^36 are left to q and k; float32 rounds a sum near 30 by 2e-6, which is
+    then the result's error."""
     HALF: tl.constexpr = 90.0 if DOT is None else 30.0
     lowest = tl.zeros((BK,), tl.float32)
     for k0 in range(0, K, BK):
@@ -1052,7 +1059,7 @@ def is_steep(decay_ptr, K: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
 
 @triton.jit
 def decays_of_piece(g, bit, DOT: tl.constexpr):
-    """exp(upto) and exp(after) of all rows of g (R,BK), inside pieces of 2^bit rows."""
+    """exp(upto) and exp(after) of g (R,BK), of every row in its piece of 2^bit rows."""
     i = tl.arange(0, g.shape[0])[:, None]
     j = tl.arange(0, g.shape[0])[None, :]
     same = (i ^ j) >> bit == 0
@@ -1066,8 +1073,9 @@ def where_to(
     q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, n,
     H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
 ):
-    """Where a block's q_start and k_end go. Of two blocks, the first one's keys and the
-    second one's queries stay at the seam, until gla_scores_across takes them on."""
+    """Where a block's q exp(upto) and k exp(after) go: to q_start and k_end. Where they
+    have yet to cross the chunk's other block, to q_seam (the second block's) and k_seam
+    (the first block's), from which gla_scores_across takes them on."""
     of_block = ((batch * n * L + block * R) * H + head) * K
     q_start_ptr += of_block
     k_end_ptr += of_block
@@ -1094,9 +1102,10 @@ def gla_scores(
     """scores_ij = scale sum_k q_ik k_jk exp(c_ik - c_jk) for j <= i, c the running sum
     of g.
 
-    With m half of c's last row, exp(c_i - m) goes to the query (q_mid) and exp(m - c_j)
-    to the key (k_mid), so that all pairs are one matrix product. One of the exponents
-    can be positive, by at most -m; where that is too much, gla_scores_steep follows.
+    With m half of c's last row (from_middle is c - m), exp(c_i - m) goes to the query
+    and exp(m - c_j) to the key, so that all pairs are one matrix product. One of the
+    exponents can be positive, by at most -m; where that is too much, gla_scores_steep
+    follows.
     One program owns one block of R tokens of one head."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
     i = tl.arange(0, R)
@@ -1150,11 +1159,12 @@ def gla_scores_steep(
     H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr,
 ):
-    """Of steep blocks stores again what gla_scores did, all but the diagonal and decay;
-    the programs of others, nearly all in a GLA model, return at once.
+    """Of steep blocks stores again what gla_scores did, but for the diagonal and the
+    decay; the programs of others, nearly all in a GLA model, return at once.
 
-    Pieces of 2^bit tokens meet in pairs, as in gla_inside_steep: tokens j < i meet at the
-    highest bit in which they differ. One matrix product a bit; that bit's pairs are stored."""
+    Pieces of 2^bit tokens meet in pairs, as in gla_inside_steep: tokens j < i meet at
+    the highest bit in which they differ. Each bit is one matrix product, of which that
+    bit's pairs are stored."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
     of_block = ((batch * H + head) * n * (L // R) + block) * K
     if not is_steep(block_decay_ptr + of_block, K, BK, DOT):
@@ -1170,7 +1180,8 @@ def gla_scores_steep(
         q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, n, H, K, L, R)
 
     dtype = q_ptr.dtype.element_ty
-    for bit in range(8):  # R is at most 2^7; at 7 a piece is the whole block: q_start, k_end
+    # R is at most 2^7: at bit 7 a piece is the whole block, as for q_start and k_end
+    for bit in range(8):
         scores = tl.zeros((R, R), tl.float32)
         for k0 in range(0, K, BK):
             at = i * (H * K) + k0 + tl.arange(0, BK)[None, :]
@@ -1224,7 +1235,6 @@ def gla_scores_across(
         k = tl.load(k_seam_ptr + at)
         scores = waited_for(tl.dot(q, tl.trans(k), scores, input_precision=DOT))
 
-        # on by the other block: queries to the chunk's start, keys to its end
         first_decay = tl.load(block_decay_ptr + channel)
         second_decay = tl.load(block_decay_ptr + K + channel)
         tl.store(q_start_ptr + at, q.to(tl.float32) * tl.exp2(first_decay)[None, :])
@@ -1238,8 +1248,9 @@ def tile_of_group(
     start, element, heads,
     H: tl.constexpr, F: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
 ):
-    """Elements of a BT x L table, its rows queries from a chunk's token `start` on, its
-    columns keys: offsets for each head, and which were stored (see load_scores)."""
+    """Offsets, for each of these heads, of elements of a BT x L table of scores, and
+    which were stored (see load_scores). Rows are queries, from the chunk's token
+    `start` on; columns are keys."""
     query = element // L
     key = element % L
     at = query[None, :] * (H * L) + heads[:, None] * L + key[None, :]
@@ -1298,10 +1309,10 @@ def gla_outputs(
 ):
     """o_i = S^T q_start_i + sum over j <= i in its chunk of scores_ij v_j.
 
-    With gates S^T q_start is a sum of gate_h S_h^T q_h over the group's heads h. To need
-    one accumulator only, o is kept divided by the gate of the head being added, and at
-    the next head it is multiplied by previous / gate; a gate below 1e-20 in size counts
-    as 1e-20, so that o stays finite.
+    With gates S has K / F rows per head h of the group, and S^T q_start is the sum of
+    gate_h S_h^T q_h. To need one accumulator only, o is kept divided by the gate of the
+    head being added: the next head multiplies it by previous / gate. A gate below 1e-20
+    in size counts as 1e-20, so that o stays finite.
     One program owns BV channels of the L tokens of one chunk of one head."""
     v_block, rest = split(tl.program_id(0), V // BV)
     head, chunk, batch = split3(rest, H, n)
@@ -1316,7 +1327,7 @@ def gla_outputs(
 
     # what queries read from the state
     o = tl.zeros((L, BV), tl.float32)
-    gate = 1.0  # o is 0 until the first one is loaded
+    gate = 1.0  # any number: o is 0 when the first gate is loaded
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
         q = tl.load(q_start_ptr + i[:, None] * (G * K) + k[None, :])
@@ -1426,20 +1437,20 @@ def gla_grad_mix_scores(
     tl.store(dgates_ptr + of_gates, dgates, inside)
 
 
-# The gradient of decays. Key j reaches query i with weight exp(g_{j+1} + ... + g_i), so
-# dg_t sums weight x its gradient over all pairs that span t, j < t <= i. For a token t
-# of a block (in ssd: of a chunk) these are, with the variables that hold them,
+# The gradient of decays. The score of query i with key j has the factor exp(g_{j+1} +
+# ... + g_i). So dg_t sums "weight x gradient", the score (in gla a channel's part of
+# it) times its gradient, over all pairs that span t, j < t <= i. For a token t of a
+# block (in ssd: of a chunk) these are, with the variables that hold them,
 #
 #   key      query     pairs                          gla                    ssd
 #   inside   inside    i >= t, less those of j >= t   pairs                  ends, begins
 #   before   inside    i >= t                         q dq_before, in pairs  reads
 #   inside   after     j < t                          k dk_after: writes     writes
-#   before   after     all                            around                 always
+#   before   after     all                            around                 around
 #
-# All these variables hold weight x gradient; their names say of which pairs. Summed
-# over a query's pairs it is q dq, channel by channel, where dq is what these pairs add to
-# its gradient; over a key's pairs it is k dk. A query with its own key spans nothing: it
-# is left out, for it would drown small gradients.
+# Summed over a query's pairs weight x gradient is q dq, channel by channel, where dq is
+# what these pairs add to its gradient; over a key's pairs it is k dk. A query with its
+# own key spans nothing: it is left out, for it would drown small gradients.
 
 
 @triton.jit
@@ -1447,8 +1458,9 @@ def through_states(
     do_ptr, v_ptr, states_ptr, grad_states_ptr, k, dk, state_pairs,
     H: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
-    """One head's dq (R,BK), S do; dk (R,BK) and state_pairs (BK,), sums over a group's
-    heads so far, with this one's dS v and S dS. k: numbers of the channels."""
+    """One head's dq = S do (R,BK). Its dS v is added to dk (R,BK), and its S dS, summed
+    over V, to state_pairs (BK,), both for all heads of a group. k: numbers of the
+    channels."""
     at_v = tl.arange(0, R)[:, None] * (H * V)
     dq = tl.zeros(dk.shape, tl.float32)
     for v0 in range(0, V, BV):
@@ -1478,13 +1490,13 @@ def gla_grad_queries_keys(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq_start_i = S do_i and dk_end_j = dS v_j, the gradients through the states. With
-    gates dq_start sums over the heads that read these channels, each times its gate,
-    whose gradient is q dq. For dg also state_pairs and, of two blocks, `around`: what
-    spans the other block, q dq of the second one's queries with the state before the
-    chunk, or k dk of the first one's keys with the state after it.
-    One program owns BK channels of one block of one group, its heads in turn: without
-    gates one head."""
+    """dq_start_i = S do_i and dk_end_j = dS v_j, the gradients through the states, sums
+    over the heads that read these channels. With gates each head's dq has its gate as a
+    factor, whose gradient is q dq. For dg also state_pairs and, of two blocks, around:
+    pairs that span the other block, of the second one's queries with the state before
+    the chunk (q dq), or of the first one's keys with the state after it (k dk).
+
+    One program owns BK channels of one block of one group, its heads in turn."""
     F: tl.constexpr = H // G
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n, L // R)
@@ -1526,10 +1538,10 @@ def gla_grad_queries_keys(
 
 @triton.jit
 def meet(q, k, to_q, to_k, grad_scores, pairs, DOT: tl.constexpr):
-    """What queries and keys, decayed to where they meet, give each other through the
-    gradient of their scores: dq and dk. pairs: each pair's weight x gradient, added at its
-    query's row and taken off at its key's. Summed from row t on, pairs wholly after t
-    cancel, exactly only if both have the same rounded factors."""
+    """dq and dk by the gradient of the scores (q to_q) (k to_k)^T: to_q and to_k decay
+    both to where they meet. pairs: each pair's weight x gradient, added at its query's
+    row and taken off at its key's. Summed from row t on, pairs wholly after t cancel,
+    exactly only if both have the same rounded factors."""
     k = (k * to_k).to(grad_scores.dtype)
     q = (q * to_q).to(grad_scores.dtype)
     dq = tl.dot(grad_scores, k, input_precision=DOT)
@@ -1542,10 +1554,10 @@ def meet(q, k, to_q, to_k, grad_scores, pairs, DOT: tl.constexpr):
 def within_block(
     q, k, g, total, grad_scores, diagonal, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq and dk by the queries and keys of one block, and their pairs: all at once as in
-    gla_scores, or bit by bit as in gla_scores_steep; then exp(upto) and exp(after).
-    grad_scores is 0 above the diagonal (multiply_rows) and on it: a query with its own
-    key has no decay, and comes as diagonal (R,1). total (1,BK): the sum of g (R,BK)."""
+    """dq, dk and `pairs` (see meet) inside one block, at once as in gla_scores, or by
+    bits as in gla_scores_steep; and exp(upto) and exp(after). grad_scores is 0 on the
+    diagonal and above (multiply_rows): a query with its own key has no decay, and comes
+    as diagonal (R,1). total (1,BK): the sum of g (R,BK)."""
     i = tl.arange(0, q.shape[0])[:, None]
     j = tl.arange(0, q.shape[0])[None, :]
     pairs = tl.zeros(q.shape, tl.float32)
@@ -1576,8 +1588,9 @@ def across_blocks(
     dq, dk, other, second, grad_scores_ptr, q_seam, k_seam,
     ROW: tl.constexpr, DOT: tl.constexpr,
 ):
-    """Of a chunk's two blocks: the second's dq_start (dq), or the first's dk_end (dk),
-    times the other block's decay (other): at the seam, plus what scores add there."""
+    """Takes dq_start (dq) of a chunk's second block, dk_end (dk) of its first, to the
+    seam: times the other block's decay (other), plus what comes through the scores of
+    the second's queries with the first's keys. The other of dq and dk stays."""
     dq = dq.to(tl.float32)
     dk = dk.to(tl.float32)
     i = tl.arange(0, dq.shape[0])
@@ -1597,14 +1610,13 @@ def across_blocks(
 def store_grad_decays(
     dg_ptr, g_ptr, pairs, writes, around, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dg_t: pairs of t and later, writes before t, and all around the block (BK,): from
-    the state before its chunk to that after it, and with the chunk's other block."""
+    """dg_t: the pairs from t on, the writes before t, and around (BK,), which spans the
+    whole block."""
     unclamped = tl.load(g_ptr) > FORGOTTEN_32  # again: to keep the mask takes registers
     i = tl.arange(0, pairs.shape[0])
     earlier = i[:, None] > i[None, :]
     # A running sum less its last term would drown what is small, so earlier rows are a
-    # product. Only ordinary blocks in bfloat16 afford "all pairs, less the earlier
-    # ones".
+    # product. In bfloat16, and not steep, later rows may be all rows less the earlier.
     if STEEP or DOT is not None:
         dg = tl.cumsum(pairs, 0, reverse=True) + sum_rows(earlier, writes, DOT)
     else:  # one product
@@ -1625,10 +1637,11 @@ def gla_grad_decays(
     H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     PK: tl.constexpr, BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq, dk and dg; STEEP: of steep blocks, over what the first launch stored. One
-    program owns PK channels of one block of one head. It fills a processor, where
-    nothing else goes on while it waits for memory: so loads come first, and where PK >
-    BK those of the next BK channels before the work on these."""
+    """dq, dk and dg. A second launch, STEEP, stores those of steep blocks again.
+
+    One program owns PK channels of one block of one head. It fills a processor, where
+    nothing else runs while it waits for memory. So loads come first; where PK > BK the
+    next BK channels are loaded before the work on these."""
     program, rest = split(tl.program_id(0), K // PK)
     head, block, batch = split3(rest, H, n, L // R)
     of_block = ((batch * H + head) * n * (L // R) + block) * K
@@ -1649,6 +1662,7 @@ def gla_grad_decays(
         dq_start = tl.load(dq_start_ptr + at)
         dk_end = tl.load(dk_end_ptr + at)
         total = tl.load(block_decay_ptr + of_block + channel)[None, :]
+        # from the state before the chunk to the state after it
         around = tl.load(state_pairs_ptr + of_state + channel)
         around *= tl.exp2(tl.load(decay_ptr + of_state + channel))
 
@@ -1666,6 +1680,7 @@ def gla_grad_decays(
             dq_start, dk_end = across_blocks(
                 dq_start, dk_end, other, block % 2 == 1, grad_scores_ptr + row * L,
                 q_seam_ptr + seam, k_seam_ptr + seam, H * L, DOT)
+            # between the chunk's other block and the states
             around += tl.load(around_ptr + of_block + channel)
         dq_before = dq_start * exp_upto
         dk_after = dk_end * exp_after
@@ -1989,7 +2004,8 @@ def read_rows(
     read_ptr, of_rows, mine, c_ptr, states_ptr, token, rows,
     G: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """S c for tokens of one head: loaded where ssd_read_states made it, else made here."""
+    """S c for tokens of one head: loaded from read_ptr + of_rows + mine where
+    ssd_read_states made it, else made here. rows: offsets of the rows of S."""
     if read_ptr is not None:
         return tl.load(read_ptr + of_rows + mine).to(tl.float32)
     read = tl.zeros((token.shape[0], rows.shape[0]), tl.float32)
@@ -2051,20 +2067,6 @@ def ssd_outputs(
     tl.store(y_ptr + of_rows + mine, y)
 
 
-@triton.jit
-def written(
-    x, dv, cum_ptr, low_ptr, write_weight_ptr, writes_ptr, of_head, key, L: tl.constexpr,
-):
-    """dv through the state after a chunk: dS B, which comes in as dv, times exp(after)
-    (weight / dt, but dt may be 0). Stores weight x gradient of these pairs."""
-    weight = tl.load(write_weight_ptr + of_head + key)
-    tl.store(writes_ptr + of_head + key, weight * tl.sum(x * dv, axis=1))
-    end = tl.load(cum_ptr + of_head + L - 1) - tl.load(cum_ptr + of_head + key)
-    if low_ptr is not None:
-        end += tl.load(low_ptr + of_head + L - 1) - tl.load(low_ptr + of_head + key)
-    return dv * tl.exp2(end)[:, None]
-
-
 @chunk_kernel
 def ssd_grad_values(
     B_ptr, grad_states_ptr,         # (B,T,G,N), (B,H,n,P,N)
@@ -2079,9 +2081,10 @@ def ssd_grad_values(
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """Of v = dt x: dv_j = exp(after_j) dS B_j + sum over i >= j of scores_ij exp(cum_i
-    - cum_j) dy_i, and dx = dt dv + D dy, in grad_read's buffer where there is one: its
-    rows are read by their own program alone.
+    """With v = dt x: dv_j = exp(after_j) dS B_j
+           + sum over i >= j of scores_ij exp(cum_i - cum_j) dy_i; dx = dt dv + D dy.
+
+    dx may be stored over grad_read, of which a program reads its own rows only.
     One program owns R keys of one chunk of one head."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
     block, chunk = split(block, L // R)
@@ -2109,7 +2112,13 @@ def ssd_grad_values(
     dv = read_rows(grad_read_ptr, of_rows, mine, B_ptr, grad_states_ptr, key, p * N, G, N, BN, DOT)
     x = tl.load(x_ptr + mine).to(tl.float32)
     dt = tl.load(dt_ptr + key * H)
-    dv = written(x, dv, cum_ptr, low_ptr, write_weight_ptr, writes_ptr, of_head, key, L)
+    weight = tl.load(write_weight_ptr + of_head + key)
+    tl.store(writes_ptr + of_head + key, weight * tl.sum(x * dv, axis=1))
+    # exp(after) is weight / dt, but dt may be 0
+    after = tl.load(cum_ptr + of_head + L - 1) - tl.load(cum_ptr + of_head + key)
+    if low_ptr is not None:
+        after += tl.load(low_ptr + of_head + L - 1) - tl.load(low_ptr + of_head + key)
+    dv *= tl.exp2(after)[:, None]
 
     # and what the queries of their chunk read, block by block from the diagonal
     for query_block in range(block, L // R):
@@ -2139,7 +2148,7 @@ def ssd_grad_scores(
     DOT: tl.constexpr,
 ):
     """grad_scores_ij sums exp(cum_i - cum_j) dt_j (dy_i . x_j) over the group's heads.
-    ends and begins: weight x gradient (pairs), summed over a query's, over a key's.
+    ends_i and begins_j: weight x gradient summed over a query's pairs, over a key's.
 
     One program owns R queries and R keys, no later, of one chunk of one group, its
     heads in turn."""
@@ -2170,34 +2179,13 @@ def ssd_grad_scores(
         grad *= decay_table(cum_ptr, low_ptr, of_head, query, key)
         grad_scores += grad
 
-        # sums of ends and begins nearly cancel: of float32 inputs they are float64
+        # ends less begins nearly cancels: for float32 inputs both are float64
         pairs = tl.where(below, grad * scores, 0.0).to(ends_ptr.dtype.element_ty)
         of_query = (key_block * heads).to(tl.int64) * n * L + of_head + query
         of_key = (query_block * heads).to(tl.int64) * n * L + of_head + key
         tl.store(ends_ptr + of_query, tl.sum(pairs, axis=1))
         tl.store(begins_ptr + of_key, tl.sum(pairs, axis=0))
     tl.store(grad_scores_ptr + at, grad_scores)
-
-
-@triton.jit
-def through_scores(
-    B_ptr, C_ptr, grad_scores_ptr, token, channel,
-    G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, DOT: tl.constexpr,
-):
-    """dC and dB of these tokens through the scores of their chunk: of a query from
-    the keys up to it, of a key from the queries from it on."""
-    dC = tl.zeros((token.shape[0], channel.shape[0]), tl.float32)
-    dB = tl.zeros((token.shape[0], channel.shape[0]), tl.float32)
-    for other_block in range(L // R):
-        other = other_block * R + tl.arange(0, R)
-        theirs = other[:, None] * (G * N) + channel[None, :]
-        scores = tl.load(grad_scores_ptr + token[:, None] * (G * L) + other[None, :],
-                         token[:, None] >= other[None, :], 0.0)
-        dC = tl.dot(scores, tl.load(B_ptr + theirs), dC, input_precision=DOT)
-        scores = tl.load(grad_scores_ptr + other[:, None] * (G * L) + token[None, :],
-                         other[:, None] >= token[None, :], 0.0)
-        dB = tl.dot(tl.trans(scores), tl.load(C_ptr + theirs), dB, input_precision=DOT)
-    return dC, dB
 
 
 @chunk_kernel
@@ -2214,8 +2202,10 @@ def ssd_grad_queries_keys(
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dC_i = sum over heads of exp(cum_i) dy_i S + sum over j of grad_scores_ij B_j,
-    and dB_j alike. reads: C_i . dC_i of the first sum, per head.
+    """dC_i = sum over heads of exp(cum_i) dy_i S + sum over j of grad_scores_ij B_j;
+    dB_j = sum over heads of exp(after_j) dt_j x_j dS + sum over i of grad_scores_ij
+    C_i. reads_i: C_i . dC_i of the first sum, per head.
+
     One program owns BN columns of BR tokens of one group, its heads in turn."""
     n_block, rest = split(tl.program_id(0), N // BN)
     group, block, batch = split3(rest, G, n, L // BR)
@@ -2231,7 +2221,20 @@ def ssd_grad_queries_keys(
     at_v = token[:, None] * (H * P) + p[None, :]
     tile = p[:, None] * N + channel[None, :]
 
-    dC, dB = through_scores(B_ptr, C_ptr, grad_scores_ptr, token, channel, G, N, L, R, DOT)
+    # through the scores: with the keys up to a query, with the queries from a key on
+    dC = tl.zeros((BR, BN), tl.float32)
+    dB = tl.zeros((BR, BN), tl.float32)
+    for other_block in range(L // R):
+        other = other_block * R + tl.arange(0, R)
+        theirs = other[:, None] * (G * N) + channel[None, :]
+        scores = tl.load(grad_scores_ptr + token[:, None] * (G * L) + other[None, :],
+                         token[:, None] >= other[None, :], 0.0)
+        dC = tl.dot(scores, tl.load(B_ptr + theirs), dC, input_precision=DOT)
+        scores = tl.load(grad_scores_ptr + other[:, None] * (G * L) + token[None, :],
+                         other[:, None] >= token[None, :], 0.0)
+        dB = tl.dot(tl.trans(scores), tl.load(C_ptr + theirs), dB, input_precision=DOT)
+
+    # through the states
     if reads_ptr is not None:
         c = tl.load(C_ptr + at).to(tl.float32)
     for head_of_group in range(H // G):
@@ -2275,28 +2278,28 @@ def ssd_grad_decays(
     H: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     READS: tl.constexpr, PARTS: tl.constexpr,
 ):
-    """dg by the table above through_states, with a chunk for a block; from it, as g =
-    dt A, the gradients of dt and A. One program owns one chunk of one head."""
+    """dg by the table above through_states, a chunk being one block; from it, as g = dt
+    A, the gradients of dt and A. One program owns one chunk of one head."""
     head, chunk, batch = split3(tl.program_id(0), H, n)
     i = tl.arange(0, L)
     T = n * L
     mine = (batch * H + head) * T + chunk * L + i
     all_heads = heads.to(tl.int64) * T
 
-    # ended_i: of the pairs in which i is the query, less those in which it is the key; one
-    # part per block of the other token
+    # ended_i: the pairs with i as query, less those with i as key. ends and begins have
+    # one part per block of the other token.
     ended = tl.zeros((L,), ends_ptr.dtype.element_ty)
     for block in range(L // R):
         ended += tl.load(ends_ptr + block * all_heads + mine, block <= i // R, 0.0)
         ended -= tl.load(begins_ptr + block * all_heads + mine, block >= i // R, 0.0)
     for part in range(READS):
         ended += tl.load(reads_ptr + part * all_heads + mine)
-    always = 0.0
+    around = 0.0
     for part in range(PARTS):
-        always += tl.load(state_pairs_ptr + (part * heads + batch * H + head) * n + chunk)
-    always *= tl.exp2(tl.load(decay_ptr + (batch * H + head) * n + chunk))
+        around += tl.load(state_pairs_ptr + (part * heads + batch * H + head) * n + chunk)
+    around *= tl.exp2(tl.load(decay_ptr + (batch * H + head) * n + chunk))
     begun = tl.cumsum(tl.load(writes_ptr + mine - 1, i > 0, 0.0), 0)
-    dg = tl.cumsum(ended, 0, reverse=True) + begun + always
+    dg = tl.cumsum(ended, 0, reverse=True) + begun + around
 
     token = batch * T + chunk * L + i
     dt = tl.load(dt_ptr + token * H + head)
@@ -2309,7 +2312,8 @@ def ssd_grad_decays(
 
 
 def ssd_chunk(T, N, dtype):
-    """L and R: tokens of a chunk, and of its blocks."""
+    """L and R: tokens of a chunk, and of its blocks. Chunks are longer where states are
+    large, as in gla_chunk."""
     if T <= 32:
         L = power_of_two(T, 16)
         return L, L
@@ -2539,8 +2543,8 @@ def convolve(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + channel, channel < D, 0.0).to(tl.float32)[None, :]
     for i in tl.static_range(TAPS):
-        s = t + (TAPS - 1 - i) if REVERSE else t - (TAPS - 1) + i
-        x = load_shifted(x_ptr, document_ptr, s, t, channel, batch, T, ROW, D)
+        other = t + (TAPS - 1 - i) if REVERSE else t - (TAPS - 1) + i
+        x = load_shifted(x_ptr, document_ptr, other, t, channel, batch, T, ROW, D)
         weight = tl.load(weight_ptr + channel * TAPS + i, channel < D, 0.0)
         y += x * weight.to(tl.float32)[None, :]
     if not REVERSE:
@@ -2561,7 +2565,8 @@ def conv_gradients(
     ROW: tl.constexpr, DY_ROW: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr,
 ):
-    """dpre = dy silu'(pre), pre computed again, and sums of dpre x_s and of dpre.
+    """dpre = dy silu'(pre), pre computed again; dweight_i sums dpre_t times the element
+    of x that weight_i met in pre_t, dbias sums dpre.
 
     One program owns STEPS tiles of BT tokens, in turn, of BD channels of one sequence,
     and their part of the sums."""
@@ -2588,8 +2593,8 @@ def conv_gradients(
         shifted = ()
         sums = ()
         for i in tl.static_range(TAPS):
-            s = t - (TAPS - 1) + i
-            shifted += (load_shifted(x_ptr, document_ptr, s, t, channel, batch, T, ROW, D),)
+            other = t - (TAPS - 1) + i
+            shifted += (load_shifted(x_ptr, document_ptr, other, t, channel, batch, T, ROW, D),)
             pre += shifted[i] * weights[i]
         gate = tl.sigmoid(pre)
         dy = tl.load(dy_ptr + t[:, None] * DY_ROW + channel[None, :], stored, 0.0).to(tl.float32)
