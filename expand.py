@@ -25,7 +25,8 @@ An init of your own: (1) its name in INITS, (2) how sizes grow, in `enlarged` (M
 by d_state; GLA: heads share keys, or they merge), (3) what every parameter is made of,
 in `plan_gla` or `plan_mamba2`, and (4) a case in `make` if that is a new way. `python
 train.py --init=NAME --out_dir=out/NAME` runs it, for Mamba2 with --block=mamba2; with
-pretrained.pt and lpt.pt of an earlier recipe in out/NAME it trains StateX alone.
+pretrained.pt and lpt.pt of an earlier recipe in out/NAME it trains StateX alone. So it
+does again after `rm out/NAME/statex.pt out/NAME/results.json`.
 
     python expand.py --ckpt=out/recipe-gla/pretrained.pt --every=1 --out=out/expanded.pt
     python expand.py --ckpt=gla-1.3b --every=6 --dry-run    the report for a public size
@@ -198,7 +199,7 @@ def plan_rows(part, config, new_config, layer, init):
         what = f"{part}, {letter}"
         for group in range(groups):
             old = slice(start + group * N, start + (group + 1) * N)
-            if init.startswith("reinit"):
+            if init in ("reinit", "reinit-keys"):
                 pieces.append(Piece("fresh", what, new_rows))
             elif init == "preserve":
                 # C = silu(conv(in_proj(x)) + bias) must be 0 and still learn: its rows of
@@ -266,6 +267,9 @@ def carry_out(plan, lm, new, fresh, noise, seed):
             groups = before.chunk(len(fresh[name]))     # the old ones in each new group
             before = torch.stack([torch.block_diag(*group) for group in groups])
         made[name] = torch.cat(list(make(pieces, before, fresh[name].to(like), noise, rng)))
+        if made[name].shape != fresh[name].shape:
+            raise BadInput(f"{name}: the plan makes {tuple(made[name].shape)} of it, the layer "
+                           f"has {tuple(fresh[name].shape)}; see plan_gla and plan_mamba2")
     new.load_state_dict(made, assign=True)
     if new.config.tie_embeddings:
         new.lm_head.weight = new.embeddings.weight

@@ -2772,10 +2772,12 @@ def example(op, B, T, H, K, V, G=1, dtype=torch.float32, device="cpu", decay=Non
 
 
 def run(op, args, impl):
-    """The results of gla or ssd on the arguments that `example` makes."""
-    if op != "ssd":
-        return gla(*args[:4], gates=args[4] if op == "gates" else None, state=args[-1], impl=impl)
-    return ssd(*args, impl=impl)
+    """The results of gla or ssd on the arguments that `example` makes. (A recurrence of
+    your own: a case here and in `example`, its names in `errors`, its shapes in SHAPES.)"""
+    if op == "ssd":
+        return ssd(*args, impl=impl)
+    assert op in ("gla", "gates"), op
+    return gla(*args[:4], gates=args[4] if op == "gates" else None, state=args[-1], impl=impl)
 
 
 def errors(op, args, impl, reference="recurrent"):

@@ -666,8 +666,8 @@ class LM(nn.Module):
     @classmethod
     def from_pretrained(cls, name):
         """The model in a checkpoint of ours (a .pt file), in a folder in a public format, or
-        under a hub id such as "fla-hub/gla-1.3B-100B" (through huggingface_hub). Raises
-        BadInput."""
+        under a hub id such as "fla-hub/gla-1.3B-100B" (through huggingface_hub), in train
+        mode. Raises BadInput."""
         name = str(name)
         a_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".pt")
         runs = sorted(glob.glob("*.pt", root_dir=name)) if os.path.isdir(name) else []
@@ -829,7 +829,8 @@ def build(config, weights, path):
     try:
         lm.load_state_dict(weights, assign=True)
     except RuntimeError as e:
-        raise BadInput(f"{path} does not fit its own config: {one_line(e, 300)}") from e
+        raise BadInput(f"{path} does not fit the model that its config makes here (was model.py "
+                       f"changed since?): {one_line(e, 300)}") from e
     if config.tie_embeddings:
         lm.lm_head.weight = lm.embeddings.weight
     return lm

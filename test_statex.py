@@ -1525,6 +1525,25 @@ def test_an_init_of_your_own_hears_what_it_lacks(monkeypatch):
         expand(small("gla"), [0], 2)
 
 
+def test_a_layer_of_your_own_hears_where_it_does_not_fit(monkeypatch, tmp_path):
+    """A parameter per head, which the plan would keep as it is, and which no public format has."""
+    class Mine(model_script.GLA):
+        def __init__(self, config, layer):
+            super().__init__(config, layer)
+            self.mix = torch.nn.Parameter(torch.ones(self.n_head))
+
+    save_checkpoint(tmp_path / "before.pt", small("gla", conv_size=0))
+    monkeypatch.setattr(model_script, "GLA", Mine)
+    lm = small("gla", conv_size=0)
+    with raises_one_line("layers.0.attn.mix: the plan makes (4,) of it, the layer has (1,)"):
+        expand(lm, [0], init="inherit")
+    with raises_one_line("the public format has no layers.0.attn.mix"):
+        model_script.export(lm, f"{tmp_path}/folder")
+    assert not (tmp_path / "folder").exists()
+    with raises_one_line("was model.py changed since?"):
+        load_checkpoint(tmp_path / "before.pt")
+
+
 @pytest.mark.parametrize("size,params,every,before,after,more", (
     ("gla-340m", 374e6, 6, "3.15M", "4.72M", "+0.0M"),
     ("gla-1.3b", 1.36e9, 6, "12.58M", "18.87M", "+0.0M"),
@@ -2802,12 +2821,14 @@ def made_up_arm(**changes):
 def test_the_report_pairs_the_arms_by_sequence(tmp_path, monkeypatch):
     better = {"text": [2.8, 2.9], "mqar": {"4": [1, 0, 1, 1]}, "fewshot": {"1": [0, 0, 1, 1]}}
     results = {"pretrained": made_up_arm(tokens=1e6, val_loss=3.5), "lpt": made_up_arm(lr=0.01),
-               "statex": made_up_arm(lr=0.01, state_elements=256, samples=better, val_loss=2.85)}
+               "statex": made_up_arm(lr=0.01, state_elements=256, samples=better, val_loss=2.85),
+               "config": {"init": "preserve", "seed": 3}}
     assert report.difference(results, "mqar", "4") == pytest.approx((0.25, 1.96 * 0.25))
     fill(tmp_path, {"results.json": json.dumps(results)})
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     said = ran(train_script, f"--plot={tmp_path}")
-    assert "With 4 times the state" in said and "of 4 pairs, LPT 50.0%: +25.0 ± 49.0" in said
+    assert "With 4 times the state (preserve, seed 3)" in said
+    assert "of 4 pairs, LPT 50.0%: +25.0 ± 49.0" in said
     assert "StateX - LPT: -0.150 ± 0.098 nats" in said and "pip install matplotlib" in said
     assert "had not learnt to recall yet (50.0% of 4 pairs)" in said
     said = re.sub(" +", " ", said)
@@ -3147,6 +3168,17 @@ def test_the_residual_stream_in_bfloat16(block, changes):
     assert torch.equal(scored, same) and not torch.equal(loss, expected)
 
 
+def test_models_that_no_memory_holds_are_refused():
+    with torch.device("meta"):
+        lm = LM(SIZES["gla-1.3b"])
+    options = train_script.Options(device="cpu")
+    many = train_script.Processes(size=10_000)
+    with raises_one_line("it wants GPUs, or --shard"):
+        train_script.check_memory(lm, options, many)
+    train_script.check_memory(lm, replace(options, device="cuda"), many)
+    train_script.check_memory(small("gla"), options, train_script.Processes())
+
+
 def test_a_step_that_breaks_the_weights_is_not_saved(scratch, tmp_path):
     """Its own loss is finite: only what is held out tells."""
     refused(train_script, *scratch, "--steps=1", "--warmup=0", "--weight_decay=1e300",
@@ -3421,9 +3453,11 @@ def test_the_recipe_on_text_alone(tmp_path):
         assert load_checkpoint(tmp_path / f"{arm}.pt")[1]["start"] == train_script.fingerprint(lm)
     assert {entry["run"] for entry in logged(tmp_path)} == set(report.ARMS)
     refused(train_script, *args, "--d_model=48", says="run with d_model = 32")
-    os.remove(tmp_path / "results.json")
+    assert "the results of an earlier run" in ran(train_script, *args)
     small.norm.weight.data += 1
     save_checkpoint(tmp_path / "pretrained.pt", small, held)
+    refused(train_script, *args, says="remove it (and results.json)")
+    os.remove(tmp_path / "results.json")
     refused(train_script, *args, says="with other weights")
 
 
@@ -3472,7 +3506,7 @@ BAD = (
     (train_script, ("--ckpt=resume", "--overwrite"), "are for a new one"),
     (model_script, ("--ckpt={tmp}/flipped.pt",), "damaged"),
     (recall, ("--ckpt={tmp}/odd.pt",), "7 in it is no tensor of real numbers"),
-    (train_script, ("--plot={tmp}/foreign",), "is not one of this version's (KeyError"),
+    (train_script, ("--plot={tmp}/foreign",), "is not one of this version's, or"),
     (expand_script, (), "name a checkpoint"),
     # the transplant
     (expand_script, (*EXPAND, "--layers=0,7"), "out of range"),

@@ -330,6 +330,7 @@ class Run:
     evaluations: list = field(default_factory=list)     # [tokens, text loss, recall loss]
     start: str = ""                 # fingerprint of the weights it began with
     carried: dict = field(default_factory=dict)         # with --carry_state: {pass: state}
+    pairs: int = 0                  # of the last step's recall sequences
     graphs: dict = field(default_factory=dict)          # with --graph, see replayed
     pool: tuple | None = None                           # the graphs' memory
     # of the last steps: (tokens, seconds)
@@ -465,7 +466,7 @@ def recall_batch(run, rng, k):
     growing = options.curriculum * options.steps
     progress = run.step / growing if run.step < growing else 1.0
     joined = sizes[:1 + int(progress * len(sizes))]
-    pairs = int(rng.choice(joined))
+    run.pairs = pairs = int(rng.choice(joined))
     n = -(-options.recall_tokens // (4 * pairs))
     rows = share(run, n, k)
     idx, targets = recall.mqar(rng, n, pairs, run.lm.config.vocab_size)
@@ -767,7 +768,7 @@ class Log:
         speed = self.speed()
         text = f"loss {text_loss:.3f}"
         if run.options.recall_tokens:
-            text += f" recall {recall_loss:.3f}"
+            text += f" recall {recall_loss:.3f} of {run.pairs} pairs"
         text += f" {speed['tokens_per_s']:,} tokens/s"
         if "mfu" in speed:
             text += f" MFU {speed['mfu']:.0%}"
@@ -896,8 +897,8 @@ def same_start(options, held, lm):
     """Raises BadInput where the held run began with other weights than lm's."""
     if held.get("start") and held["start"] != fingerprint(lm):
         raise BadInput(f"{options.path} holds a run that began with other weights: the checkpoint "
-                       "or the transplant has changed since; remove it, or take another --out_dir, "
-                       "or --overwrite")
+                       "or the transplant has changed since; remove it (and results.json), or take "
+                       "another --out_dir, or --overwrite")
 
 
 def held_run(options, meta):
@@ -992,6 +993,19 @@ def new_model(options, meta):
     return LM(Config(**vocab, **shape))
 
 
+def check_memory(lm, options, processes):
+    """Raises BadInput where, on a CPU, weights, gradients and AdamW's two moments of all
+    processes, 16 bytes per parameter, are more than the machine's memory."""
+    if options.device != "cpu" or not hasattr(os, "sysconf"):       # Windows has none
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    copies = 1 if options.shard else processes.size
+    needs = 16 * copies * sum(p.numel() for p in lm.parameters())
+    if needs > memory:
+        raise BadInput(f"out of memory: {copies} models of this size take {needs / 1e9:.0f} GB to "
+                       f"train, this machine has {memory / 1e9:.0f}; it wants GPUs, or --shard")
+
+
 def print_banner(lm, options, corpus, steps):
     """What is about to run, where, and how long so many steps of it take here."""
     c = lm.config
@@ -1048,12 +1062,13 @@ def one_run(options, processes, stop):
             raise BadInput(f"{options.ckpt} holds a {lm.config.block} model, and --preset="
                            f"{options.preset} is for {options.block}; take that family's preset")
     check_model(lm, options, corpus.meta)
+    check_memory(lm, options, processes)
     lock = lock or open_folder(options, processes)      # a refused run leaves no new folder
     print_banner(lm, options, corpus, options.steps - (held["step"] if held else 0))
     if os.path.realpath(trained.get("data", options.data)) != os.path.realpath(options.data):
         print(f"before, the model was trained on {trained['data']}", flush=True)
     if held and held["step"] == options.steps:
-        print("all steps are done already")
+        print("all steps are done already; --overwrite makes them anew")
     r = train(lm, options, corpus, held, processes=processes, stop=stop)
     print(f"{options.path}: {r['tokens']:,} tokens, val loss {r['val_loss']:.4f}, "
           f"{r['tokens_per_s']:,} tokens/s")
@@ -1088,14 +1103,20 @@ def resumed(options, given):
 def recipe(options, processes, stop):
     """Pre-train a small model; LPT and StateX go on from it, alike in all but the state."""
     corpus = prepared(options, processes)
-    if already_done(options, corpus.meta):
-        print(f"{options.out_dir} holds the results of this recipe; --overwrite makes them anew, "
-              "as after a change of the code, and without results.json the models are scored again")
-        return print_report(options.out_dir)
-    small = new_model(options, corpus.meta)
     layers = choose_layers(options.n_layer, options.every, options.layers)
     transplant = dict(factor=options.factor or None, init=options.init, seed=options.seed)
+    if already_done(options, corpus.meta):
+        kept = [f"{options.out_dir}/{name}.pt" for name in ("pretrained", "statex")]
+        if all(map(os.path.exists, kept)):
+            larger, _ = expand(load_run(kept[0])[0], layers, **transplant)
+            same_start(replace(options, name="statex"), load_run(kept[1])[1], larger)
+        print_report(options.out_dir)
+        return print(f"These are the results of an earlier run in {options.out_dir}. Without its "
+                     "results.json the models are scored again, without statex.pt as well StateX "
+                     "is trained again; --overwrite trains all, as after a change of model.py")
+    small = new_model(options, corpus.meta)
     check_model(expand(small, layers, **transplant)[0], options, corpus.meta)   # before training
+    check_memory(small, options, processes)
     tokenizer = prepare.load_tokenizer(corpus.meta["tokenizer"])
     sizes = dict(pairs=pair_sizes(options), T=options.block_size)      # of what is scored
     if not options.recall_tokens:
@@ -1219,6 +1240,8 @@ def main(stop=None):
             one_run(options, processes, stop)
         else:
             recipe(options, processes, stop)
+    except BrokenPipeError:                 # see run_script
+        raise
     except OSError as e:
         raise BadInput(f"{e.filename or options.out_dir}: {e.strerror or e}; what was saved is "
                        "kept, and the same command goes on with it") from e

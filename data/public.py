@@ -487,9 +487,24 @@ def public_config(config, tensors, end_of_text):
                      "eos_token_id": end_of_text, "pad_token_id": None}
 
 
+# What the public layers have, by our names.
+LAYER_TENSORS = {
+    "gla": r"(attn|mlp)_norm\.weight|mlp\.(gate|up|down)_proj\.weight|attn\.(([qkvgo]_proj|"
+           r"[qkv]_conv1d|g_norm_swish_gate|gk_proj\.[01])\.weight|gk_proj\.1\.bias)",
+    "mamba2": r"norm\.weight|mixer\.(A_log|D|dt_bias|conv1d\.bias|"
+              r"(in_proj|conv1d|norm|out_proj)\.weight)",
+}
+
+
 def public_tensors(config, tensors):
     """The tensors by their public names. The rows that pad the vocabulary are left out: there
-    they would be tokens. Tied, the head is left out."""
+    they would be tokens. Tied, the head is left out. Raises BadInput for a tensor that the
+    public layers have not."""
+    known = rf"(embeddings|norm|lm_head)\.weight|layers\.\d+\.({LAYER_TENSORS[config['block']]})"
+    for name in tensors:
+        if not re.fullmatch(known, name):
+            raise BadInput(f"the public format has no {name}; keep the .pt checkpoint, which "
+                           "data/harness.py scores with the same tasks")
     outer = "model" if config["block"] == "gla" else "backbone"
     public = {}
     for name, tensor in tensors.items():

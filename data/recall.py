@@ -686,7 +686,8 @@ def print_scores(result, T):
 
 
 def print_repeats(repeats, control):
-    print(f"\nrare repeats: bigrams that training has at most {repeats['at_most']} times; "
+    print("\nrare repeats: bigrams that this corpus' training text has at most "
+          f"{repeats['at_most']} times; "
           f"{repeats['windows']} windows of {repeats['T']} tokens, "
           f"{repeats['documents']} documents")
     print(f"  {'':23s}{'tokens':>9s}   {'loss +- over windows, documents':34s}accuracy, likewise")

@@ -8,6 +8,7 @@ import json
 import math
 import statistics
 
+# In the table and the picture; an arm of your own in train.py's `recipe` goes here, too.
 ARMS = {"pretrained": "pre-trained", "lpt": "LPT", "statex": "StateX"}
 COLORS = {"pretrained": "0.6", "lpt": "tab:blue", "statex": "tab:red"}
 TASKS = {"mqar": "of {} pairs recalled", "fewshot": "few-shot, right after {}"}
@@ -29,8 +30,9 @@ def print_report(folder):
         print(f"\n{table(results)}\n\n{closing(results)}\n")
         print(f"{folder}/results.json{picture(results, f'{folder}/recipe.png')}")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
-        raise BadInput(f"{folder}/results.json is not one of this version's ({type(e).__name__} "
-                       f"{one_line(e, 60)}); without it the recipe scores its models again") from e
+        raise BadInput(f"{folder}/results.json is not one of this version's, or report.py was "
+                       f"changed ({type(e).__name__} {one_line(e, 60)}); without it the recipe "
+                       "scores its models again") from e
 
 
 def difference(results, task, size=None):
@@ -47,8 +49,9 @@ def difference(results, task, size=None):
 
 def table(results):
     """The three models side by side, as a Markdown table."""
-    arms = [results[arm] for arm in ARMS]
-    rows = [["", *ARMS.values(), "StateX - LPT", "chance"]]
+    labels = {arm: label for arm, label in ARMS.items() if arm in results}
+    arms = [results[arm] for arm in labels]
+    rows = [["", *labels.values(), "StateX - LPT", "chance"]]
 
     def row(label, form, values, more="", chance=""):
         cells = ["" if value is None else form.format(value) for value in values]
@@ -93,8 +96,10 @@ def closing(results):
     elif lpt["recall"].get("fewshot", {}).get("4", 1.0) < 0.125:
         remark = ("\nFew-shot far below chance is a habit from recall sequences, where every value "
                   "occurs once.")
-    return (f"With {times:.3g} times the state, StateX recalls {share:.1%} of {size} pairs, "
-            f"LPT {lpt_share:.1%}: {100 * more_recall:+.1f} ± {100 * recall_error:.1f} points.\n"
+    config = results["config"]
+    return (f"With {times:.3g} times the state ({config['init']}, seed {config['seed']}) StateX "
+            f"recalls {share:.1%} of {size} pairs, LPT {lpt_share:.1%}: {100 * more_recall:+.1f} ± "
+            f"{100 * recall_error:.1f} points.\n"
             f"{text}\n(± is the 95 % interval over the sequences asked; another seed makes another "
             f"model.){remark}")
 
@@ -111,9 +116,11 @@ def picture(results, path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     sizes = list(results["lpt"]["recall"]["mqar"])
     for arm, label in ARMS.items():
+        if arm not in results:
+            continue
         scores = [results[arm]["recall"]["mqar"][size] for size in sizes]
         bars = [1.96 * results[arm]["recall_se"]["mqar"][size] for size in sizes]
-        left.errorbar(range(len(sizes)), scores, bars, color=COLORS[arm], marker="o", ms=4,
+        left.errorbar(range(len(sizes)), scores, bars, color=COLORS.get(arm), marker="o", ms=4,
                       capsize=3, label=label)
     chance = [results["lpt"]["chance"]["mqar"][size] for size in sizes]
     left.plot(range(len(sizes)), chance, color="0.4", ls=":", label="chance")
