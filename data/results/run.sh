@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The commands that made the runs in this folder. Each part can be run by itself:
-#     bash data/results/run.sh corpus|larger_corpus|pilot|blocks|long|gates|why|larger|recipe
-#     bash data/results/run.sh speed|gpus|tables
-# pilot, blocks, long, why and gpus want four GPUs, gates three, larger two; each of their
+#     bash data/results/run.sh corpus|larger_corpus|pilot|blocks|long|gates|why|long_fast|equal
+#     bash data/results/run.sh larger|recipe|speed|gpus|tables
+# pilot, blocks, long, why, equal and gpus want four GPUs, gates three, long_fast and larger two; each of their
 # rounds takes about ten minutes, each model of larger more.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -47,6 +47,21 @@ why() {
         CUDA_VISIBLE_DEVICES=$(((seed - 42) % 4)) python data/results/block.py --family=gla \
             --phase=why --seed=$seed --jobs=4 --optional=preserve-x16 &
         if [ $seed = 45 ]; then wait; fi
+    done
+    wait
+}
+
+long_fast() {
+    for gpu in 0 1; do
+        CUDA_VISIBLE_DEVICES=$gpu python data/results/block.py --family=gla --phase=long-fast \
+            --seed=$((60 + gpu)) &
+    done
+    wait
+}
+equal() {
+    for gpu in 0 1 2 3; do
+        CUDA_VISIBLE_DEVICES=$gpu python data/results/block.py --family=mamba2 --phase=equal \
+            --seed=$((60 + gpu)) &
     done
     wait
 }
@@ -107,6 +122,7 @@ recipe() {
 speed() {
     python kernels.py
     python data/results/throughput.py
+    python data/results/throughput.py --models=gla-340m --graph --bfloat16_residual --peers=false
     python data/results/throughput.py --models=gla-1.3b-expanded --batch_size=1 --T=65536 \
         --checkpoint_activations --peers=false
     python data/results/throughput.py --generate \
@@ -146,11 +162,11 @@ gpus() {
 tables() { python data/results/tables.py; }
 
 case "${1:-}" in
-    corpus | larger_corpus | pilot | blocks | long | gates | why | larger | recipe | speed | gpus | \
-        tables) "$1" ;;
+    corpus | larger_corpus | pilot | blocks | long | gates | why | long_fast | equal | larger | \
+        recipe | speed | gpus | tables) "$1" ;;
     *)
-        echo "run.sh: name a part: corpus, larger_corpus, pilot, blocks, long, gates, why, larger," \
-            "recipe, speed, gpus, tables" >&2
+        echo "run.sh: name a part: corpus, larger_corpus, pilot, blocks, long, gates, why," \
+            "long_fast, equal, larger, recipe, speed, gpus, tables" >&2
         exit 2
         ;;
 esac
