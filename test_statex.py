@@ -2777,6 +2777,18 @@ def test_the_script_prints_the_scores_of_the_run(corpus, text, tmp_path):
     assert len(samples["text"]) == len(recall.text_windows(text[0], 48, 64)[0])
     said = ran(recall, *args, f"--control={tmp_path}/model.pt")
     assert f"more than {tmp_path}/model.pt" in said and "+0.0000 +- 0.0000, 0.0000" in said
+    other = small("gla", vocab_size=4096, tokenizer="code4096")
+    save_checkpoint(tmp_path / "other.pt", other)
+    said = ran(recall, *args, f"--control={tmp_path}/other.pt")
+    more = json.loads((tmp_path / "out.json").read_text())["more"]
+    of_other = recall.score(other, *text, T=48, pairs=(2, 8), n=8)
+    for measured, ours, theirs in (
+            (more["text"], samples["text"], of_other["samples"]["text"]),
+            (more["mqar"]["8"], samples["mqar"]["8"], of_other["samples"]["mqar"]["8"])):
+        less = np.subtract(ours, theirs)
+        assert measured == pytest.approx([less.mean(), less.std(ddof=1) / len(less) ** 0.5])
+    assert f"other.pt, sequence by sequence\nloss {more['text'][0]:+.4f} +- " in said
+    assert f"8: {more['mqar']['8'][0]:+.3f} +- " in said
     refused(recall, *args, f"--control={tmp_path}/none.pt", says="no checkpoint at")
     ran(recall, *args, "--n=1", "--seed=2", "--rare=0", "--windows=3")
     other = (tmp_path / "out.json").read_text()

@@ -558,7 +558,7 @@ def answer_likelihood(lm, idx, targets, choices):
 @dataclass
 class Options:
     ckpt: str = option("", "the checkpoint to score: a .pt, a folder or a hub id")
-    control: str = option("", "another checkpoint: also what --ckpt has more on rare repeats")
+    control: str = option("", "another checkpoint: also what --ckpt has more than that")
     data: str = option(f"{HERE}/python", "folder of token files, see data/prepare.py")
     T: int = option(0, "tokens of a window of text; 0: as the checkpoint was trained, else 4096")
     pairs: str = option("", "of mqar; empty: as the checkpoint was trained, else 4,8,16,32; "
@@ -590,10 +590,11 @@ def main():
     check_tokens(lm.config, text, meta, options.data)
     lm.to(device).eval()
     if control:
-        if control.config.tokenizer != lm.config.tokenizer:
+        ours, theirs = ((c.tokenizer, c.vocab_size) for c in (lm.config, control.config))
+        if ours != theirs:
             raise BadInput(f"{options.ckpt} and --control={options.control} have other tokenizers "
-                           f"({lm.config.tokenizer}, {control.config.tokenizer}); their losses "
-                           "per token cannot be compared")
+                           f"({ours[0]}, {theirs[0]}) or vocabularies ({ours[1]}, {theirs[1]}); "
+                           "their scores cannot be compared")
         check_tokens(control.config, text, meta, options.data)
         control.to(device).eval()
     tokenizer = load_tokenizer(meta["tokenizer"])
@@ -614,6 +615,9 @@ def main():
     with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
         result = score(lm, text, tokenizer, **sizes)
         print_scores(result, sizes["T"])
+        if control:
+            result["more"] = differences(result, score(control, text, tokenizer, **sizes))
+            print_more(result["more"], options.control)
         counts = bigram_counts(options.data, train, meta)
         repeats = rare_repeats(lm, text, counts, tokenizer.eot_token, sizes["T"],
                                options.windows, options.rare, control)
@@ -683,6 +687,26 @@ def print_scores(result, T):
             cells.append(f"{size}: {mean:.3f} +- {error_text(se, 3)} ({chance:.2g})")
         if cells:
             print(f"{task:8s}", "   ".join(cells))
+
+
+def differences(result, of_control):
+    """What one result of `score` has more than another, sequence by sequence: {task: {size:
+    (mean, standard error)}}, and of the windows of text {"text": (mean, error)}."""
+    def more(a, b):
+        return mean_and_error(torch.tensor(a).double() - torch.tensor(b).double())
+    ours, theirs = result["samples"], of_control["samples"]
+    found = {task: {size: more(ours[task][size], theirs[task][size]) for size in of_task}
+             for task, of_task in result["recall"].items()}
+    return found | {"text": more(ours["text"], theirs["text"])}
+
+
+def print_more(more, control):
+    mean, se = more["text"]
+    print(f"more than {control}, sequence by sequence\nloss {mean:+.4f} +- {error_text(se)}")
+    for task, of_task in more.items():
+        if of_task and task != "text":
+            print(f"{task:8s}", "   ".join(f"{size}: {mean:+.3f} +- {error_text(se, 3)}"
+                                           for size, (mean, se) in of_task.items()))
 
 
 def print_repeats(repeats, control):

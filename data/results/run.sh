@@ -2,8 +2,8 @@
 # The commands that made the runs in this folder. Each part can be run by itself:
 #     bash data/results/run.sh corpus|larger_corpus|pilot|blocks|long|gates|why|long_fast|equal
 #     bash data/results/run.sh larger|recipe|speed|gpus|tables
-# pilot, blocks, long, why, equal and gpus want four GPUs, gates three, long_fast and larger two; each of their
-# rounds takes about ten minutes, each model of larger more.
+# pilot, blocks, long, why, equal and gpus want four GPUs, gates three, long_fast and larger
+# two; each of their rounds takes about ten minutes, each model of larger more.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
