@@ -264,7 +264,8 @@ def carry_out(plan, lm, new, fresh, noise, seed):
         before = old.get(name)                  # GLA's first gates have none
         like = old["embeddings.weight"] if before is None else before
         if name.endswith("attn.gates") and before is not None:
-            groups = before.chunk(len(fresh[name]))     # the old ones in each new group
+            groups = before.chunk(len(fresh[name]))     # old groups that become one: no head
+                                                        # reads another old one's keys yet
             before = torch.stack([torch.block_diag(*group) for group in groups])
         made[name] = torch.cat(list(make(pieces, before, fresh[name].to(like), noise, rng)))
         if made[name].shape != fresh[name].shape:

@@ -200,7 +200,7 @@ def causal_conv(x, weight, bias, before, sizes, first=None):
                            f"{(batch, taps - 1, D)}")
         x = torch.cat((before.to(x.dtype), x), dim=1)
     start = max(0, x.shape[1] - taps + 1)
-    last = x[:, start:]                 # for the next call, of its document alone
+    last = x[:, start:]                 # what the next call needs; of documents before, 0
     document = None                     # of each input, the number of its document
     if first is not None and T:
         document = F.pad(first.cumsum(1), (x.shape[1] - T, 0))
@@ -232,8 +232,9 @@ class GLA(nn.Module):
 
     Where n_key_head < n_head, groups of f = n_head / n_key_head neighbouring heads share
     their keys: a group has one key and one decay of f K channels, those of its f heads
-    side by side, which each head reads through `gates` (see kernels.gla). With gates
-    the identity the layer is the one without sharing (`preserve` starts there)."""
+    side by side. Each head stores its own values under all of them, and reads them
+    through `gates` (see kernels.gla). With gates the identity it reads those under its
+    own key: the layer without sharing (`preserve` starts there)."""
 
     def __init__(self, c, layer):
         super().__init__()
@@ -251,7 +252,7 @@ class GLA(nn.Module):
         if c.conv_size:
             for name, d in (("q_conv1d", c.d_k), ("k_conv1d", c.d_k), ("v_conv1d", c.d_v)):
                 self.add_module(name, nn.Conv1d(d, d, c.conv_size, groups=d, bias=False))
-        self.gates = None
+        self.gates = None                       # every head has its own keys
         if self.n_key_head < self.n_head:
             f = self.n_head // self.n_key_head
             self.gates = nn.Parameter(torch.empty(self.n_key_head, f, f))
@@ -415,6 +416,7 @@ def slice_loss(logits, targets, count):
     p = p.exp_()
     z = p.sum(1, keepdim=True)
     loss = (z.log() - right).masked_fill(~counted, 0)
+    # (softmax - onehot) / count, and 0 where not counted
     dlogits = p.div_((z * count).masked_fill(~counted, math.inf)).to(logits.dtype)
     one = (counted / -count).to(logits.dtype)
     return loss.sum(), dlogits.scatter_add_(1, targets, one)

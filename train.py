@@ -1047,6 +1047,7 @@ def minutes(lm, options, corpus, steps):
 
 def one_run(options, processes, stop):
     """--ckpt=scratch, or from a checkpoint, or a run that is resumed."""
+    # taken at once where the folder is there, else when nothing can be refused any more
     lock = open_folder(options, processes) if os.path.exists(options.out_dir) else None
     corpus = prepared(options, processes)
     lm, held = held_run(options, corpus.meta)
@@ -1063,7 +1064,7 @@ def one_run(options, processes, stop):
                            f"{options.preset} is for {options.block}; take that family's preset")
     check_model(lm, options, corpus.meta)
     check_memory(lm, options, processes)
-    lock = lock or open_folder(options, processes)      # a refused run leaves no new folder
+    lock = lock or open_folder(options, processes)
     print_banner(lm, options, corpus, options.steps - (held["step"] if held else 0))
     if os.path.realpath(trained.get("data", options.data)) != os.path.realpath(options.data):
         print(f"before, the model was trained on {trained['data']}", flush=True)
@@ -1105,7 +1106,7 @@ def recipe(options, processes, stop):
     corpus = prepared(options, processes)
     layers = choose_layers(options.n_layer, options.every, options.layers)
     transplant = dict(factor=options.factor or None, init=options.init, seed=options.seed)
-    if already_done(options, corpus.meta):
+    if already_done(options, corpus.meta):          # unless by another transplant's code
         kept = [f"{options.out_dir}/{name}.pt" for name in ("pretrained", "statex")]
         if all(map(os.path.exists, kept)):
             larger, _ = expand(load_run(kept[0])[0], layers, **transplant)
