@@ -36,6 +36,7 @@ from data.options import BadInput, command_line, option, run_script
 import copy
 import math
 import os
+import zipfile
 from dataclasses import dataclass, replace
 
 import torch
@@ -293,7 +294,8 @@ def make(pieces, old, fresh, noise, rng):
             if noise:
                 draws = torch.randn(tiled.shape, generator=rng).to(tiled)
                 draws[:len(source)] = 0                 # the first copy stays as it is
-                tiled = tiled + noise * source.std() * draws
+                spread = source.std() if source.numel() > 1 else 0.0
+                tiled = tiled + noise * spread * draws
             yield tiled
         else:
             raise BadInput(f"`make` does not know rows that are {piece.how}")
@@ -391,11 +393,12 @@ def check_choice(given):
 
 
 def is_run(path):
-    """Whether training is in this checkpoint: any other file may be overwritten."""
+    """Whether training is in this checkpoint, or may be, because another version wrote it:
+    any other file may be overwritten."""
     try:
         return load_checkpoint(path)[1] is not None
     except BadInput:
-        return False
+        return zipfile.is_zipfile(path)
 
 
 def main():
@@ -427,7 +430,8 @@ def main():
     except OSError as e:
         raise BadInput(f"cannot make the folder of {options.out}: {e.strerror}") from e
     if is_run(options.out):
-        raise BadInput(f"{options.out} holds a trained run; name another file with --out")
+        raise BadInput(f"{options.out} holds a trained run, or a checkpoint of another version; "
+                       "name another file with --out")
     save_checkpoint(options.out, new)
     print(f"\nwritten: {options.out}")
 

@@ -24,6 +24,7 @@ from data.options import (
     write_file,
 )
 
+import collections
 import contextlib
 import glob
 import math
@@ -529,7 +530,7 @@ class LM(nn.Module):
         state after the last token. For the rest see forward."""
         device = self.embeddings.weight.device
         check_ids("idx", idx, self.config.vocab_size, device)
-        check_state(state, self.config.n_layer, device)
+        check_state(state, self.config.n_layer, len(idx), device)
         if first is not None and not (torch.is_tensor(first) and first.dtype == torch.bool
                                       and first.shape == idx.shape and first.device == device):
             raise BadInput(f"first {kind_of(first)}; expected torch.bool of idx's shape, "
@@ -704,9 +705,9 @@ def check_ids(name, ids, vocab_size, device, not_counted=None):
                        f"{vocab_size - 1}, the model's vocabulary")
 
 
-def check_state(state, n_layer, device):
-    """Raises BadInput unless state is a list of pairs of tensors; any of these may be
-    None. The mixers look at the shapes."""
+def check_state(state, n_layer, batch, device):
+    """Raises BadInput unless state is a list of pairs of tensors for so many sequences; any
+    of these may be None. The mixers look at the other sizes."""
     if state is None:
         return
     if not isinstance(state, (list, tuple)):
@@ -722,6 +723,9 @@ def check_state(state, n_layer, device):
                                          and part.device == device):
                 raise BadInput(f"a part of a layer's state {kind_of(part)}; expected a floating "
                                f"dtype on {device}, or None")
+            if part is not None and part.shape[:1] != (batch,):
+                raise BadInput(f"a part of a layer's state {kind_of(part)}; expected {batch} "
+                               "sequences, as idx has")
 
 
 def map_state(function, *states):
@@ -780,9 +784,22 @@ def choose(logits, temperature, top_k, top_p, chance):
 # checkpoints: {"config": dict, "model": state_dict, "train": dict or None}
 
 
+def plain(value):
+    """Whether torch.load(weights_only=True) reads it."""
+    if type(value) in (dict, collections.OrderedDict):
+        return all(plain(key) and plain(entry) for key, entry in value.items())
+    if type(value) in (list, tuple, set):
+        return all(map(plain, value))
+    return torch.is_tensor(value) or type(value) in (str, int, float, bool, bytes, type(None))
+
+
 def save_checkpoint(path, lm, train=None, weights=None):
     """Write a checkpoint (see write_file). train: a dict that a run goes on from, or None.
-    weights: the model's state_dict, where lm holds only a part of it. Raises BadInput."""
+    weights: the model's state_dict, where lm holds only a part of it. Raises BadInput, also
+    for what could not be read again."""
+    if not plain(train):
+        raise BadInput(f"cannot write {path}: train holds other things than plain containers, "
+                       "numbers, text and tensors, which nobody could read again")
     entries = {"config": asdict(lm.config), "model": weights or lm.state_dict(), "train": train}
     write_file(path, lambda file: torch.save(entries, file))
 
@@ -841,7 +858,7 @@ def build(config, weights, path):
 def export(lm, folder):
     """Write a folder that flash-linear-attention's GLAForCausalLM or transformers'
     Mamba2ForCausalLM reads (see data/public.py). Raises BadInput."""
-    public.write_folder(asdict(lm.config), lm.state_dict(), folder)
+    public.write_folder(asdict(lm.config), lm.state_dict(), str(folder))
 
 
 # ---------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from data.options import BadInput, command_line, one_line, run_script
 import base64
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -248,7 +249,9 @@ def test_how_a_script_ends(tmp_path, monkeypatch):
         run_script(lambda: print("x漢", flush=True))
         assert (tmp_path / "out").read_text() == "x?\n"
         for error, ends, status in ((KeyboardInterrupt(), SystemExit, 130),
-                                    (BrokenPipeError(), SystemExit, 141),
+                                    (OSError(errno.EPIPE, "gone"), SystemExit, 141),
+                                    (OSError(errno.ENOSPC, "No space"), SystemExit, 2),
+                                    (OSError(errno.ENOENT, "a mistake"), OSError, None),
                                     (RuntimeError("a mistake"), RuntimeError, None)):
             def fail(error=error):
                 raise error
@@ -1244,6 +1247,8 @@ def test_a_second_derivative_of_the_loss_is_an_error():
     (lambda lm, idx: lm.generate([1, 2, 3], 2), "each a list of token ids"),
     (lambda lm, idx: lm.generate("hello", 2), "the prompts are not token ids"),
     (lambda lm, idx: lm.generate([[1], [70]], 2), "a prompt has the token id 70"),
+    (lambda lm, idx: lm(idx, state=lm(idx[:1])[2]), "expected 2 sequences, as idx has"),
+    (lambda lm, idx: lm(idx[:1], state=lm(idx)[2]), "expected 1 sequences, as idx has"),
     (lambda lm, idx: lm(idx, state=[(1, 2)] * 3), "a part of a layer's state is of type int"),
     (lambda lm, idx: lm(idx.to("meta")), "where the model is"),
     (lambda lm, idx: lm.generate([None], 2), "no list of token ids"),
@@ -1307,8 +1312,9 @@ def test_files_that_hold_no_checkpoint(tmp_path):
     torch.save({"config": {}, "model": {}, "train": Runs(tmp_path / "run")}, tmp_path / "x.pt")
     with raises_one_line("is not a whole checkpoint"):  # and what would be run is not
         load_checkpoint(tmp_path / "x.pt")
-    with pytest.raises(AttributeError):                 # what cannot be pickled leaves nothing
-        save_checkpoint(tmp_path / "y.pt", small("gla"), {"x": lambda: 0})
+    for unread in (lambda: 0, np.float64(3), [{1: Runs}]):      # what it would refuse
+        with raises_one_line("which nobody could read again"):
+            save_checkpoint(tmp_path / "y.pt", small("gla"), {"x": unread})
     assert os.listdir(tmp_path) == ["x.pt"]
     if not hasattr(os, "mkfifo"):                       # Windows
         return
@@ -1476,6 +1482,8 @@ def test_tiled_rows_never_part_without_noise():
             optimizer.step()
         first, second = new.layers[0].mixer.in_proj.weight[128:140].chunk(2)
         assert torch.equal(first, second) == (noise == 0)
+    alone, _ = expand(small("mamba2", d_state=1), [0], 4, "inherit", noise=0.1)
+    assert all(tensor.isfinite().all() for tensor in alone.state_dict().values())
 
 
 def test_controls():
@@ -2280,6 +2288,44 @@ def test_hugging_face_tokenizers_that_cannot_be_used(tmp_path):
     assert prepare.load_tokenizer(name).eot_token == 3
 
 
+def test_a_corpus_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    """The old one goes when the new one is there; stopped in between, it comes back."""
+    fill(tmp_path, {"new/train.bin": "new", "place/train.bin": "old"})
+    rename = os.rename
+
+    def stopped(source, target):
+        if source == f"{tmp_path}/new" and not os.path.exists(target):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.replace_folder(f"{tmp_path}/new", f"{tmp_path}/place")
+    assert (tmp_path / "place/train.bin").read_text() == "old"
+    monkeypatch.undo()
+    prepare.replace_folder(f"{tmp_path}/new", f"{tmp_path}/place")
+    assert (tmp_path / "place/train.bin").read_text() == "new"
+    assert os.listdir(tmp_path) == ["place"]
+
+
+def test_what_prepare_leaves_alone(tmp_path, monkeypatch):
+    """Folders of others, files that are read twice, what a killed recall.py left."""
+    fill(tmp_path, {f"text/{i}.txt": f"{i} some text of its own, again " * 30 for i in range(30)})
+    os.symlink(tmp_path / "text/0.txt", tmp_path / "text/link.txt")
+    out = tmp_path / "out"
+    once = prepared(tmp_path / "text", out)
+    assert prepared(tmp_path / "text", f"{tmp_path}/text/../text", out) == once
+    fill(out, {"bigrams.npz.12.tmp": "half"})
+    assert prepared(tmp_path / "text", out) == once
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == str(out))
+    refused(prepare, tmp_path / "text", f"--out={out}", says="where a disk is mounted")
+    monkeypatch.undo()
+    fill(out, {"notes": "mine", "../mine.tiktoken": "kept"})
+    refused(prepare, tmp_path / "text", f"--out={out}", f"--train_bpe={tmp_path}/mine.tiktoken",
+            says="holds other files")
+    assert (tmp_path / "mine.tiktoken").read_text() == "kept"
+
+
 def test_the_tokenizer_of_a_model_and_of_a_text(tmp_path):
     name = save_hf(tmp_path / "hf", eos_token="</s>")
     meta = corpus_of_letters(tmp_path, name).meta
@@ -2909,6 +2955,10 @@ def test_a_folder_goes_on_with_its_run_or_is_left_alone(corpus, scratch, tmp_pat
             says="run with ckpt = scratch")
     expand = (f"--ckpt={tmp_path}/ckpt.pt", "--every=1")
     refused(expand_script, *expand, f"--out={tmp_path}/ckpt.pt", says="holds a trained run")
+    later = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    later["config"]["of_a_later_version"] = 1
+    torch.save(later, tmp_path / "later.pt")
+    refused(expand_script, *expand, f"--out={tmp_path}/later.pt", says="of another version")
     ran(expand_script, *expand, f"--out={tmp_path}/x.pt")
     onward = (*args, "--steps=2", f"--ckpt={tmp_path}/x.pt", "--name=onward")
     ran(train_script, *onward)
@@ -3244,7 +3294,7 @@ def test_documents_begin_after_the_end_of_text(scratch, tmp_path):
 def test_a_document_that_begins_with_a_carried_slice_forgets(block, tmp_path):
     """Two slices of a row, between which a document ends, are the two read on their own."""
     text = np.tile([*range(15), 4095, *range(30), 4095, 7], 20)
-    token_files(tmp_path / "c", text, text[:100])
+    token_files(tmp_path / "c", text, text[:100], end_of_text=4095)
     ran(train_script, f"--data={tmp_path}/c", "--ckpt=scratch", f"--block={block}", *TINY,
         "--steps=1", "--documents", "--carry_state", "--block_size=16", "--batch_size=1",
         f"--out_dir={tmp_path}/o")
@@ -3487,7 +3537,7 @@ BAD = (
     (train_script, ("--lr=inf",), "inf is not a number from 0 up"),
     (train_script, ("--batchsize=1",), "nearest known one is --batch_size"),
     (train_script, ("--ckpt=scratch", "--name=ckpt.pt"), "and .pt is added"),
-    (train_script, ("--ckpt=scratch", "--name=" + "x" * 300), "has 300 letters"),
+    (train_script, ("--ckpt=scratch", "--name=" + "x" * 300), "has 300 bytes"),
     (train_script, ("--ckpt=scratch", "--d_model=9e18", "--device=cpu"), "out of memory"),
     (train_script, ("--steps=many",), "many is not a number from 0 up"),
     (train_script, ("--steps=1.5",), "1.5 is not a whole number"),

@@ -193,8 +193,8 @@ def check(options, processes):
             or options.name.startswith(".") or options.name.endswith(".pt")):
         raise BadInput(f"--name={options.name} is not a file's name; expected a word such as lpt: "
                        "the folder is --out_dir, and .pt is added")
-    if len(options.name) > 100:
-        raise BadInput(f"--name has {len(options.name)} letters; expected at most 100")
+    if len(os.fsencode(options.name)) > 200:
+        raise BadInput(f"--name has {len(os.fsencode(options.name))} bytes; expected at most 200")
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise BadInput("--tensorboard writes for TensorBoard: pip install tensorboard")
     parts = passes(options, processes) * processes.size
@@ -371,7 +371,7 @@ def start_run(lm, options, corpus, processes, stop):
     if options.graph:
         run.pool = torch.cuda.graph_pool_handle()
     if options.documents:
-        run.end_of_text = prepare.load_tokenizer(corpus.meta["tokenizer"]).eot_token
+        run.end_of_text = corpus.meta["end_of_text"]
     return run
 
 
@@ -714,7 +714,7 @@ def drop_later(path, name, step):
     kept = []
     with open(path, errors="replace") as f:
         for line in f:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                 entry = json.loads(line)                # a line that is none goes, too
                 if entry["run"] != name or entry["step"] <= step:
                     kept.append(line)
@@ -835,7 +835,8 @@ def train(lm, options, corpus, held=None, until=None, processes=Processes(), sto
             log.close()
             print(f"stopped by a signal: {options.path} holds step {run.step}; the same command, "
                   "without --overwrite, goes on, or for this run alone --ckpt=resume "
-                  f"--out_dir={shlex.quote(options.out_dir)} --name={options.name}", flush=True)
+                  f"--out_dir={shlex.quote(options.out_dir)} --name={shlex.quote(options.name)}",
+                  flush=True)
             raise SystemExit(128 + (run.stop.signal or signal.SIGTERM))
     log.close()
     _, val_loss, val_recall_loss = run.evaluations[-1]
@@ -955,7 +956,10 @@ def prepared(options, processes):
         if processes.size > 1:
             dist.barrier()
     corpus = prepare.load_corpus(options.data)
-    tokens, val, _ = corpus
+    tokens, val, meta = corpus
+    if options.documents and "end_of_text" not in meta:
+        raise BadInput(f"{options.data} is of an earlier version and does not say where documents "
+                       "end; prepare it again")
     read = options.block_size * (options.batch_size if options.carry_state else 1)
     if len(tokens) <= read:
         raise BadInput(f"{options.data} has {len(tokens)} tokens to train on; expected more than "

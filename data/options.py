@@ -14,8 +14,10 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import math
 import os
+import signal
 import sys
 
 # Threads that wait sleep instead of spinning. Beside other work on the machine, a spinning
@@ -159,10 +161,24 @@ def write_file(path, write):
         os.replace(part, path)
     except (OSError, RuntimeError) as e:    # torch.save's RuntimeError may be a full disk
         why = getattr(e, "strerror", None) or one_line(e)
+        if "inline_container" in why:                   # torch.save's words for it
+            why = f"the disk may be full ({why})"
         raise BadInput(f"cannot write {path}: {why}; what was there is untouched") from e
     finally:                                            # also after Ctrl-C
         with contextlib.suppress(OSError):
             os.remove(part)
+
+
+def temporary_folder(place):
+    """Make a folder beside `place`, for what is renamed to it when it is whole: under a name
+    of its own, which a process elsewhere that shares the disk does not take, either. Raises
+    BadInput."""
+    path = f"{place}.{os.getpid()}-{os.urandom(3).hex()}.tmp"
+    try:
+        os.makedirs(path)
+    except OSError as e:
+        raise BadInput(f"cannot write {place}: {e.strerror or e}") from e
+    return path
 
 
 def one_line(error, most=200):
@@ -187,8 +203,13 @@ def run_script(main):
     Ctrl-C with 130, a reader that went away with 141."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # text that the terminal cannot show
+    if sys.stderr is None:                              # closed, as by 2>&-
+        sys.stderr = open(os.devnull, "w")
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # half-written files go
     try:
         main()
+        sys.stdout.flush()
     except (MemoryError, RuntimeError, ValueError) as e:        # BadInput is a ValueError
         message = str(e)
         if out_of_memory(e):
@@ -196,10 +217,18 @@ def run_script(main):
                        f"({one_line(e)})")
         elif not isinstance(e, BadInput):
             raise
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: {' '.join(message.splitlines())}",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:                     # as in `python data/recall.py ... | head`
+    except OSError as e:
+        if e.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        # what is still to be printed goes nowhere, or the end would fail as well
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        if isinstance(e, BrokenPipeError):      # as in `python data/recall.py ... | head`
+            sys.exit(141)
+        print(f"{os.path.basename(sys.argv[0])}: cannot write {e.filename or 'the output'}: "
+              f"{e.strerror or e}", file=sys.stderr)
+        sys.exit(2)

@@ -40,7 +40,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from data.options import BadInput, command_line, one_line, option, run_script, write_file
+from data.options import (
+    BadInput,
+    command_line,
+    one_line,
+    option,
+    run_script,
+    temporary_folder,
+    write_file,
+)
 
 import numpy as np
 
@@ -297,7 +305,10 @@ def text_files(words, endings):
     if not found:
         kind = f" that end in {' or '.join(endings)}" if endings else ""
         raise BadInput(f"no files{kind} in {' '.join(words)}")
-    return list(dict.fromkeys(found))
+    unique = {}
+    for path in found:                      # a file read twice might also be held out
+        unique.setdefault(os.path.realpath(path), path)
+    return list(unique.values())
 
 
 def read_documents(paths, left_out=None):
@@ -450,14 +461,9 @@ def write_corpus(documents, out, tokenizer, max_tokens=math.inf):
     meta.json's contents. Raises BadInput."""
     encoder = load_tokenizer(tokenizer)
     out = os.path.realpath(out)
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise BadInput(f"{out} is a file; --out names a folder")
-    temporary = f"{out}.{os.getpid()}.tmp"
+    check_place(out)
+    temporary = temporary_folder(out)
     try:
-        ours = {"train.bin", "val.bin", "meta.json", "bigrams.npz"}     # the last: recall.py's
-        if os.path.isdir(out) and set(os.listdir(out)) - ours:
-            raise BadInput(f"{out} holds other files; --out names a folder of its own")
-        os.makedirs(temporary)
         meta = {"tokenizer": tokenizer, "tokenizer_sha256": fingerprint(encoder)}
         meta |= write_tokens(documents, temporary, encoder, max_tokens)
         with open(f"{temporary}/meta.json", "w") as f:
@@ -469,6 +475,22 @@ def write_corpus(documents, out, tokenizer, max_tokens=math.inf):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return meta
+
+
+def check_place(out):
+    """Raises BadInput where token files cannot be: for a file, a mount point, which no folder
+    can be renamed to, and a folder with files that are none of ours."""
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise BadInput(f"{out} is a file; --out names a folder")
+    if os.path.ismount(out):
+        raise BadInput(f"{out} is where a disk is mounted; name a folder in it with --out")
+    try:
+        held = os.listdir(out) if os.path.isdir(out) else []
+    except OSError as e:
+        raise BadInput(f"cannot read {out}: {e.strerror}") from e
+    ours = ("train.bin", "val.bin", "meta.json", "bigrams.npz")         # the last: recall.py's
+    if any(name not in ours and not re.fullmatch(r"bigrams\.npz\.\d+\.tmp", name) for name in held):
+        raise BadInput(f"{out} holds other files; --out names a folder of its own")
 
 
 def write_tokens(documents, folder, encoder, max_tokens):
@@ -534,18 +556,24 @@ def flush(f):
 
 
 def replace_folder(new, place):
-    """Rename the folder `new` to `place`. What is there goes, also what another run puts
-    there in between: of two runs that prepare one folder, the last one stays."""
-    while True:
-        try:
-            os.rename(new, place)
-            return
-        except OSError as e:
-            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        old = f"{new}.old.tmp"
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(place, old)
+    """Rename the folder `new` to `place`. What is there goes, once the new one is in its
+    place, also what another run puts there in between: of two runs that prepare one folder,
+    the last one stays."""
+    old = f"{new}.old.tmp"
+    try:
+        while True:
+            try:
+                os.rename(new, place)
+                break
+            except OSError as e:
+                if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(place, old)
+    finally:
+        if os.path.exists(old) and not os.path.exists(place):       # Ctrl-C in between
+            os.rename(old, place)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -621,6 +649,7 @@ def main():
     tokenizer = options.tokenizer
     if options.train_bpe:
         documents, name = source(options, [])
+        check_place(os.path.realpath(options.out or f"{HERE}/{name}"))
         if name in DATASETS:
             raise BadInput(f"--train_bpe reads a source to its end, and {name} has hundreds of "
                            "gigabytes; learn from files of yours, and name the result with "

@@ -19,7 +19,7 @@ size without changing the function:
     GLA      o_j = S_j^T (m_1j q_1, ..., m_fj q_f): the gates m go into the rows of q_proj,
              and each head gets the keys and decays that it shared as rows of its own.
 """
-from data.options import BadInput, one_line
+from data.options import BadInput, one_line, temporary_folder
 
 import json
 import math
@@ -437,15 +437,15 @@ def write_folder(config, tensors, folder):
     where the tokenizer is unknown or not on this machine. Raises BadInput where the public
     format cannot hold the model, and where the folder cannot be written."""
     folder = folder.rstrip("/")
+    folder = os.path.realpath(folder)
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise BadInput(f"{folder} exists; expected the name of a new folder")
     if config["block"] not in ("gla", "mamba2"):
         raise BadInput(f"no public format holds {config['block']}; keep the checkpoint")
     safetensors = import_safetensors()
     config, tensors = uniform(config, tensors)
-    temporary = f"{folder}.{os.getpid()}.tmp"
+    temporary = temporary_folder(folder)
     try:
-        os.makedirs(temporary)
         end_of_text = write_tokenizer(config["tokenizer"], temporary)
         with open(f"{temporary}/config.json", "w", encoding="utf-8") as file:
             json.dump(public_config(config, tensors, end_of_text), file, indent=1)

@@ -43,6 +43,7 @@ from data.options import (
     write_file,
 )
 
+import contextlib
 import json
 import math
 import zipfile
@@ -434,8 +435,9 @@ def bigram_counts(folder, train, meta):
         pass                                        # not there, or not whole: count again
     table = BigramCounts.of(train, meta["vocab_size"])
     if meta.get("sha256") and os.access(folder, os.W_OK):
-        write_file(path, lambda file: np.savez(file, corpus=identity, pairs=table.pairs,
-                                               counts=table.counts))
+        with contextlib.suppress(BadInput):         # the disk may be full
+            write_file(path, lambda file: np.savez(
+                file, corpus=identity, pairs=table.pairs, counts=table.counts))
     return table
 
 
