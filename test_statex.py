@@ -2959,6 +2959,7 @@ def test_a_folder_goes_on_with_its_run_or_is_left_alone(corpus, scratch, tmp_pat
     later["config"]["of_a_later_version"] = 1
     torch.save(later, tmp_path / "later.pt")
     refused(expand_script, *expand, f"--out={tmp_path}/later.pt", says="of another version")
+    os.remove(tmp_path / "later.pt")
     ran(expand_script, *expand, f"--out={tmp_path}/x.pt")
     onward = (*args, "--steps=2", f"--ckpt={tmp_path}/x.pt", "--name=onward")
     ran(train_script, *onward)
