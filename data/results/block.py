@@ -9,6 +9,7 @@
     python data/results/block.py --family=gla --seed=0 --phase=why       and `inherit`'s lead
     python data/results/block.py --family=gla --seed=0 --phase=long-fast and both for longer
     python data/results/block.py --family=mamba2 --seed=0 --phase=equal  all at one rate
+    python data/results/block.py --family=gla --seed=0 --phase=ceiling   from scratch, at one rate
 
 A small model is pre-trained on text, and each arm goes on from it with the same tokens in the
 same order and schedule. Nothing made up is in training, but for a last short one that is there
@@ -175,8 +176,19 @@ EQUAL_ARMS = {
     "inherit-noise-4x-rate": Arm("inherit", "last quarter", 0, {"noise": 0.1}, like="inherit",
                                  rate=4, core=True, family="mamba2"),
 }
+# --phase=ceiling: a larger state from scratch, and what reaches for it, at 4 times the control's
+# rate, which is that of GLA's `inherit` and of Mamba2's `preserve`.
+CEILING_ARMS = {
+    "lpt-4x-rate": Arm(like="lpt", rate=4, core=True),
+    "ceiling-x4-4x-rate": Arm(start="pre-x4", like="lpt", rate=4, core=True),
+    "preserve-x16-fast": WHY_ARMS["preserve-x16-fast"],
+    "preserve-x4-fast": Arm("preserve", like="inherit", gates_rate=10, core=True, family="gla"),
+    "inherit": replace(ARMS["inherit"], family="gla"),
+    "preserve-x16": replace(ARMS["preserve-x16"], family="mamba2"),
+    "preserve-x4": replace(ARMS["preserve-x4"], family="mamba2"),
+}
 PHASES = {"block": ARMS, "long": LONG_ARMS, "gates": GATES_ARMS, "why": WHY_ARMS,
-          "long-fast": LONG_FAST_ARMS, "equal": EQUAL_ARMS}
+          "long-fast": LONG_FAST_ARMS, "equal": EQUAL_ARMS, "ceiling": CEILING_ARMS}
 # Pre-trained models; one that others need is started first.
 STARTS = {"pre": 1, "pre-x4": 4}        # times the state
 
@@ -300,7 +312,7 @@ def pre_job(name, options):
         shape["d_state"] *= STARTS[name]
     training = shape | PRE | dict(seed=options.seed) | (TINY if options.tiny else {})
     training["steps"] = max(1, round(training["steps"] * options.share))
-    core = name == "pre" or options.phase == "zero"
+    core = name == "pre" or options.phase in ("zero", "ceiling")
     return Job(name, name, options.phase, training, core=core)
 
 
