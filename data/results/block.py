@@ -182,8 +182,8 @@ CEILING_ARMS = {
     "lpt-4x-rate": Arm(like="lpt", rate=4, core=True),
     "ceiling-x4-4x-rate": Arm(start="pre-x4", like="lpt", rate=4, core=True),
     "preserve-x16-fast": WHY_ARMS["preserve-x16-fast"],
-    "preserve-x4-fast": Arm("preserve", like="inherit", gates_rate=10, core=True, family="gla"),
-    "inherit": replace(ARMS["inherit"], family="gla"),
+    "inherit": replace(ARMS["inherit"], core=False, family="gla"),
+    "preserve-x4-fast": Arm("preserve", like="inherit", gates_rate=10, family="gla"),
     "preserve-x16": replace(ARMS["preserve-x16"], family="mamba2"),
     "preserve-x4": replace(ARMS["preserve-x4"], family="mamba2"),
 }
