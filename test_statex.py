@@ -3736,8 +3736,9 @@ def test_an_interval_and_its_p_value_agree():
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="run.sh is for bash")
-@pytest.mark.parametrize("part", ("corpus", "larger_corpus", "pilot", "blocks", "long", "gates",
-                                  "why", "larger", "recipe", "speed", "gpus", "tables"))
+@pytest.mark.parametrize("part", ("corpus", "larger_corpus", "pilot", "later_pilot", "blocks",
+                                  "long", "gates", "why", "long_fast", "equal", "ceiling",
+                                  "larger", "recipe", "speed", "gpus", "tables"))
 def test_every_part_of_the_runs_has_its_commands(part, tmp_path):
     """run.sh, with programs that only say what they were asked for: scripts that are there,
     with options that they have."""

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The commands that made the runs in this folder. Each part can be run by itself:
-#     bash data/results/run.sh corpus|larger_corpus|pilot|blocks|long|gates|why|long_fast|equal
-#     bash data/results/run.sh larger|recipe|speed|gpus|tables
-# pilot, blocks, long, why, equal and gpus want four GPUs, gates three, long_fast and larger
-# two; each of their rounds takes about ten minutes, each model of larger more.
+#     bash data/results/run.sh corpus|larger_corpus|pilot|later_pilot|blocks|long|gates|why
+#     bash data/results/run.sh long_fast|equal|ceiling|larger|recipe|speed|gpus|tables
+# pilot, blocks, long, why, equal and gpus want four GPUs, gates three, later_pilot, long_fast,
+# ceiling and larger two; each of their rounds takes about ten minutes, each model of larger more.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -29,6 +29,14 @@ larger_corpus() {
         --out=data/packages-larger
 }
 pilot() { round 100 --phase=pilot; }
+# Arguments: options of block.py. A block of each family, on two GPUs.
+both() {
+    CUDA_VISIBLE_DEVICES=0 python data/results/block.py --family=gla "$@" &
+    CUDA_VISIBLE_DEVICES=1 python data/results/block.py --family=mamba2 "$@" &
+    wait
+}
+later_pilot() { both --seed=102 --phase=pilot --out=data/results/pilot-later.jsonl; }
+ceiling() { both --seed=70 --phase=ceiling; }
 # Which of the runs that a block need not have it had was chosen by hand, see README.md here.
 blocks() { for seed in 0 2 4 6 8 10; do round $seed; done; }
 long() { round 20 --phase=long; }
@@ -162,11 +170,11 @@ gpus() {
 tables() { python data/results/tables.py; }
 
 case "${1:-}" in
-    corpus | larger_corpus | pilot | blocks | long | gates | why | long_fast | equal | larger | \
-        recipe | speed | gpus | tables) "$1" ;;
+    corpus | larger_corpus | pilot | later_pilot | blocks | long | gates | why | long_fast | \
+        equal | ceiling | larger | recipe | speed | gpus | tables) "$1" ;;
     *)
-        echo "run.sh: name a part: corpus, larger_corpus, pilot, blocks, long, gates, why," \
-            "long_fast, equal, larger, recipe, speed, gpus, tables" >&2
+        echo "run.sh: name a part: corpus, larger_corpus, pilot, later_pilot, blocks, long," \
+            "gates, why, long_fast, equal, ceiling, larger, recipe, speed, gpus, tables" >&2
         exit 2
         ;;
 esac

@@ -6,6 +6,7 @@
     runs.jsonl          natural text: the blocks that block.py made
     larger.jsonl        natural text, one step up (`run.sh larger`)
     pilot.jsonl         the models that the learning rates were chosen on
+    pilot-later.jsonl   one more model of each family, after the blocks, with all rates
     recipe.jsonl        the recipe: results.json of train.py, with seed, threads and machine
     recipe-inits.jsonl  the recipe with other transplants, of an earlier version
     mixture.jsonl       25M parameters, half of the training made-up recall, of an earlier version
@@ -328,6 +329,21 @@ def gap_table():
     return each_family(of_family)
 
 
+def ceiling_table():
+    """The same where all are trained at one rate, GLA's gates at ten times that."""
+    def of_family(family, some):
+        rows = []
+        for arm in (FAST, "preserve-x4-fast", PRIMARY, "preserve-x4", "inherit"):
+            more = differences(some, arm, repeats_loss, "lpt-4x-rate")
+            whole = differences(some, "ceiling-x4-4x-rate", repeats_loss, "lpt-4x-rate")
+            if more:
+                shares = [part / of_all for part, of_all in zip(more, whole, strict=True)]
+                rows.append([arm, cell(whole), cell(more), cell(shares, "{:.2f}"), len(more)])
+        return markdown([f"{family}, all at {BEST_RATE:g}", "ceiling - LPT, nats", "arm - LPT",
+                         "share of the way", "models"], rows)
+    return each_family(of_family, phases=("ceiling",))
+
+
 def needle_table():
     """Needle gain by the length of the context."""
     def of_family(family, some):
@@ -550,6 +566,26 @@ def pilot_table():
     return each_family(of_family, "pilot.jsonl", ("pilot", "zero"))
 
 
+def later_pilot_table():
+    """One more model of each family: its losses on text and on rare repeats by learning rate."""
+    def of_family(family, some):
+        tried = [line for model in some for line in model.lines if line["start"]]
+        rates = sorted({line["lr"] for line in tried})
+        rows = []
+        for arm in dict.fromkeys(line["arm"] for line in tried):
+            of_arm = {line["lr"]: line for line in tried if line["arm"] == arm}
+            best = min(of_arm.values(), key=lambda line: line["loss"])
+            cells = []
+            for lr in rates:
+                line = of_arm.get(lr)
+                text = f"{line['loss']:.4f}, {repeats_loss(line):.3f}" if line else ""
+                cells.append(f"**{text}**" if line is best else text)
+            rows.append([arm, *cells])
+        return markdown([f"{family}, loss on text, on rare repeats",
+                         *(f"lr {lr:g}" for lr in rates)], rows)
+    return each_family(of_family, "pilot-later.jsonl", ("pilot",))
+
+
 # ----------------------------------------------------------------------------------------
 # tables of the recipe and of earlier runs
 
@@ -647,9 +683,10 @@ def rates_table():
 SECTIONS = {
     "summary": summary_table, "primary": primary_table, "arms": arms_table,
     "gates": gates_table, "why": why_table, "fast": fast_table,
-    "long-fast": long_fast_table, "equal": equal_table, "tokens": tokens_table, "gap": gap_table,
-    "fine-tuned": fine_tuned_table, "claims": claims_table, "larger": larger_table,
-    "pilot": pilot_table, "levels": levels_table, "needle": needle_table,
+    "long-fast": long_fast_table, "equal": equal_table, "tokens": tokens_table,
+    "gap": gap_table, "ceiling": ceiling_table, "fine-tuned": fine_tuned_table,
+    "claims": claims_table, "larger": larger_table, "pilot": pilot_table,
+    "later pilot": later_pilot_table, "levels": levels_table, "needle": needle_table,
     "recipe": recipe_table, "inits": inits_table, "mixture": mixture_table,
     "rates": rates_table,
 }
