@@ -785,7 +785,7 @@ def choose(logits, temperature, top_k, top_p, chance):
 
 
 def plain(value):
-    """Whether torch.load(weights_only=True) reads it."""
+    """Whether it is of what a checkpoint holds, which torch.load(weights_only=True) reads."""
     if type(value) in (dict, collections.OrderedDict):
         return all(plain(key) and plain(entry) for key, entry in value.items())
     if type(value) in (list, tuple, set):
@@ -796,10 +796,10 @@ def plain(value):
 def save_checkpoint(path, lm, train=None, weights=None):
     """Write a checkpoint (see write_file). train: a dict that a run goes on from, or None.
     weights: the model's state_dict, where lm holds only a part of it. Raises BadInput, also
-    for what could not be read again."""
+    for a train that holds other things than plain containers, numbers, text and tensors."""
     if not plain(train):
         raise BadInput(f"cannot write {path}: train holds other things than plain containers, "
-                       "numbers, text and tensors, which nobody could read again")
+                       "numbers, text and tensors")
     entries = {"config": asdict(lm.config), "model": weights or lm.state_dict(), "train": train}
     write_file(path, lambda file: torch.save(entries, file))
 

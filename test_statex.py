@@ -22,6 +22,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1313,7 +1314,7 @@ def test_files_that_hold_no_checkpoint(tmp_path):
     with raises_one_line("is not a whole checkpoint"):  # and what would be run is not
         load_checkpoint(tmp_path / "x.pt")
     for unread in (lambda: 0, np.float64(3), [{1: Runs}]):      # what it would refuse
-        with raises_one_line("which nobody could read again"):
+        with raises_one_line("numbers, text and tensors"):
             save_checkpoint(tmp_path / "y.pt", small("gla"), {"x": unread})
     assert os.listdir(tmp_path) == ["x.pt"]
     if not hasattr(os, "mkfifo"):                       # Windows
@@ -2712,6 +2713,11 @@ def test_counts_are_kept_beside_the_token_files(tmp_path, monkeypatch):
     other = recall.bigram_counts(folder, train[:100], meta | {"sha256": "another corpus"})
     assert other.counts.sum() == 99
     recall.bigram_counts(folder, train, meta)
+    os.remove(f"{folder}/bigrams.npz")
+    with full_disk(100):
+        assert (recall.bigram_counts(folder, train, meta).pairs == expected).all()
+    assert "bigrams.npz" not in os.listdir(folder)
+    recall.bigram_counts(folder, train, meta)
     monkeypatch.setattr(recall.BigramCounts, "of", None)                    # not called again
     assert (recall.bigram_counts(folder, train, meta).pairs == expected).all()
 
@@ -2823,7 +2829,9 @@ def test_the_script_prints_the_scores_of_the_run(corpus, text, tmp_path):
     assert len(samples["text"]) == len(recall.text_windows(text[0], 48, 64)[0])
     said = ran(recall, *args, f"--control={tmp_path}/model.pt")
     assert f"more than {tmp_path}/model.pt" in said and "+0.0000 +- 0.0000, 0.0000" in said
-    other = small("gla", vocab_size=4096, tokenizer="code4096")
+    other = code_lm("gla")
+    for parameter in other.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
     save_checkpoint(tmp_path / "other.pt", other)
     said = ran(recall, *args, f"--control={tmp_path}/other.pt")
     more = json.loads((tmp_path / "out.json").read_text())["more"]
@@ -2833,6 +2841,8 @@ def test_the_script_prints_the_scores_of_the_run(corpus, text, tmp_path):
             (more["mqar"]["8"], samples["mqar"]["8"], of_other["samples"]["mqar"]["8"])):
         less = np.subtract(ours, theirs)
         assert measured == pytest.approx([less.mean(), less.std(ddof=1) / len(less) ** 0.5])
+    assert less.any()                                   # of mqar: other sequences are right
+    assert abs(more["text"][0]) > 3 * more["text"][1]
     assert f"other.pt, sequence by sequence\nloss {more['text'][0]:+.4f} +- " in said
     assert f"8: {more['mqar']['8'][0]:+.3f} +- " in said
     refused(recall, *args, f"--control={tmp_path}/none.pt", says="no checkpoint at")
@@ -2894,6 +2904,8 @@ def test_the_report_pairs_the_arms_by_sequence(tmp_path, monkeypatch):
                 "| held-out text, nats per token | 3.500 | 3.000 | 2.850 | -0.150 ± 0.098 | |",
                 "| of 4 pairs recalled | 0.500 | 0.500 | 0.500 | +0.250 ± 0.490 | 0.250 |"):
         assert row in said
+    monkeypatch.setitem(report.ARMS, "mine", "an arm of one's own")
+    assert "results.json has no arm mine" in ran(train_script, f"--plot={tmp_path}")
     monkeypatch.undo()
     library("matplotlib")
     assert "recipe.png" in ran(train_script, f"--plot={tmp_path}")
@@ -3209,8 +3221,8 @@ def test_the_residual_stream_in_bfloat16(block, changes):
     """Every layer gets it so in training, none in evaluation; loss and gradients hardly change."""
     lm = small(block, **changes).to(DEVICE)
     seen = []
-    for layer in lm.layers:
-        layer.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].dtype))
+    for part in (*lm.layers, lm.norm):
+        part.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].dtype))
     idx = torch.randint(61, (4, 32), device=DEVICE)
 
     def pass_of(bfloat16):
@@ -3225,21 +3237,34 @@ def test_the_residual_stream_in_bfloat16(block, changes):
         return loss.detach(), scored, torch.cat([p.grad.flatten() for p in lm.parameters()])
 
     loss, scored, gradient = pass_of(True)
-    assert seen == [torch.bfloat16] * 3 + [torch.float32] * 3
+    assert seen == [torch.bfloat16] * 3 + [torch.float32] * 5       # the norm's always
     expected, same, expected_gradient = pass_of(False)
     assert gap(loss, expected) < 2e-3 and gap(gradient, expected_gradient) < 0.05
     assert torch.equal(scored, same) and not torch.equal(loss, expected)
 
 
-def test_models_that_no_memory_holds_are_refused():
-    with torch.device("meta"):
-        lm = LM(SIZES["gla-1.3b"])
+def test_models_that_no_memory_holds_are_refused(scratch, ckpt, tmp_path, monkeypatch):
     options = train_script.Options(device="cpu")
-    many = train_script.Processes(size=10_000)
-    with raises_one_line("it wants GPUs, or --shard"):
-        train_script.check_memory(lm, options, many)
-    train_script.check_memory(lm, replace(options, device="cuda"), many)
-    train_script.check_memory(small("gla"), options, train_script.Processes())
+    config = small("gla").config
+    many = train_script.Processes(size=10**8)
+    with raises_one_line("it wants GPUs or --shard"):
+        train_script.check_memory(config, options, many)
+    train_script.check_memory(config, replace(options, shard=True), many)
+    train_script.check_memory(config, replace(options, device="cuda"), many)
+    train_script.check_memory(config, options, train_script.Processes())
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)            # a machine of 10 kB
+    for args in (scratch, (*scratch, f"--ckpt={ckpt}"), (scratch[0], *TINY)):
+        refused(train_script, *args, f"--out_dir={tmp_path}/o", says="has 0; it wants GPUs")
+    assert not os.path.exists(tmp_path / "o")
+
+
+def test_a_run_is_what_its_options_say(ckpt):
+    """Also what shows on a GPU only."""
+    lm, run = run_of(os.path.dirname(ckpt))
+    options = replace(run.options, bfloat16_residual=True, checkpoint_activations=True)
+    assert not (lm.bfloat16_residual or lm.checkpoint_activations)
+    train_script.start_run(lm, options, run.corpus, train_script.Processes(), None)
+    assert lm.bfloat16_residual and lm.checkpoint_activations
 
 
 def test_a_step_that_breaks_the_weights_is_not_saved(scratch, tmp_path):
@@ -3365,7 +3390,7 @@ def test_a_signal_saves_and_stops(scratch, tmp_path):
         wait_for(functools.partial(losses, tmp_path / f"{number}"), process)
         process.send_signal(number)
     for number, process in processes.items():
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
         assert process.returncode == 128 + number, err
         assert "stopped by a signal" in out and "--ckpt=resume" in out
         saved = load_checkpoint(tmp_path / f"{number}/ckpt.pt")[1]["step"]
@@ -3617,6 +3642,7 @@ BAD = (
     (recall, (*RECALL, "--json={tmp}/none/x.json"), "no such folder"),
     (recall, (*RECALL, "--json={tmp}"), "which ends in .json"),
     (recall, (*RECALL, "--control={tmp}/public.pt"), "have other tokenizers"),
+    (recall, (*RECALL, "--control={tmp}/wide.pt"), "or vocabularies (4096, 4100)"),
     (block_script, ("--tiny",), "name a file of your own"),
     (block_script, ("--tiny", "--out={tmp}/none/x.jsonl"), "a folder that is there"),
     (tables, ("--check", "--recipe={tmp}"), "name one of them"),
@@ -3680,7 +3706,7 @@ def bad_files(ckpt, corpus, tmp_path_factory):
     torch.save(entries, tmp / "lacking.pt")
     torch.save(entries | {"model": entries["model"] | {7: torch.ones(3)}}, tmp / "odd.pt")
     for name, vocab_size, tokenizer in (("public", 4096, "hf:someone/else"), ("few", 300, ""),
-                                        ("code", 4096, "code4096")):
+                                        ("code", 4096, "code4096"), ("wide", 4100, "code4096")):
         save_checkpoint(tmp / f"{name}.pt",
                         small("gla", vocab_size=vocab_size, tokenizer=tokenizer))
     save_checkpoint(tmp / "mamba.pt", small("mamba2"))
@@ -3703,6 +3729,22 @@ def test_an_option_of_the_other_family_is_named(tmp_path):
     for block, other in (("gla", "d_state"), ("mamba2", "n_head")):
         _, _, err = cli(train_script, f"--block={block}", f"--{other}=4", f"--data={tmp_path}/none")
         assert f"--{other} does nothing to a {block} model" in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="shells and devices of Linux")
+def test_how_a_script_ends_where_nobody_listens():
+    """Closed or full outputs, and SIGTERM: a status, no traceback."""
+    script = shlex.join([sys.executable, tables.__file__])
+    for end, status, says in (("--check >&-", 0, ""), ("--check > /dev/full", 2, "No space left"),
+                              ("--no_such >&-", 2, "unknown option"), ("--no_such 2>&-", 2, "")):
+        found = subprocess.run(f"{script} {end}", shell=True, text=True, capture_output=True)
+        assert found.returncode == status and says in found.stderr, (end, found)
+        assert found.stderr.count("\n") == bool(says) and not found.stdout
+    stopped = ("from data.options import *\ntry: run_script(lambda: signal.raise_signal(15))\n"
+               "finally: print('cleared up')")
+    found = subprocess.run([sys.executable, "-c", stopped], text=True, capture_output=True,
+                           cwd=HERE)
+    assert (found.returncode, found.stdout, found.stderr) == (143, "cleared up\n", "")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")

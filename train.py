@@ -216,7 +216,8 @@ def check(options, processes):
         raise BadInput("--compile is for GPUs: on a CPU the first step takes minutes and the "
                        "others gain little")
     if options.bfloat16_residual and not options.cuda:
-        raise BadInput("--bfloat16_residual is for a GPU")
+        raise BadInput("--bfloat16_residual is for a GPU, and a run that began with it goes on "
+                       "with it")
     if options.graph and (not options.cuda or processes.size > 1 or options.carry_state):
         raise BadInput("--graph is for one GPU, without --carry_state")
     if os.path.exists(options.out_dir) and not os.path.isdir(options.out_dir):
@@ -984,30 +985,38 @@ def check_model(lm, options, meta):
                        "by expand.py --init=preserve; this model has no gates")
 
 
-def new_model(options, meta):
-    """A model with random weights, by options.seed, for the corpus."""
-    torch.manual_seed(options.seed)
+def new_model(options, meta, processes=None):
+    """A model with random weights, by options.seed, for the corpus. Raises BadInput where
+    training it on these processes takes more memory than there is."""
     if options.vocab_size and options.vocab_size < meta["vocab_size"]:
         raise BadInput(f"vocab_size {options.vocab_size} is less than the {meta['vocab_size']} "
                        f"token ids in {options.data}")
     vocab = dict(vocab_size=options.vocab_size or meta["vocab_size"], tokenizer=meta["tokenizer"])
     if options.size:
-        return LM(replace(SIZES[options.size], **vocab))
-    shape = {name: getattr(options, name) for name in SHAPE}
-    return LM(Config(**vocab, **shape))
+        config = replace(SIZES[options.size], **vocab)
+    else:
+        config = Config(**vocab, **{name: getattr(options, name) for name in SHAPE})
+    if processes:
+        check_memory(config, options, processes)
+    torch.manual_seed(options.seed)
+    return LM(config)
 
 
-def check_memory(lm, options, processes):
+def check_memory(config, options, processes):
     """Raises BadInput where, on a CPU, weights, gradients and AdamW's two moments of all
     processes, 16 bytes per parameter, are more than the machine's memory."""
     if options.device != "cpu" or not hasattr(os, "sysconf"):       # Windows has none
         return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with torch.device("meta"):                      # its shapes alone
+        params = sum(p.numel() for p in LM(config).parameters())
     copies = 1 if options.shard else processes.size
-    needs = 16 * copies * sum(p.numel() for p in lm.parameters())
+    needs = 16 * copies * params
     if needs > memory:
-        raise BadInput(f"out of memory: {copies} models of this size take {needs / 1e9:.0f} GB to "
-                       f"train, this machine has {memory / 1e9:.0f}; it wants GPUs, or --shard")
+        what = f"{copies} models" if copies > 1 else "a model"
+        less = " or --shard" if copies > 1 else ""
+        raise BadInput(f"out of memory: {what} of this size takes {needs / 1e9:.0f} GB to train, "
+                       f"this machine has {memory / 1e9:.0f}; it wants GPUs{less}")
 
 
 def print_banner(lm, options, corpus, steps):
@@ -1060,14 +1069,14 @@ def one_run(options, processes, stop):
         if os.path.isfile(options.ckpt):        # else it is not needed any more
             same_start(options, held, LM.from_pretrained(options.ckpt))
     elif options.ckpt == "scratch":
-        lm = new_model(options, corpus.meta)
+        lm = new_model(options, corpus.meta, processes)
     else:
         lm, trained = recall.read_checkpoint(options.ckpt)
         if options.preset and lm.config.block != options.block:
             raise BadInput(f"{options.ckpt} holds a {lm.config.block} model, and --preset="
                            f"{options.preset} is for {options.block}; take that family's preset")
     check_model(lm, options, corpus.meta)
-    check_memory(lm, options, processes)
+    check_memory(lm.config, options, processes)
     lock = lock or open_folder(options, processes)
     print_banner(lm, options, corpus, options.steps - (held["step"] if held else 0))
     if os.path.realpath(trained.get("data", options.data)) != os.path.realpath(options.data):
@@ -1119,9 +1128,8 @@ def recipe(options, processes, stop):
         return print(f"These are the results of an earlier run in {options.out_dir}. Without its "
                      "results.json the models are scored again, without statex.pt as well StateX "
                      "is trained again; --overwrite trains all, as after a change of model.py")
-    small = new_model(options, corpus.meta)
+    small = new_model(options, corpus.meta, processes)
     check_model(expand(small, layers, **transplant)[0], options, corpus.meta)   # before training
-    check_memory(small, options, processes)
     tokenizer = prepare.load_tokenizer(corpus.meta["tokenizer"])
     sizes = dict(pairs=pair_sizes(options), T=options.block_size)      # of what is scored
     if not options.recall_tokens:
@@ -1158,9 +1166,9 @@ def recipe(options, processes, stop):
     larger, report = expand(small, layers, **transplant)
     print(describe(report))
     for arm, lm in (("lpt", small), ("statex", larger)):
-        _, results[arm] = phase(lm, arm)
+        _, results[arm] = phase(copy.deepcopy(lm), arm)     # training changes it
         results[arm]["tokens"] += results["pretrained"]["tokens"]
-    results["config"] = asdict(options) | {"corpus": corpus.meta}
+    results["config"] = recipe_of(options, corpus.meta)
     results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__,
                            "numpy": np.__version__, "threads": torch.get_num_threads()}
     if processes.first:
@@ -1170,6 +1178,11 @@ def recipe(options, processes, stop):
     del lock                                            # kept until here
 
 
+def recipe_of(options, meta):
+    """What a recipe is made of, as results.json has it: options and text."""
+    return asdict(options) | {"overwrite": False, "corpus": meta}
+
+
 def already_done(options, meta):
     """Whether out_dir holds the results of this very recipe, on this very text."""
     try:
@@ -1177,7 +1190,7 @@ def already_done(options, meta):
             config = json.load(f)["config"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return not options.overwrite and config == asdict(options) | {"corpus": meta}
+    return not options.overwrite and config == recipe_of(options, meta)
 
 
 # ---------------------------------------------------------------------------------------

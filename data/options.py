@@ -201,10 +201,11 @@ def out_of_memory(error):
 def run_script(main):
     """Run a script's main. What the user can mend ends it with one line and status 2,
     Ctrl-C with 130, a reader that went away with 141."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                  # closed, as by >&- or 2>&-
+            setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # text that the terminal cannot show
-    if sys.stderr is None:                              # closed, as by 2>&-
-        sys.stderr = open(os.devnull, "w")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # half-written files go
     try:

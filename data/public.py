@@ -436,7 +436,6 @@ def write_folder(config, tensors, folder):
     state_dict; it is not changed. Returns the names of the files: without tokenizer.json
     where the tokenizer is unknown or not on this machine. Raises BadInput where the public
     format cannot hold the model, and where the folder cannot be written."""
-    folder = folder.rstrip("/")
     folder = os.path.realpath(folder)
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise BadInput(f"{folder} exists; expected the name of a new folder")

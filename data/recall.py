@@ -560,7 +560,8 @@ def answer_likelihood(lm, idx, targets, choices):
 @dataclass
 class Options:
     ckpt: str = option("", "the checkpoint to score: a .pt, a folder or a hub id")
-    control: str = option("", "another checkpoint: also what --ckpt has more than that")
+    control: str = option("", "another checkpoint: also what --ckpt has more than that, in all "
+                              "but the in-context score and the needle gain")
     data: str = option(f"{HERE}/python", "folder of token files, see data/prepare.py")
     T: int = option(0, "tokens of a window of text; 0: as the checkpoint was trained, else 4096")
     pairs: str = option("", "of mqar; empty: as the checkpoint was trained, else 4,8,16,32; "

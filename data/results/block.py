@@ -276,6 +276,9 @@ def plan(options):
                          for lr in RATES for name in TUNED]
     arms = {name: arm for name, arm in PHASES[options.phase].items()
             if arm.family in ("", options.family)}
+    families = {arm.family for arm in PHASES[options.phase].values() if arm.core and arm.family}
+    if families and options.family not in families:
+        raise BadInput(f"--phase={options.phase} is for --family={families.pop()}")
     if options.optional:
         arms = {name: arm for name, arm in arms.items() if arm.core} | named(options, arms)
     chosen = chosen_rates(options)
@@ -299,7 +302,7 @@ def named(options, arms):
     for name in names:
         if name not in arms or arms[name].core:
             can = ", ".join(other for other, arm in arms.items() if not arm.core)
-            raise BadInput(f"--optional={options.optional}: {name!r} is not one of {can}")
+            raise BadInput(f"--optional={options.optional}: {name!r} is not one of {can or 'none'}")
     return {name: arms[name] for name in names}
 
 
