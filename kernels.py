@@ -753,7 +753,6 @@ def scan_states(
     v = v_block * BV + tl.arange(0, BV)
     mine = k[:, None] * V + v[None, :]
     F: tl.constexpr = H // HX
-
     x_ptr += (batch * n * L * HX + head // F) * K
     y_ptr += (batch * n * L * HY + head // (H // HY)) * V
     states_ptr += (batch * H + head) * n * K * V
@@ -1585,12 +1584,13 @@ def within_block(
 
 @triton.jit
 def across_blocks(
-    dq, dk, other, second, grad_scores_ptr, q_seam, k_seam,
+    dq, dk, other_decay_ptr, second, grad_scores_ptr, q_seam, k_seam,
     ROW: tl.constexpr, DOT: tl.constexpr,
 ):
     """Takes dq_start (dq) of a chunk's second block, dk_end (dk) of its first, to the
-    seam: times the other block's decay (other), plus what comes through the scores of
-    the second's queries with the first's keys. The other of dq and dk stays."""
+    seam: times the other block's decay, plus what comes through the scores of the
+    second's queries with the first's keys. The other of dq and dk stays."""
+    other = tl.exp2(tl.load(other_decay_ptr))[None, :]
     dq = dq.to(tl.float32)
     dk = dk.to(tl.float32)
     i = tl.arange(0, dq.shape[0])
@@ -1638,7 +1638,6 @@ def gla_grad_decays(
     PK: tl.constexpr, BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
     """dq, dk and dg. A second launch, STEEP, stores those of steep blocks again.
-
     One program owns PK channels of one block of one head. It fills a processor, where
     nothing else runs while it waits for memory. So loads come first; where PK > BK the
     next BK channels are loaded before the work on these."""
@@ -1662,8 +1661,7 @@ def gla_grad_decays(
         dq_start = tl.load(dq_start_ptr + at)
         dk_end = tl.load(dk_end_ptr + at)
         total = tl.load(block_decay_ptr + of_block + channel)[None, :]
-        # from the state before the chunk to the state after it
-        around = tl.load(state_pairs_ptr + of_state + channel)
+        around = tl.load(state_pairs_ptr + of_state + channel)  # state before to state after
         around *= tl.exp2(tl.load(decay_ptr + of_state + channel))
 
         # converted after these loads, for to convert is to wait
@@ -1673,15 +1671,13 @@ def gla_grad_decays(
         dq, dk, pairs, exp_upto, exp_after = within_block(
             q, k, g, total, grad_scores, diagonal, STEEP, DOT)
         if L > R:
-            to_other = ((block ^ 1) - block) * K
-            other = tl.exp2(tl.load(block_decay_ptr + of_block + channel + to_other))[None, :]
+            other_ptr = block_decay_ptr + of_block + channel + ((block ^ 1) - block) * K
             seam_row = (batch * n + block // 2) * R * H + head
             seam = at + (seam_row - row) * K  # as `at`, from the seam's first row
             dq_start, dk_end = across_blocks(
-                dq_start, dk_end, other, block % 2 == 1, grad_scores_ptr + row * L,
+                dq_start, dk_end, other_ptr, block % 2 == 1, grad_scores_ptr + row * L,
                 q_seam_ptr + seam, k_seam_ptr + seam, H * L, DOT)
-            # between the chunk's other block and the states
-            around += tl.load(around_ptr + of_block + channel)
+            around += tl.load(around_ptr + of_block + channel)  # states to the other block
         dq_before = dq_start * exp_upto
         dk_after = dk_end * exp_after
         tl.store(dq_ptr + at, (dq + dq_before) * scale)
@@ -1933,6 +1929,16 @@ def decay_table(cum_ptr, low_ptr, of_head, query, key):
     return tl.exp2(tl.where(query[:, None] >= key[None, :], between, float("-inf")))
 
 
+@triton.jit
+def decay_after(cum_ptr, low_ptr, of_head, key, last):
+    """exp(after) of keys: up to the last token of their chunk. It is the weight that they
+    write with over dt, but dt may be 0."""
+    after = tl.load(cum_ptr + of_head + last) - tl.load(cum_ptr + of_head + key)
+    if low_ptr is not None:
+        after += tl.load(low_ptr + of_head + last) - tl.load(low_ptr + of_head + key)
+    return tl.exp2(after)
+
+
 @chunk_kernel
 def ssd_decays(
     dt_ptr, A_ptr, first_ptr,  # (B,T,H), (H,), (B,T) int8 or None: a document begins
@@ -2075,17 +2081,14 @@ def ssd_grad_values(
     x_ptr, dy_ptr, dt_ptr, D_ptr,   # (B,T,H,P), (B,T,H,P), (B,T,H), (H,) or None
     cum_ptr, low_ptr, write_weight_ptr,  # (B,H,T)
     dx_ptr, ddt_of_x_ptr,           # (B,T,H,P), (B,H,T)  dt's gradient as x's factor
-    writes_ptr, reads_ptr,          # (B,H,T)    weight x gradient with the states
-    dD_ptr,                         # (B,H,T/R)  parts
+    writes_ptr, reads_ptr, dD_ptr,  # (B,H,T) twice: weight x gradient with the states; (B,H,T/R)
     n,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
     """With v = dt x: dv_j = exp(after_j) dS B_j
-           + sum over i >= j of scores_ij exp(cum_i - cum_j) dy_i; dx = dt dv + D dy.
-
-    dx may be stored over grad_read, of which a program reads its own rows only.
-    One program owns R keys of one chunk of one head."""
+           + sum over i >= j of scores_ij exp(cum_i - cum_j) dy_i; dx = dt dv + D dy,
+    which may go over grad_read. One program owns R keys of one chunk of one head."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
     block, chunk = split(block, L // R)
     group = head // (H // G)
@@ -2107,18 +2110,13 @@ def ssd_grad_values(
         read = tl.load(state_read_ptr + of_rows + mine).to(tl.float32)
         read = tl.sum(read * tl.load(dy_ptr + mine).to(tl.float32), axis=1)
         tl.store(reads_ptr + of_head + key, tl.exp2(tl.load(cum_ptr + of_head + key)) * read)
-
     # what keys write to the state
     dv = read_rows(grad_read_ptr, of_rows, mine, B_ptr, grad_states_ptr, key, p * N, G, N, BN, DOT)
     x = tl.load(x_ptr + mine).to(tl.float32)
     dt = tl.load(dt_ptr + key * H)
     weight = tl.load(write_weight_ptr + of_head + key)
     tl.store(writes_ptr + of_head + key, weight * tl.sum(x * dv, axis=1))
-    # exp(after) is weight / dt, but dt may be 0
-    after = tl.load(cum_ptr + of_head + L - 1) - tl.load(cum_ptr + of_head + key)
-    if low_ptr is not None:
-        after += tl.load(low_ptr + of_head + L - 1) - tl.load(low_ptr + of_head + key)
-    dv *= tl.exp2(after)[:, None]
+    dv *= decay_after(cum_ptr, low_ptr, of_head, key, L - 1)[:, None]
 
     # and what the queries of their chunk read, block by block from the diagonal
     for query_block in range(block, L // R):
@@ -2188,10 +2186,30 @@ def ssd_grad_scores(
     tl.store(grad_scores_ptr + at, grad_scores)
 
 
+@triton.jit
+def through_scores(
+    grad_scores_ptr, B_ptr, C_ptr, token, channel,
+    G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, DOT: tl.constexpr,
+):
+    """Channels of dC with the keys up to a query, of dB with the queries from a key on, for
+    tokens of a chunk: sums over j of grad_scores_ij B_j, over i of grad_scores_ij C_i."""
+    dC = tl.zeros((token.shape[0], channel.shape[0]), tl.float32)
+    dB = tl.zeros((token.shape[0], channel.shape[0]), tl.float32)
+    for other_block in range(L // R):
+        other = other_block * R + tl.arange(0, R)
+        theirs = other[:, None] * (G * N) + channel[None, :]
+        scores = tl.load(grad_scores_ptr + token[:, None] * (G * L) + other[None, :],
+                         token[:, None] >= other[None, :], 0.0)
+        dC = tl.dot(scores, tl.load(B_ptr + theirs), dC, input_precision=DOT)
+        scores = tl.load(grad_scores_ptr + other[:, None] * (G * L) + token[None, :],
+                         other[:, None] >= token[None, :], 0.0)
+        dB = tl.dot(tl.trans(scores), tl.load(C_ptr + theirs), dB, input_precision=DOT)
+    return dC, dB
+
+
 @chunk_kernel
 def ssd_grad_queries_keys(
-    B_ptr, C_ptr,                 # (B,T,G,N)
-    x_ptr, dy_ptr,                # (B,T,H,P)
+    B_ptr, C_ptr, x_ptr, dy_ptr,  # (B,T,G,N) twice, (B,T,H,P) twice
     read_weight_ptr, write_weight_ptr,  # (B,H,T)
     states_ptr, grad_states_ptr,  # (B,H,n,P,N)
     grad_scores_ptr,              # (B,T,G,L)
@@ -2202,10 +2220,8 @@ def ssd_grad_queries_keys(
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dC_i = sum over heads of exp(cum_i) dy_i S + sum over j of grad_scores_ij B_j;
-    dB_j = sum over heads of exp(after_j) dt_j x_j dS + sum over i of grad_scores_ij
-    C_i. reads_i: C_i . dC_i of the first sum, per head.
-
+    """Sums over heads of exp(cum_i) dy_i S (dC_i; reads_i, per head: C_i . that) and of
+    exp(after_j) dt_j x_j dS (dB_j), and what comes through the scores.
     One program owns BN columns of BR tokens of one group, its heads in turn."""
     n_block, rest = split(tl.program_id(0), N // BN)
     group, block, batch = split3(rest, G, n, L // BR)
@@ -2221,20 +2237,7 @@ def ssd_grad_queries_keys(
     at_v = token[:, None] * (H * P) + p[None, :]
     tile = p[:, None] * N + channel[None, :]
 
-    # through the scores: with the keys up to a query, with the queries from a key on
-    dC = tl.zeros((BR, BN), tl.float32)
-    dB = tl.zeros((BR, BN), tl.float32)
-    for other_block in range(L // R):
-        other = other_block * R + tl.arange(0, R)
-        theirs = other[:, None] * (G * N) + channel[None, :]
-        scores = tl.load(grad_scores_ptr + token[:, None] * (G * L) + other[None, :],
-                         token[:, None] >= other[None, :], 0.0)
-        dC = tl.dot(scores, tl.load(B_ptr + theirs), dC, input_precision=DOT)
-        scores = tl.load(grad_scores_ptr + other[:, None] * (G * L) + token[None, :],
-                         other[:, None] >= token[None, :], 0.0)
-        dB = tl.dot(tl.trans(scores), tl.load(C_ptr + theirs), dB, input_precision=DOT)
-
-    # through the states
+    dC, dB = through_scores(grad_scores_ptr, B_ptr, C_ptr, token, channel, G, N, L, R, DOT)
     if reads_ptr is not None:
         c = tl.load(C_ptr + at).to(tl.float32)
     for head_of_group in range(H // G):
@@ -2259,9 +2262,8 @@ def ssd_grad_queries_keys(
         dC = waited_for(dC)
         dB = waited_for(dB)
         if block == 0:
-            state_pairs = tl.sum(s.to(tl.float32) * ds.to(tl.float32))
             part = (n_block * heads + batch * H + head) * n
-            tl.store(state_pairs_ptr + part + chunk, state_pairs)
+            tl.store(state_pairs_ptr + part + chunk, tl.sum(s.to(tl.float32) * ds.to(tl.float32)))
     tl.store(dC_ptr + (start * G + group) * N + at, dC)
     tl.store(dB_ptr + (start * G + group) * N + at, dB)
 

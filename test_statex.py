@@ -9,6 +9,7 @@ pip install transformers safetensors flash-linear-attention "lm_eval[hf]"
 """
 from data.options import BadInput, command_line, one_line, run_script
 
+import ast
 import base64
 import concurrent.futures
 import contextlib
@@ -330,6 +331,13 @@ def check_against(reference, op, args, impl):
         limits[name] *= 3           # a few numbers, sums over all tokens that partly cancel
     wrong = {name: size for name, size in found.items() if not size <= limits[name]}
     assert not wrong
+
+
+def test_every_function_of_the_kernels_fits_on_a_screen():
+    for node in ast.walk(ast.parse(prepare.read_text(kernels.__file__))):
+        if isinstance(node, ast.FunctionDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            assert node.end_lineno - first < 60, node.name      # signature and decorator too
 
 
 def test_recurrent_is_the_definition_by_hand():
