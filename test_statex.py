@@ -218,7 +218,8 @@ def scratch(corpus):
 def ckpt(scratch, tmp_path_factory):
     """A checkpoint of two steps of training."""
     out = tmp_path_factory.mktemp("run")
-    ran(train_script, *scratch, "--steps=2", f"--out_dir={out}")
+    said = ran(train_script, *scratch, "--steps=2", f"--out_dir={out}")
+    assert re.search(r"loss \d\.\d{3} recall \d\.\d{3} of [24] pairs", said), said
     return f"{out}/ckpt.pt"
 
 
@@ -3684,6 +3685,7 @@ BAD = (
     (train_script, (*SCRATCH, "--data={tmp}/none"), "no token files"),
     (train_script, (*SCRATCH, "--data={tmp}/nine", "--pairs=8"), "pairs"),
     (train_script, (*SCRATCH, "--data={tmp}/held"), "held-out"),
+    (train_script, (*SCRATCH, "--data={tmp}/nine", "--documents"), "is of an earlier version"),
     (train_script, ("--plot={tmp}",), "no results.json"),
 )
 
