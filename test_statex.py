@@ -3873,7 +3873,9 @@ def test_differences_are_to_lpt_of_the_same_model(tmp_path, monkeypatch):
                                 ("preserve-x16", 4e-3, [-0.6, 0.2])):
         more = tables.differences(models, arm, tables.repeats_loss, rate=rate)
         assert more == pytest.approx(expected)
+    assert [tables.best_control(model) for model in models] == [2.0, 2.5]
     made = {name: make() for name, make in tables.SECTIONS.items()}
+    assert "reads rare repeats best | -0.100, +0.200 (2)" in made["summary"]
     assert all("-0.2000" in made[name] for name in ("primary", "arms", "claims"))
 
 
