@@ -3531,7 +3531,11 @@ def test_ids_without_a_text_are_not_drawn(tmp_path):
                "--device=cpu").startswith("def")
 
 
-def test_the_recipe_on_text_alone(tmp_path):
+def test_the_recipe_on_text_alone(tmp_path, monkeypatch):
+    models = {}
+    train = train_script.train
+    monkeypatch.setattr(train_script, "train", lambda lm, options, *args, **more: (
+        models.update({options.name: lm}), train(lm, options, *args, **more))[1])
     args = ("--pretrain_steps=2", "--steps=2", f"--out_dir={tmp_path}", "--post_lr=3e-3",
             "--device=cpu", "--d_model=32", "--block_size=64", "--recall_tokens=0")
     said = ran(train_script, *args)
@@ -3546,6 +3550,8 @@ def test_the_recipe_on_text_alone(tmp_path):
         assert results[arm]["tokens"] == tokens * 2 * 8 * 64 and results[arm]["lr"] == lr
         assert results[arm]["val_loss"] == pytest.approx(results[arm]["evaluations"][-1][1])
     small, held = load_checkpoint(tmp_path / "pretrained.pt")
+    start = train_script.fingerprint(small)             # LPT's training left it as it was
+    assert train_script.fingerprint(models["pretrained"].cpu()) == start
     for arm, lm in (("lpt", small), ("statex", expand(small, [0, 1])[0])):
         assert load_checkpoint(tmp_path / f"{arm}.pt")[1]["start"] == train_script.fingerprint(lm)
     assert {entry["run"] for entry in logged(tmp_path)} == set(report.ARMS)
@@ -3747,7 +3753,8 @@ def test_how_a_script_ends_where_nobody_listens():
     script = shlex.join([sys.executable, tables.__file__])
     for end, status, says in (("--check >&-", 0, ""), ("--check > /dev/full", 2, "No space left"),
                               ("--no_such >&-", 2, "unknown option"), ("--no_such 2>&-", 2, "")):
-        found = subprocess.run(f"{script} {end}", shell=True, text=True, capture_output=True)
+        found = subprocess.run(f"{script} {end}", shell=True, text=True, capture_output=True,
+                               env=os.environ | {"PYTHONUNBUFFERED": ""})
         assert found.returncode == status and says in found.stderr, (end, found)
         assert found.stderr.count("\n") == bool(says) and not found.stdout
     stopped = ("from data.options import *\ntry: run_script(lambda: signal.raise_signal(15))\n"
