@@ -2081,7 +2081,7 @@ def ssd_grad_values(
     x_ptr, dy_ptr, dt_ptr, D_ptr,   # (B,T,H,P), (B,T,H,P), (B,T,H), (H,) or None
     cum_ptr, low_ptr, write_weight_ptr,  # (B,H,T)
     dx_ptr, ddt_of_x_ptr,           # (B,T,H,P), (B,H,T)  dt's gradient as x's factor
-    writes_ptr, reads_ptr, dD_ptr,  # (B,H,T) twice: weight x gradient with the states; (B,H,T/R)
+    writes_ptr, reads_ptr, dD_ptr,  # (B,H,T) twice, see ssd_grad_decays; (B,H,T/R)  parts
     n,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
@@ -2191,8 +2191,9 @@ def through_scores(
     grad_scores_ptr, B_ptr, C_ptr, token, channel,
     G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, DOT: tl.constexpr,
 ):
-    """Channels of dC with the keys up to a query, of dB with the queries from a key on, for
-    tokens of a chunk: sums over j of grad_scores_ij B_j, over i of grad_scores_ij C_i."""
+    """What tokens (BR,) of a chunk get through its scores, on channels (BN,): for dC_i the
+    sum over keys j <= i of grad_scores_ij B_j, for dB_j that over queries i >= j of
+    grad_scores_ij C_i. Returns both, (BR,BN)."""
     dC = tl.zeros((token.shape[0], channel.shape[0]), tl.float32)
     dB = tl.zeros((token.shape[0], channel.shape[0]), tl.float32)
     for other_block in range(L // R):
@@ -2220,8 +2221,8 @@ def ssd_grad_queries_keys(
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """Sums over heads of exp(cum_i) dy_i S (dC_i; reads_i, per head: C_i . that) and of
-    exp(after_j) dt_j x_j dS (dB_j), and what comes through the scores.
+    """dC_i sums exp(cum_i) dy_i S over heads, dB_j exp(after_j) dt_j x_j dS; to both is
+    added what comes through the scores. reads_i, per head: C_i . its exp(cum_i) dy_i S.
     One program owns BN columns of BR tokens of one group, its heads in turn."""
     n_block, rest = split(tl.program_id(0), N // BN)
     group, block, batch = split3(rest, G, n, L // BR)

@@ -3534,8 +3534,12 @@ def test_ids_without_a_text_are_not_drawn(tmp_path):
 def test_the_recipe_on_text_alone(tmp_path, monkeypatch):
     models = {}
     train = train_script.train
-    monkeypatch.setattr(train_script, "train", lambda lm, options, *args, **more: (
-        models.update({options.name: lm}), train(lm, options, *args, **more))[1])
+
+    def noted(lm, options, *args, **more):
+        models[options.name] = lm
+        return train(lm, options, *args, **more)
+
+    monkeypatch.setattr(train_script, "train", noted)
     args = ("--pretrain_steps=2", "--steps=2", f"--out_dir={tmp_path}", "--post_lr=3e-3",
             "--device=cpu", "--d_model=32", "--block_size=64", "--recall_tokens=0")
     said = ran(train_script, *args)
@@ -3797,7 +3801,7 @@ def test_an_interval_and_its_p_value_agree():
 @pytest.mark.skipif(not shutil.which("bash"), reason="run.sh is for bash")
 @pytest.mark.parametrize("part", ("corpus", "larger_corpus", "pilot", "later_pilot", "blocks",
                                   "long", "gates", "why", "long_fast", "equal", "ceiling",
-                                  "larger", "recipe", "speed", "gpus", "tables"))
+                                  "larger", "recipe", "speed", "residual", "gpus", "tables"))
 def test_every_part_of_the_runs_has_its_commands(part, tmp_path):
     """run.sh, with programs that only say what they were asked for: scripts that are there,
     with options that they have."""

@@ -1015,7 +1015,7 @@ def check_memory(config, options, processes):
     if needs > memory:
         what = f"{copies} models" if copies > 1 else "a model"
         less = " or --shard" if copies > 1 else ""
-        raise BadInput(f"out of memory: {what} of this size takes {needs / 1e9:.0f} GB to train, "
+        raise BadInput(f"out of memory: to train {what} of this size takes {needs / 1e9:.0f} GB, "
                        f"this machine has {memory / 1e9:.0f}; it wants GPUs{less}")
 
 

@@ -200,7 +200,7 @@ def out_of_memory(error):
 
 def run_script(main):
     """Run a script's main. What the user can mend ends it with one line and status 2,
-    Ctrl-C with 130, a reader that went away with 141."""
+    Ctrl-C with 130, a reader that went away with 141, SIGTERM with 143."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:                  # closed, as by >&- or 2>&-
             setattr(sys, name, open(os.devnull, "w"))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The commands that made the runs in this folder. Each part can be run by itself:
 #     bash data/results/run.sh corpus|larger_corpus|pilot|later_pilot|blocks|long|gates|why
-#     bash data/results/run.sh long_fast|equal|ceiling|larger|recipe|speed|gpus|tables
+#     bash data/results/run.sh long_fast|equal|ceiling|larger|recipe|speed|residual|gpus|tables
 # pilot, blocks, long, why, equal and gpus want four GPUs, gates three, later_pilot, long_fast,
 # ceiling and larger two; each of their rounds takes about ten minutes, each model of larger more.
 set -euo pipefail
@@ -30,13 +30,13 @@ larger_corpus() {
 }
 pilot() { round 100 --phase=pilot; }
 # Arguments: options of block.py. A block of each family, on two GPUs.
-both() {
+each_family() {
     CUDA_VISIBLE_DEVICES=0 python data/results/block.py --family=gla "$@" &
     CUDA_VISIBLE_DEVICES=1 python data/results/block.py --family=mamba2 "$@" &
     wait
 }
-later_pilot() { both --seed=102 --phase=pilot --out=data/results/pilot-later.jsonl; }
-ceiling() { both --seed=70 --phase=ceiling; }
+later_pilot() { each_family --seed=102 --phase=pilot --out=data/results/pilot-later.jsonl; }
+ceiling() { each_family --seed=70 --phase=ceiling; }
 # Which of the runs that a block need not have it had was chosen by hand, see README.md here.
 blocks() { for seed in 0 2 4 6 8 10; do round $seed; done; }
 long() { round 20 --phase=long; }
@@ -145,6 +145,22 @@ speed() {
     python data/results/throughput.py --models=$arms --vocab_size=4096 --generate
 }
 
+# Pre-training with the residual stream in float32 and in bfloat16, four runs on one GPU.
+residual() {
+    local seed bfloat16
+    for seed in 50 51; do
+        for bfloat16 in false true; do
+            python train.py --ckpt=scratch --block=gla --n_layer=8 --d_model=512 --d_mlp=0 \
+                --n_head=16 --conv_size=4 --recall_tokens=0 --weight_decay=0.1 --beta1=0.9 \
+                --beta2=0.95 --clip=1 --eval_interval=100000 --block_size=1024 --batch_size=64 \
+                --steps=1300 --lr=4e-3 --warmup=100 --data=data/packages --compile \
+                --seed=$seed --bfloat16_residual=$bfloat16 \
+                --out_dir=out/residual-$seed-$bfloat16 &
+        done
+    done
+    wait
+}
+
 # Arguments: a preset, the number of GPUs, more options of train.py.
 train_on() {
     local preset=$1 n=$2
@@ -171,10 +187,11 @@ tables() { python data/results/tables.py; }
 
 case "${1:-}" in
     corpus | larger_corpus | pilot | later_pilot | blocks | long | gates | why | long_fast | \
-        equal | ceiling | larger | recipe | speed | gpus | tables) "$1" ;;
+        equal | ceiling | larger | recipe | speed | residual | gpus | tables) "$1" ;;
     *)
         echo "run.sh: name a part: corpus, larger_corpus, pilot, later_pilot, blocks, long," \
-            "gates, why, long_fast, equal, ceiling, larger, recipe, speed, gpus, tables" >&2
+            "gates, why, long_fast, equal, ceiling, larger, recipe, speed, residual, gpus," \
+            "tables" >&2
         exit 2
         ;;
 esac

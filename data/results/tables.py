@@ -224,7 +224,8 @@ def summary_table():
     blocks = models("runs.jsonl")
     fast = models("runs.jsonl", ("why",))
     long = models("runs.jsonl", ("long",))
-    entries = (                 # row, of which models, arm, measure, the control and its rate
+    # row, of which models, arm, measure, the control (None: each model's best) and its rate
+    entries = (
         ("x16, LPT at 1e-3: the primary comparison", blocks, PRIMARY, repeats_loss, "lpt", None),
         ("x16, LPT at 4e-3", blocks, PRIMARY, repeats_loss, "lpt", BEST_RATE),
         ("x16, the LPT of each model that reads rare repeats best", blocks, PRIMARY, repeats_loss,
@@ -255,6 +256,13 @@ def summary_table():
     return markdown(["arm minus LPT, nats (models)", *FAMILIES.values()], rows)
 
 
+def near_right(some, arm, lr=None):
+    """How often an arm's likeliest token is right on near repeats, mean over models, as text."""
+    lines = [line for line in (model.get(arm, lr) for model in some) if line]
+    shares = map(group("near", "accuracy"), lines)
+    return f"{100 * statistics.mean(shares):.1f} %" if lines else ""
+
+
 def primary_table():
     """The primary comparison of both families, corrected for there being two."""
     blocks = models("runs.jsonl")
@@ -266,13 +274,16 @@ def primary_table():
         more = found[family]
         lpt = values(blocks[family], "lpt", repeats_loss)
         fairer = differences(blocks[family], PRIMARY, repeats_loss, rate=BEST_RATE)
+        right = [near_right(blocks[family], arm, lr)
+                 for arm, lr in (("lpt", None), ("lpt", BEST_RATE), (PRIMARY, None))]
         rows.append([FAMILIES[family], len(more), cell(lpt, "{:.4f}"), cell(more), f"{p:.1g}",
                      f"{corrected[family]:.1g}", f"{sum(x < 0 for x in more)} of {len(more)}",
-                     cell(fairer)])
+                     cell(fairer), *right])
     if not rows:
         return ""
     table = markdown(["family", "models", "LPT, nats", f"{PRIMARY} - LPT", "p", "p, Holm",
-                      "lower than LPT", f"{PRIMARY} - LPT at {BEST_RATE:g}"], rows)
+                      "lower than LPT", f"{PRIMARY} - LPT at {BEST_RATE:g}",
+                      "near repeats right: LPT", f"LPT at {BEST_RATE:g}", PRIMARY], rows)
     return f"{table}\n\n![Rare repeats, arm minus LPT, by post-training tokens](differences.png)"
 
 
@@ -322,38 +333,36 @@ def levels_table():
     return each_family(of_family)
 
 
+def gap_rows(some, arms, control, ceiling):
+    """How far arms go from LPT to a model that had four times the state from the start."""
+    rows = []
+    for arm in arms:
+        found = [[model.get(name) for name in (control, arm, ceiling)] for model in some]
+        losses = [list(map(repeats_loss, lines)) for lines in found if all(lines)]
+        if losses:
+            rows.append([arm, cell([most - lpt for lpt, _, most in losses]),
+                         cell([reached - lpt for lpt, reached, _ in losses]),
+                         cell([(lpt - reached) / (lpt - most) for lpt, reached, most in losses],
+                              "{:.2f}"), len(losses)])
+    return rows
+
+
+GAP_HEAD = ["ceiling - LPT, nats", "arm - LPT", "share of the way", "models"]
+
+
 def gap_table():
-    """How far the arms go from LPT to a model that had four times the state from the start."""
-    def of_family(family, some):
-        rows = []
-        for arm in ("preserve-x4", "preserve-x4-half", "preserve-x4-later", PRIMARY, "inherit"):
-            shares = []
-            for model in some:
-                lines = [model.get(name) for name in ("lpt", arm, "ceiling-x4")]
-                if all(lines):
-                    lpt, reached, ceiling = map(repeats_loss, lines)
-                    shares.append((lpt - reached) / (lpt - ceiling))
-            if shares:
-                rows.append([arm, cell(differences(some, "ceiling-x4", repeats_loss)),
-                             cell(shares, "{:.2f}"), len(shares)])
-        head = [family, "ceiling - LPT, nats", "share of the way", "models"]
-        return markdown(head, rows)
-    return each_family(of_family)
+    """Of the blocks: the ceiling at LPT's rate, the arms at their own."""
+    arms = ("preserve-x4", "preserve-x4-half", "preserve-x4-later", PRIMARY, "inherit")
+    return each_family(lambda family, some: markdown(
+        [family, *GAP_HEAD], gap_rows(some, arms, "lpt", "ceiling-x4")))
 
 
 def ceiling_table():
-    """The same where all are trained at one rate, GLA's gates at ten times that."""
-    def of_family(family, some):
-        rows = []
-        for arm in (FAST, "preserve-x4-fast", PRIMARY, "preserve-x4", "inherit"):
-            more = differences(some, arm, repeats_loss, "lpt-4x-rate")
-            whole = differences(some, "ceiling-x4-4x-rate", repeats_loss, "lpt-4x-rate")
-            if more:
-                shares = [part / of_all for part, of_all in zip(more, whole, strict=True)]
-                rows.append([arm, cell(whole), cell(more), cell(shares, "{:.2f}"), len(more)])
-        return markdown([f"{family}, all at {BEST_RATE:g}", "ceiling - LPT, nats", "arm - LPT",
-                         "share of the way", "models"], rows)
-    return each_family(of_family, phases=("ceiling",))
+    """Where all are trained at one rate, GLA's gates at ten times that."""
+    arms = (FAST, "preserve-x4-fast", PRIMARY, "preserve-x4", "inherit")
+    return each_family(lambda family, some: markdown(
+        [f"{family}, all at {BEST_RATE:g}", *GAP_HEAD],
+        gap_rows(some, arms, "lpt-4x-rate", "ceiling-x4-4x-rate")), phases=("ceiling",))
 
 
 def needle_table():
