@@ -699,12 +699,12 @@ def waited_for(x):
 
 @triton.jit
 def sum_rows(which, x, DOT: tl.constexpr):
-    """For every row of which (R,R) the sum of the rows of x (R,BK) that it names, as a
-    matrix product. In bfloat16 x goes in as the sum of two bfloat16, which keeps 16 of
-    its bits."""
+    """For every row of which (R,R), of bool or ones and zeros, the sum of the rows of x
+    (R,BK) that it names, as a matrix product. In bfloat16 x goes in as the sum of two
+    bfloat16, which keeps 16 of its bits."""
     if DOT is not None:
         return tl.dot(which.to(tl.float32), x, input_precision=DOT)
-    ones = tl.where(which, 1.0, 0.0).to(tl.bfloat16)
+    ones = which.to(tl.bfloat16)
     high = x.to(tl.bfloat16)
     low = (x - high.to(tl.float32)).to(tl.bfloat16)
     return tl.dot(ones, high, tl.dot(ones, low))
@@ -716,6 +716,16 @@ def load_gate(gates_ptr, channel, head, K: tl.constexpr, F: tl.constexpr):
     group have side by side; a tile has channels of one head. gates_ptr (G,F,F)"""
     asked = channel // (K // F)
     return tl.load(gates_ptr + (head // F * F + asked) * F + head % F)
+
+
+@triton.jit
+def load_decay(decay_ptr, chunk, k, DECAYS: tl.constexpr):
+    """A chunk's decay, log2: one, or where DECAYS > 1 that of each channel k, (BK,1)."""
+    if DECAYS == 1:
+        decay = tl.load(decay_ptr + chunk)
+    else:
+        decay = tl.load(decay_ptr + chunk * DECAYS + k % DECAYS)[:, None]
+    return decay
 
 
 # What scan_states adds up. With gates K is f K, and q_start has no gates in it: so in
@@ -736,14 +746,13 @@ def scan_states(
     initial_ptr, final_ptr,  # (B,H,K,V)  S (dS) at the start and the end, or None
     states_ptr,              # (B,H,n,K,V)
     n,
-    H: tl.constexpr, HX: tl.constexpr, HY: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BT: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr,
+    H: tl.constexpr, HX: tl.constexpr, HY: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    L: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr, DOT: tl.constexpr,
 ):
     """S = decay S + sum of weight_t x_t y_t^T over a chunk's tokens, chunk after chunk;
-    dS the same from the last chunk to the first (REVERSE). Stored are S before, and dS
-    after every chunk. One program owns BK x BV elements of one head's S, in registers
-    from end to end, and adds BT tokens (a piece) at a time."""
+    dS the same in REVERSE. Stored are S before, dS after every chunk. One program owns
+    BK x BV elements of a head's S, in registers, and adds BT tokens (a piece) at a time."""
     k_block, rest = split(tl.program_id(0), K // BK)
     v_block, rest = split(rest, V // BV)
     head, batch = split(rest, H)
@@ -763,25 +772,26 @@ def scan_states(
     state = tl.zeros((BK, BV), tl.float32)
     if initial_ptr is not None:
         state += tl.load(initial_ptr + (batch * H + head) * K * V + mine)
+    DECAYS: tl.constexpr = K // F if weight_ptr is None else 1
+    decay = load_decay(decay_ptr, key_head * n + (n - 1 if REVERSE else 0), k, DECAYS)
     PIECES: tl.constexpr = L // BT  # per chunk
     for step in range(n * PIECES):
         piece = n * PIECES - 1 - step if REVERSE else step
         chunk = (piece // PIECES).to(tl.int64)
+        token = piece.to(tl.int64) * BT
         entering = step % PIECES == 0
         if entering:
             tl.store(states_ptr + chunk * K * V + mine, state)
-
-        token = piece.to(tl.int64) * BT
         x = tl.load(x_ptr + token * HX * K + (i[None, :] * (HX * K) + k[:, None]))  # (BK,BT)
         y = tl.load(y_ptr + token * HY * V + (i[:, None] * (HY * V) + v[None, :]))
-        if weight_ptr is None:  # gla: a decay per channel, and x has its weights already
-            decay = tl.load(decay_ptr + (key_head * n + chunk) * (K // F) + k % (K // F))[:, None]
-        else:
-            decay = tl.load(decay_ptr + key_head * n + chunk)
-            weight = tl.load(weight_ptr + (batch * H + head) * n * L + token + i)
-            x = (x.to(tl.float32) * weight[None, :]).to(y.dtype)
         # Forget once, on entering the chunk: x or weight has the decays inside it.
         state *= tl.exp2(tl.where(entering, decay, 0.0))
+        # The next chunk's, ahead of its turn, which would stand still for it.
+        following = tl.maximum(chunk - 1, 0) if REVERSE else tl.minimum(chunk + 1, n - 1)
+        decay = load_decay(decay_ptr, key_head * n + following, k, DECAYS)
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + (batch * H + head) * n * L + token + i)
+            x = (x.to(tl.float32) * weight[None, :]).to(y.dtype)
         if gates_ptr is not None:
             state += gate * tl.dot(x, y, input_precision=DOT)
         else:
@@ -1455,11 +1465,12 @@ def gla_grad_mix_scores(
 @triton.jit
 def through_states(
     do_ptr, v_ptr, states_ptr, grad_states_ptr, k, dk, state_pairs,
-    H: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    H: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, PAIRS: tl.constexpr,
+    DOT: tl.constexpr,
 ):
-    """One head's dq = S do (R,BK). Its dS v is added to dk (R,BK), and its S dS, summed
-    over V, to state_pairs (BK,), both for all heads of a group. k: numbers of the
-    channels."""
+    """One head's dq = S do (R,BK). Its dS v is added to dk (R,BK), and where PAIRS its
+    S dS, summed over V, to state_pairs (BK,), both for all heads of a group. k: numbers
+    of the channels."""
     at_v = tl.arange(0, R)[:, None] * (H * V)
     dq = tl.zeros(dk.shape, tl.float32)
     for v0 in range(0, V, BV):
@@ -1470,69 +1481,99 @@ def through_states(
         v = tl.load(v_ptr + (at_v + channel))
         dq = tl.dot(do, tl.trans(s), dq, input_precision=DOT)
         dk = tl.dot(v, tl.trans(ds), dk, input_precision=DOT)
-        state_pairs += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
-        dq = waited_for(dq)
-        dk = waited_for(dk)
+        if PAIRS:
+            state_pairs += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
+            dq = waited_for(dq)
+            dk = waited_for(dk)
     return dq, dk, state_pairs
+
+
+@triton.jit
+def across_blocks(
+    dq, dk, second, q_start, k_end, around, other_decay, grad_scores_ptr, q_seam, k_seam,
+    ROW: tl.constexpr, DOT: tl.constexpr,
+):
+    """Takes the dq of a chunk's second block, the dk of its first, to the seam: times the
+    other block's decay, plus what comes through the scores of the second's queries with
+    the first's keys. The other of dq and dk stays. Before that stores in around what
+    spans the other block: the second's q dq, or the first's k dk. The names from q_start
+    to k_seam are pointers to the block's tiles."""
+    if second:
+        spanning = tl.sum(tl.load(q_start).to(tl.float32) * dq, axis=0)
+    else:
+        spanning = tl.sum(tl.load(k_end).to(tl.float32) * dk, axis=0)
+    tl.store(around, spanning)
+    other = tl.exp2(tl.load(other_decay))[None, :]
+    i = tl.arange(0, dq.shape[0])
+    scores = grad_scores_ptr + i[:, None] * ROW + i[None, :]
+    if second:
+        dq = tl.dot(tl.load(scores), tl.load(k_seam), dq * other, input_precision=DOT)
+    else:
+        of_second = tl.load(scores + dq.shape[0] * ROW)
+        dk = tl.dot(tl.trans(of_second), tl.load(q_seam), dk * other, input_precision=DOT)
+    return dq, dk
 
 
 @chunk_kernel
 def gla_grad_queries_keys(
     do_ptr, v_ptr,                # (B,T,H,V)
     states_ptr, grad_states_ptr,  # (B,H,n,K,V)
-    q_start_ptr, k_end_ptr,       # (B,T,G,K)
-    dq_start_ptr, dk_end_ptr,     # (B,T,G,K)
-    state_pairs_ptr,              # (B,H,n,K/F)    S dS, summed over V and a group's heads
-    around_ptr,                   # (B,H,T/R,K/F)  by the block spanned, or None
     gates_ptr, dgates_ptr,        # (G,F,F), (B,T/R,G,K/BK,F)  or None: F = H / G
+    q_start_ptr, k_end_ptr,       # (B,T,G,K)
+    q_seam_ptr, k_seam_ptr,       # (B,n,R,G,K), or empty: one block a chunk
+    block_decay_ptr, grad_scores_ptr,  # (B,H,T/R,K/F) log2, (B,T,H,L)
+    dq_ptr, dk_ptr,               # (B,T,G,K)      of q_start and k_end, or of the seam's
+    state_pairs_ptr, around_ptr,  # (B,H,n,K/F), (B,H,T/R,K/F) by the block spanned or None
     n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq_start_i = S do_i and dk_end_j = dS v_j, the gradients through the states, sums
-    over the heads that read these channels. With gates each head's dq has its gate as a
-    factor, whose gradient is q dq. For dg also state_pairs and, of two blocks, around:
-    pairs that span the other block, of the second one's queries with the state before
-    the chunk (q dq), or of the first one's keys with the state after it (k dk).
-
-    One program owns BK channels of one block of one group, its heads in turn."""
+    """dq_i = S do_i and dk_j = dS v_j, the gradients through the states, sums over the
+    heads that read these channels. With gates each head's dq has its gate as a factor,
+    whose gradient is q dq. For dg also state_pairs, S dS summed over V and heads. Two
+    blocks: see across_blocks. One program owns BK channels of one block of one group."""
     F: tl.constexpr = H // G
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n, L // R)
     chunk = block // (L // R)
-    i = tl.arange(0, R)
-    k = k_block * BK + tl.arange(0, BK)
     token = batch * n * L + block * R
-    at = (token * G + group) * K + i[:, None] * (G * K) + k[None, :]
+    k = k_block * BK + tl.arange(0, BK)
+    tile = group * K + tl.arange(0, R)[:, None] * (G * K) + k[None, :]
+    at = token * G * K + tile
     dq = tl.zeros((R, BK), tl.float32)
     dk = tl.zeros((R, BK), tl.float32)
-    state_pairs = tl.zeros((BK,), tl.float32)
+    pairs = tl.zeros((BK,), tl.float32)
     for head_of_group in range(F):
         head = group * F + head_of_group
-        row = token * H + head
-        of_head = ((batch * H + head) * n + chunk) * K * V
-        dq_of_head, dk, state_pairs = through_states(
-            do_ptr + row * V, v_ptr + row * V, states_ptr + of_head, grad_states_ptr + of_head,
-            k, dk, state_pairs, H, V, R, BV, DOT)
+        row = (token * H + head) * V
+        state = ((batch * H + head) * n + chunk) * K * V
+        if block % (L // R) == 0:  # pairs are the same in both blocks of a chunk
+            dq_of_head, dk, pairs = through_states(
+                do_ptr + row, v_ptr + row, states_ptr + state, grad_states_ptr + state,
+                k, dk, pairs, H, V, R, BV, True, DOT)
+        else:
+            dq_of_head, dk, pairs = through_states(
+                do_ptr + row, v_ptr + row, states_ptr + state, grad_states_ptr + state,
+                k, dk, pairs, H, V, R, BV, False, DOT)
         if gates_ptr is not None:
             gate = load_gate(gates_ptr, k_block * BK, head, K, F)
             dgate = tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq_of_head)
             tl.store(dgates_ptr + tl.program_id(0) * F + head_of_group, dgate)
             dq_of_head *= gate
         dq += dq_of_head
-    tl.store(dq_start_ptr + at, dq)
-    tl.store(dk_end_ptr + at, dk)
-    key_head = batch * H + group * F + k_block * BK // (K // F)
-    channel_of_head = k % (K // F)
-    if block % (L // R) == 0:  # the same in both blocks of a chunk
-        tl.store(state_pairs_ptr + (key_head * n + chunk) * (K // F) + channel_of_head, state_pairs)
+    key_head = group * F + k_block * BK // (K // F)
+    of_head = (batch * H + key_head) * n
+    if block % (L // R) == 0:
+        tl.store(state_pairs_ptr + (of_head + chunk) * (K // F) + k % (K // F), pairs)
     if L > R:
-        if block % 2 == 0:
-            around = tl.sum(tl.load(k_end_ptr + at).to(tl.float32) * dk, axis=0)
-        else:
-            around = tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq, axis=0)
-        other = key_head * n * 2 + (block ^ 1)  # the block that these pairs span
-        tl.store(around_ptr + other * (K // F) + channel_of_head, around)
+        other = (of_head * 2 + (block ^ 1)) * (K // F) + k % (K // F)
+        seam = (batch * n + chunk) * R * G * K + tile
+        dq, dk = across_blocks(
+            dq, dk, block % 2 == 1, q_start_ptr + at, k_end_ptr + at, around_ptr + other,
+            block_decay_ptr + other, grad_scores_ptr + (token * H + key_head) * L,
+            q_seam_ptr + seam, k_seam_ptr + seam, H * L, DOT)
+    tl.store(dq_ptr + at, dq)
+    tl.store(dk_ptr + at, dk)
 
 
 @triton.jit
@@ -1551,12 +1592,13 @@ def meet(q, k, to_q, to_k, grad_scores, pairs, DOT: tl.constexpr):
 
 @triton.jit
 def within_block(
-    q, k, g, total, grad_scores, diagonal, STEEP: tl.constexpr, DOT: tl.constexpr,
+    q, k, g, total, grad_scores, diagonal, earlier, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
     """dq, dk and `pairs` (see meet) inside one block, at once as in gla_scores, or by
     bits as in gla_scores_steep; and exp(upto) and exp(after). grad_scores is 0 on the
     diagonal and above (multiply_rows): a query with its own key has no decay, and comes
-    as diagonal (R,1). total (1,BK): the sum of g (R,BK)."""
+    as diagonal (R,1). total (1,BK): the sum of g (R,BK). earlier (R,R): 1 where the
+    column comes before the row, else 0."""
     i = tl.arange(0, q.shape[0])[:, None]
     j = tl.arange(0, q.shape[0])[None, :]
     pairs = tl.zeros(q.shape, tl.float32)
@@ -1574,7 +1616,7 @@ def within_block(
     if DOT is not None:
         from_middle = tl.cumsum(g, 0) - 0.5 * total
     else:  # in bfloat16 a product is faster than a scan, and exact to 16 bits
-        from_middle = sum_rows(i >= j, g, DOT) - 0.5 * total
+        from_middle = sum_rows(earlier, g, DOT) + g - 0.5 * total
     half = tl.exp2(0.5 * total)
     to_q = tl.exp2(from_middle)
     to_k = tl.exp2(-from_middle)
@@ -1583,38 +1625,12 @@ def within_block(
 
 
 @triton.jit
-def across_blocks(
-    dq, dk, other_decay_ptr, second, grad_scores_ptr, q_seam, k_seam,
-    ROW: tl.constexpr, DOT: tl.constexpr,
-):
-    """Takes dq_start (dq) of a chunk's second block, dk_end (dk) of its first, to the
-    seam: times the other block's decay, plus what comes through the scores of the
-    second's queries with the first's keys. The other of dq and dk stays."""
-    other = tl.exp2(tl.load(other_decay_ptr))[None, :]
-    dq = dq.to(tl.float32)
-    dk = dk.to(tl.float32)
-    i = tl.arange(0, dq.shape[0])
-    at_scores = i[:, None] * ROW + i[None, :]
-    if second:
-        grad_scores = tl.load(grad_scores_ptr + at_scores)
-        keys = tl.load(k_seam)
-        dq = tl.dot(grad_scores, keys, dq * other, input_precision=DOT)
-    else:
-        grad_scores = tl.load(grad_scores_ptr + dq.shape[0] * ROW + at_scores)
-        queries = tl.load(q_seam)
-        dk = tl.dot(tl.trans(grad_scores), queries, dk * other, input_precision=DOT)
-    return dq, dk
-
-
-@triton.jit
 def store_grad_decays(
-    dg_ptr, g_ptr, pairs, writes, around, STEEP: tl.constexpr, DOT: tl.constexpr,
+    dg_ptr, g_ptr, pairs, writes, around, earlier, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
     """dg_t: the pairs from t on, the writes before t, and around (BK,), which spans the
     whole block."""
     unclamped = tl.load(g_ptr) > FORGOTTEN_32  # again: to keep the mask takes registers
-    i = tl.arange(0, pairs.shape[0])
-    earlier = i[:, None] > i[None, :]
     # A running sum less its last term would drown what is small, so earlier rows are a
     # product. In bfloat16, and not steep, later rows may be all rows less the earlier.
     if STEEP or DOT is not None:
@@ -1627,7 +1643,7 @@ def store_grad_decays(
 @chunk_kernel
 def gla_grad_decays(
     q_ptr, k_ptr, g_ptr,            # (B,T,H,K)
-    q_seam_ptr, k_seam_ptr,         # (B,n,R,H,K), or empty
+    earlier_ptr,                    # (R,R)  see within_block: made here, it took a third
     block_decay_ptr, decay_ptr,     # (B,H,T/R,K), (B,H,n,K)  log2
     grad_scores_ptr, diagonal_ptr,  # (B,T,H,L), (B,H,T)
     dq_start_ptr, dk_end_ptr,       # (B,T,H,K)
@@ -1652,6 +1668,7 @@ def gla_grad_decays(
     of_state = ((batch * H + head) * n + block // (L // R)) * K
     grad_scores = tl.load(grad_scores_ptr + at_scores)
     diagonal = tl.load(diagonal_ptr + (batch * H + head) * n * L + block * R + i)
+    earlier = tl.load(earlier_ptr + i * R + tl.arange(0, R)[None, :])
     for k0 in range(0, PK, BK):
         channel = program * PK + k0 + tl.arange(0, BK)
         at = row * K + i * (H * K) + channel[None, :]
@@ -1669,21 +1686,16 @@ def gla_grad_decays(
         q = q.to(tl.float32) * scale
         k = k.to(tl.float32)
         dq, dk, pairs, exp_upto, exp_after = within_block(
-            q, k, g, total, grad_scores, diagonal, STEEP, DOT)
+            q, k, g, total, grad_scores, diagonal, earlier, STEEP, DOT)
         if L > R:
-            other_ptr = block_decay_ptr + of_block + channel + ((block ^ 1) - block) * K
-            seam_row = (batch * n + block // 2) * R * H + head
-            seam = at + (seam_row - row) * K  # as `at`, from the seam's first row
-            dq_start, dk_end = across_blocks(
-                dq_start, dk_end, other_ptr, block % 2 == 1, grad_scores_ptr + row * L,
-                q_seam_ptr + seam, k_seam_ptr + seam, H * L, DOT)
             around += tl.load(around_ptr + of_block + channel)  # states to the other block
         dq_before = dq_start * exp_upto
         dk_after = dk_end * exp_after
         tl.store(dq_ptr + at, (dq + dq_before) * scale)
         tl.store(dk_ptr + at, dk + dk_after)
         store_grad_decays(
-            dg_ptr + at, g_ptr + at, pairs + q * dq_before, k * dk_after, around, STEEP, DOT)
+            dg_ptr + at, g_ptr + at, pairs + q * dq_before, k * dk_after, around, earlier,
+            STEEP, DOT)
 
 
 def gla_chunk(T, K, V, dtype):
@@ -1697,10 +1709,11 @@ def gla_chunk(T, K, V, dtype):
 
 
 @functools.cache
-def gla_launches(K, V, states, L, R, dtype):
+def gla_launches(K, V, states, blocks, L, R, dtype):
     """The kernels with their tiles, the fastest measured on an H100 at the sizes of
-    layers(), for `states` = B H f states of K x V. Wide tiles of float32 are half as
-    wide, for they take twice the registers and shared memory."""
+    layers(), for B H f `states` of K x V and B H T / R `blocks`, counted up to 128.
+    Wide tiles of float32 are half as wide, for they take twice the registers and shared
+    memory."""
     narrow = dtype == torch.bfloat16
     BK = power_of_two(K, 16, 64)
     BV = power_of_two(V, 16, 64)
@@ -1717,9 +1730,9 @@ def gla_launches(K, V, states, L, R, dtype):
     rows = dict(BK=BK, BV=wide_v)
     rows |= dict(num_warps=8, num_stages=4) if L > R else dict(num_warps=4, num_stages=3)
     few_k = power_of_two(K, 16, 32)  # where many tiles are in registers at once
-    # In chunks of one block a program takes all channels and fetches the next ones ahead,
-    # which is 15 % faster; in chunks of two that is 6 to 10 % slower.
-    all_k = narrow and L == R
+    # Where blocks fill a large GPU, a program takes all channels of one and fetches the
+    # next ones ahead.
+    all_k = narrow and blocks >= 128
     of_decays = dict(cut={"PK": "K"}, PK=K if all_k else few_k, BK=few_k, num_warps=8)
     return types.SimpleNamespace(
         scores=Launch(gla_scores, BK=BK, num_warps=8, num_stages=1),
@@ -1779,7 +1792,7 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R, *,
     n = T // L
     if L == R:
         block_decay = decay
-    launches = gla_launches(K, V, B * H * f, L, R, q.dtype)
+    launches = gla_launches(K, V, B * H * f, min(B * H * T // R, 128), L, R, q.dtype)
     sizes = dict(n=n, H=H, L=L)
     DOT = product_precision(q)
     of_keys = dict(K=K, R=R, DOT=DOT, **sizes)
@@ -1819,7 +1832,7 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
     V = v.shape[3]
     f = 1 if gates is None else gates.shape[1]
     n = T // L
-    launches = gla_launches(K, V, B * H * f, L, R, q.dtype)
+    launches = gla_launches(K, V, B * H * f, min(B * H * T // R, 128), L, R, q.dtype)
     sizes = dict(n=n, H=H, L=L)
     DOT = product_precision(q)
     grad_states = torch.empty_like(states)
@@ -1853,11 +1866,13 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
             B * H // f * T // MIX_TOKENS, scores, gates, grad_scores, diagonal, of_mixing, R=R,
             **mixing(f, DOT), **sizes)
     launches.grad_queries_keys(
-        B * H // f * T // R, do, v, states, grad_states, q_start, k_end, dq_start, dk_end,
-        state_pairs, around, gates, of_reading, G=H // f, R=R, **of_states)
+        B * H // f * T // R, do, v, states, grad_states, gates, of_reading, q_start, k_end,
+        q_seam, k_seam, block_decay, grad_scores, dq_start, dk_end, state_pairs, around,
+        G=H // f, R=R, **of_states)
     if gates is not None:
         dgates.copy_(of_mixing.sum(0) + of_reading.sum((0, 3)))
-    pointers = (q, k, g, q_seam, k_seam, block_decay, decay, grad_scores, diagonal,
+    earlier = torch.ones(R, R, dtype=q.dtype, device=q.device).tril_(-1)
+    pointers = (q, k, g, earlier, block_decay, decay, grad_scores, diagonal,
                 dq_start, dk_end, state_pairs, around, dq, dk, dg)
     of_keys = dict(scale=scale, K=K, R=R, DOT=DOT, **sizes)
     launches.grad_decays(B * H * T // R, *pointers, STEEP=False, **of_keys)
@@ -2056,8 +2071,10 @@ def ssd_outputs(
 
     # what queries read from the state
     of_rows = (token * H + head) * P
+    weight = tl.exp2(tl.load(cum_ptr + of_head + query))[:, None]
     y = read_rows(state_read_ptr, of_rows, mine, C_ptr, states_ptr, query, p * N, G, N, BN, DOT)
-    y *= tl.exp2(tl.load(cum_ptr + of_head + query))[:, None]
+    # waited for, or ptxas has the products below wait for each other (its note C7514)
+    y = waited_for(y * weight)
 
     # and from the keys of their chunk, block by block up to the diagonal
     for key_block in range(block + 1):
@@ -2110,14 +2127,14 @@ def ssd_grad_values(
         read = tl.load(state_read_ptr + of_rows + mine).to(tl.float32)
         read = tl.sum(read * tl.load(dy_ptr + mine).to(tl.float32), axis=1)
         tl.store(reads_ptr + of_head + key, tl.exp2(tl.load(cum_ptr + of_head + key)) * read)
-    # what keys write to the state
-    dv = read_rows(grad_read_ptr, of_rows, mine, B_ptr, grad_states_ptr, key, p * N, G, N, BN, DOT)
-    x = tl.load(x_ptr + mine).to(tl.float32)
+    # what keys write to the state, all else that this needs on its way before the products
+    x = tl.load(x_ptr + mine)
     dt = tl.load(dt_ptr + key * H)
     weight = tl.load(write_weight_ptr + of_head + key)
+    after = decay_after(cum_ptr, low_ptr, of_head, key, L - 1)
+    dv = read_rows(grad_read_ptr, of_rows, mine, B_ptr, grad_states_ptr, key, p * N, G, N, BN, DOT)
     tl.store(writes_ptr + of_head + key, weight * tl.sum(x * dv, axis=1))
-    dv *= decay_after(cum_ptr, low_ptr, of_head, key, L - 1)[:, None]
-
+    dv *= after[:, None]
     # and what the queries of their chunk read, block by block from the diagonal
     for query_block in range(block, L // R):
         query = query_block * R + i
