@@ -1465,12 +1465,11 @@ def gla_grad_mix_scores(
 @triton.jit
 def through_states(
     do_ptr, v_ptr, states_ptr, grad_states_ptr, k, dk, state_pairs,
-    H: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, PAIRS: tl.constexpr,
-    DOT: tl.constexpr,
+    H: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
-    """One head's dq = S do (R,BK). Its dS v is added to dk (R,BK), and where PAIRS its
-    S dS, summed over V, to state_pairs (BK,), both for all heads of a group. k: numbers
-    of the channels."""
+    """One head's dq = S do (R,BK). Its dS v is added to dk (R,BK), and its S dS, summed
+    over V, to state_pairs (BK,), both for all heads of a group. k: numbers of the
+    channels."""
     at_v = tl.arange(0, R)[:, None] * (H * V)
     dq = tl.zeros(dk.shape, tl.float32)
     for v0 in range(0, V, BV):
@@ -1481,36 +1480,29 @@ def through_states(
         v = tl.load(v_ptr + (at_v + channel))
         dq = tl.dot(do, tl.trans(s), dq, input_precision=DOT)
         dk = tl.dot(v, tl.trans(ds), dk, input_precision=DOT)
-        if PAIRS:
-            state_pairs += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
-            dq = waited_for(dq)
-            dk = waited_for(dk)
+        state_pairs += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
+        dq = waited_for(dq)
+        dk = waited_for(dk)
     return dq, dk, state_pairs
 
 
 @triton.jit
 def across_blocks(
-    dq, dk, second, q_start, k_end, around, other_decay, grad_scores_ptr, q_seam, k_seam,
+    dq, dk, other_decay_ptr, second, grad_scores_ptr, q_seam_ptr, k_seam_ptr,
     ROW: tl.constexpr, DOT: tl.constexpr,
 ):
     """Takes the dq of a chunk's second block, the dk of its first, to the seam: times the
     other block's decay, plus what comes through the scores of the second's queries with
-    the first's keys. The other of dq and dk stays. Before that stores in around what
-    spans the other block: the second's q dq, or the first's k dk. The names from q_start
-    to k_seam are pointers to the block's tiles."""
-    if second:
-        spanning = tl.sum(tl.load(q_start).to(tl.float32) * dq, axis=0)
-    else:
-        spanning = tl.sum(tl.load(k_end).to(tl.float32) * dk, axis=0)
-    tl.store(around, spanning)
-    other = tl.exp2(tl.load(other_decay))[None, :]
+    the first's keys. The other of dq and dk stays. Pointers are to the block's tiles."""
+    other = tl.exp2(tl.load(other_decay_ptr))[None, :]
     i = tl.arange(0, dq.shape[0])
-    scores = grad_scores_ptr + i[:, None] * ROW + i[None, :]
+    grad_scores_ptr += i[:, None] * ROW + i[None, :]
     if second:
-        dq = tl.dot(tl.load(scores), tl.load(k_seam), dq * other, input_precision=DOT)
+        scores = tl.load(grad_scores_ptr)
+        dq = tl.dot(scores, tl.load(k_seam_ptr), dq * other, input_precision=DOT)
     else:
-        of_second = tl.load(scores + dq.shape[0] * ROW)
-        dk = tl.dot(tl.trans(of_second), tl.load(q_seam), dk * other, input_precision=DOT)
+        scores = tl.load(grad_scores_ptr + dq.shape[0] * ROW)
+        dk = tl.dot(tl.trans(scores), tl.load(q_seam_ptr), dk * other, input_precision=DOT)
     return dq, dk
 
 
@@ -1522,7 +1514,7 @@ def gla_grad_queries_keys(
     q_start_ptr, k_end_ptr,       # (B,T,G,K)
     q_seam_ptr, k_seam_ptr,       # (B,n,R,G,K), or empty: one block a chunk
     block_decay_ptr, grad_scores_ptr,  # (B,H,T/R,K/F) log2, (B,T,H,L)
-    dq_ptr, dk_ptr,               # (B,T,G,K)      of q_start and k_end, or of the seam's
+    dq_ptr, dk_ptr,               # (B,T,G,K)  of q_start and k_end, or of the seam's
     state_pairs_ptr, around_ptr,  # (B,H,n,K/F), (B,H,T/R,K/F) by the block spanned or None
     n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -1530,13 +1522,14 @@ def gla_grad_queries_keys(
 ):
     """dq_i = S do_i and dk_j = dS v_j, the gradients through the states, sums over the
     heads that read these channels. With gates each head's dq has its gate as a factor,
-    whose gradient is q dq. For dg also state_pairs, S dS summed over V and heads. Two
-    blocks: see across_blocks. One program owns BK channels of one block of one group."""
+    whose gradient is q dq. For dg also S dS over V and heads (state_pairs), and the pairs
+    that span the chunk's other block: the second's queries with the state before, the
+    first's keys with the state after. One program owns BK channels of one block."""
     F: tl.constexpr = H // G
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n, L // R)
-    chunk = block // (L // R)
     token = batch * n * L + block * R
+    chunk = block // (L // R)
     k = k_block * BK + tl.arange(0, BK)
     tile = group * K + tl.arange(0, R)[:, None] * (G * K) + k[None, :]
     at = token * G * K + tile
@@ -1547,30 +1540,29 @@ def gla_grad_queries_keys(
         head = group * F + head_of_group
         row = (token * H + head) * V
         state = ((batch * H + head) * n + chunk) * K * V
-        if block % (L // R) == 0:  # pairs are the same in both blocks of a chunk
-            dq_of_head, dk, pairs = through_states(
-                do_ptr + row, v_ptr + row, states_ptr + state, grad_states_ptr + state,
-                k, dk, pairs, H, V, R, BV, True, DOT)
-        else:
-            dq_of_head, dk, pairs = through_states(
-                do_ptr + row, v_ptr + row, states_ptr + state, grad_states_ptr + state,
-                k, dk, pairs, H, V, R, BV, False, DOT)
+        dq_of_head, dk, pairs = through_states(
+            do_ptr + row, v_ptr + row, states_ptr + state, grad_states_ptr + state, k, dk, pairs,
+            H, V, R, BV, DOT)
         if gates_ptr is not None:
             gate = load_gate(gates_ptr, k_block * BK, head, K, F)
             dgate = tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq_of_head)
             tl.store(dgates_ptr + tl.program_id(0) * F + head_of_group, dgate)
             dq_of_head *= gate
         dq += dq_of_head
-    key_head = group * F + k_block * BK // (K // F)
-    of_head = (batch * H + key_head) * n
-    if block % (L // R) == 0:
-        tl.store(state_pairs_ptr + (of_head + chunk) * (K // F) + k % (K // F), pairs)
+    key_head = batch * H + group * F + k_block * BK // (K // F)
+    if block % (L // R) == 0:  # the same in both blocks of a chunk
+        tl.store(state_pairs_ptr + (key_head * n + chunk) * (K // F) + k % (K // F), pairs)
     if L > R:
-        other = (of_head * 2 + (block ^ 1)) * (K // F) + k % (K // F)
+        if block % 2 == 0:
+            around = tl.sum(tl.load(k_end_ptr + at).to(tl.float32) * dk, axis=0)
+        else:
+            around = tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq, axis=0)
+        other = (key_head * n * 2 + (block ^ 1)) * (K // F) + k % (K // F)
+        tl.store(around_ptr + other, around)
+        row = token * H + key_head % H
         seam = (batch * n + chunk) * R * G * K + tile
         dq, dk = across_blocks(
-            dq, dk, block % 2 == 1, q_start_ptr + at, k_end_ptr + at, around_ptr + other,
-            block_decay_ptr + other, grad_scores_ptr + (token * H + key_head) * L,
+            dq, dk, block_decay_ptr + other, block % 2 == 1, grad_scores_ptr + row * L,
             q_seam_ptr + seam, k_seam_ptr + seam, H * L, DOT)
     tl.store(dq_ptr + at, dq)
     tl.store(dk_ptr + at, dk)
