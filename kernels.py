@@ -1495,6 +1495,8 @@ def across_blocks(
     other block's decay, plus what comes through the scores of the second's queries with
     the first's keys. The other of dq and dk stays. Pointers are to the block's tiles."""
     other = tl.exp2(tl.load(other_decay_ptr))[None, :]
+    dq = dq.to(tl.float32)
+    dk = dk.to(tl.float32)
     i = tl.arange(0, dq.shape[0])
     grad_scores_ptr += i[:, None] * ROW + i[None, :]
     if second:
@@ -1511,10 +1513,9 @@ def gla_grad_queries_keys(
     do_ptr, v_ptr,                # (B,T,H,V)
     states_ptr, grad_states_ptr,  # (B,H,n,K,V)
     gates_ptr, dgates_ptr,        # (G,F,F), (B,T/R,G,K/BK,F)  or None: F = H / G
-    q_start_ptr, k_end_ptr,       # (B,T,G,K)
+    q_start_ptr, k_end_ptr, dq_ptr, dk_ptr,  # (B,T,G,K): gradients of these or of the seam's
     q_seam_ptr, k_seam_ptr,       # (B,n,R,G,K), or empty: one block a chunk
     block_decay_ptr, grad_scores_ptr,  # (B,H,T/R,K/F) log2, (B,T,H,L)
-    dq_ptr, dk_ptr,               # (B,T,G,K)  of q_start and k_end, or of the seam's
     state_pairs_ptr, around_ptr,  # (B,H,n,K/F), (B,H,T/R,K/F) by the block spanned or None
     n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -1522,9 +1523,9 @@ def gla_grad_queries_keys(
 ):
     """dq_i = S do_i and dk_j = dS v_j, the gradients through the states, sums over the
     heads that read these channels. With gates each head's dq has its gate as a factor,
-    whose gradient is q dq. For dg also S dS over V and heads (state_pairs), and the pairs
-    that span the chunk's other block: the second's queries with the state before, the
-    first's keys with the state after. One program owns BK channels of one block."""
+    whose gradient is q dq. For dg also S dS over V and heads, and pairs that span the other
+    block: the second's queries with the state before, the first's keys with that after.
+    One program owns BK channels of one block."""
     F: tl.constexpr = H // G
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n, L // R)
@@ -1538,11 +1539,11 @@ def gla_grad_queries_keys(
     pairs = tl.zeros((BK,), tl.float32)
     for head_of_group in range(F):
         head = group * F + head_of_group
-        row = (token * H + head) * V
+        row = token * H + head
         state = ((batch * H + head) * n + chunk) * K * V
         dq_of_head, dk, pairs = through_states(
-            do_ptr + row, v_ptr + row, states_ptr + state, grad_states_ptr + state, k, dk, pairs,
-            H, V, R, BV, DOT)
+            do_ptr + row * V, v_ptr + row * V, states_ptr + state, grad_states_ptr + state,
+            k, dk, pairs, H, V, R, BV, DOT)
         if gates_ptr is not None:
             gate = load_gate(gates_ptr, k_block * BK, head, K, F)
             dgate = tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq_of_head)
@@ -1559,11 +1560,12 @@ def gla_grad_queries_keys(
             around = tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq, axis=0)
         other = (key_head * n * 2 + (block ^ 1)) * (K // F) + k % (K // F)
         tl.store(around_ptr + other, around)
-        row = token * H + key_head % H
-        seam = (batch * n + chunk) * R * G * K + tile
-        dq, dk = across_blocks(
-            dq, dk, block_decay_ptr + other, block % 2 == 1, grad_scores_ptr + row * L,
-            q_seam_ptr + seam, k_seam_ptr + seam, H * L, DOT)
+        if gates_ptr is None:  # with gates gla_grad_decays does it
+            seam = (batch * n + chunk) * R * G * K + tile
+            dq, dk = across_blocks(
+                dq, dk, block_decay_ptr + other, block % 2 == 1,
+                grad_scores_ptr + (token * H + group) * L,
+                q_seam_ptr + seam, k_seam_ptr + seam, H * L, DOT)
     tl.store(dq_ptr + at, dq)
     tl.store(dk_ptr + at, dk)
 
@@ -1635,7 +1637,7 @@ def store_grad_decays(
 @chunk_kernel
 def gla_grad_decays(
     q_ptr, k_ptr, g_ptr,            # (B,T,H,K)
-    earlier_ptr,                    # (R,R)  see within_block: made here, it took a third
+    q_seam_ptr, k_seam_ptr, earlier_ptr,  # (B,n,R,H,K) or None, (R,R) or None
     block_decay_ptr, decay_ptr,     # (B,H,T/R,K), (B,H,n,K)  log2
     grad_scores_ptr, diagonal_ptr,  # (B,T,H,L), (B,H,T)
     dq_start_ptr, dk_end_ptr,       # (B,T,H,K)
@@ -1645,22 +1647,23 @@ def gla_grad_decays(
     H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     PK: tl.constexpr, BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq, dk and dg. A second launch, STEEP, stores those of steep blocks again.
-    One program owns PK channels of one block of one head. It fills a processor, where
-    nothing else runs while it waits for memory. So loads come first; where PK > BK the
-    next BK channels are loaded before the work on these."""
+    """dq, dk and dg. A second launch, STEEP, stores those of steep blocks again. Without
+    q_seam dq_start and dk_end are of the seam. earlier: see within_block. One program owns
+    PK channels of one block of one head and fills a processor, where nothing else runs
+    while it waits: so loads come first, or a turn ahead (PK > BK)."""
     program, rest = split(tl.program_id(0), K // PK)
     head, block, batch = split3(rest, H, n, L // R)
     of_block = ((batch * H + head) * n * (L // R) + block) * K
     if STEEP and not is_steep(block_decay_ptr + of_block, K, BK, DOT):
         return
     i = tl.arange(0, R)[:, None]
+    j = tl.arange(0, R)[None, :]
     row = (batch * n * L + block * R) * H + head
-    at_scores = row * L + block % (L // R) * R + i * (H * L) + tl.arange(0, R)[None, :]
     of_state = ((batch * H + head) * n + block // (L // R)) * K
-    grad_scores = tl.load(grad_scores_ptr + at_scores)
+    grad_scores_ptr += row * L
+    grad_scores = tl.load(grad_scores_ptr + block % (L // R) * R + i * (H * L) + j)
     diagonal = tl.load(diagonal_ptr + (batch * H + head) * n * L + block * R + i)
-    earlier = tl.load(earlier_ptr + i * R + tl.arange(0, R)[None, :])
+    earlier = i > j if earlier_ptr is None else tl.load(earlier_ptr + i * R + j)
     for k0 in range(0, PK, BK):
         channel = program * PK + k0 + tl.arange(0, BK)
         at = row * K + i * (H * K) + channel[None, :]
@@ -1672,22 +1675,25 @@ def gla_grad_decays(
         total = tl.load(block_decay_ptr + of_block + channel)[None, :]
         around = tl.load(state_pairs_ptr + of_state + channel)  # state before to state after
         around *= tl.exp2(tl.load(decay_ptr + of_state + channel))
-
-        # converted after these loads, for to convert is to wait
-        g = log2_decay(g)
+        g = log2_decay(g)  # after these loads, for to convert is to wait
         q = q.to(tl.float32) * scale
         k = k.to(tl.float32)
         dq, dk, pairs, exp_upto, exp_after = within_block(
             q, k, g, total, grad_scores, diagonal, earlier, STEEP, DOT)
+        if q_seam_ptr is not None:
+            other = of_block + ((block ^ 1) - block) * K + channel
+            seam = at + ((batch * n + block // 2) * R * H + head - row) * K
+            dq_start, dk_end = across_blocks(
+                dq_start, dk_end, block_decay_ptr + other, block % 2 == 1, grad_scores_ptr,
+                q_seam_ptr + seam, k_seam_ptr + seam, H * L, DOT)
         if L > R:
             around += tl.load(around_ptr + of_block + channel)  # states to the other block
         dq_before = dq_start * exp_upto
         dk_after = dk_end * exp_after
         tl.store(dq_ptr + at, (dq + dq_before) * scale)
         tl.store(dk_ptr + at, dk + dk_after)
-        store_grad_decays(
-            dg_ptr + at, g_ptr + at, pairs + q * dq_before, k * dk_after, around, earlier,
-            STEEP, DOT)
+        pairs += q * dq_before
+        store_grad_decays(dg_ptr + at, g_ptr + at, pairs, k * dk_after, around, earlier, STEEP, DOT)
 
 
 def gla_chunk(T, K, V, dtype):
@@ -1701,11 +1707,11 @@ def gla_chunk(T, K, V, dtype):
 
 
 @functools.cache
-def gla_launches(K, V, states, blocks, L, R, dtype):
+def gla_launches(K, V, states, whole, L, R, dtype):
     """The kernels with their tiles, the fastest measured on an H100 at the sizes of
-    layers(), for B H f `states` of K x V and B H T / R `blocks`, counted up to 128.
-    Wide tiles of float32 are half as wide, for they take twice the registers and shared
-    memory."""
+    layers(), for B H f `states` of K x V. Wide tiles of float32 are half as wide, for
+    they take twice the registers and shared memory. whole: a program of gla_grad_decays
+    takes all channels of its block."""
     narrow = dtype == torch.bfloat16
     BK = power_of_two(K, 16, 64)
     BV = power_of_two(V, 16, 64)
@@ -1722,10 +1728,7 @@ def gla_launches(K, V, states, blocks, L, R, dtype):
     rows = dict(BK=BK, BV=wide_v)
     rows |= dict(num_warps=8, num_stages=4) if L > R else dict(num_warps=4, num_stages=3)
     few_k = power_of_two(K, 16, 32)  # where many tiles are in registers at once
-    # Where blocks fill a large GPU, a program takes all channels of one and fetches the
-    # next ones ahead.
-    all_k = narrow and blocks >= 128
-    of_decays = dict(cut={"PK": "K"}, PK=K if all_k else few_k, BK=few_k, num_warps=8)
+    of_decays = dict(cut={"PK": "K"}, PK=K if whole else few_k, BK=few_k, num_warps=8)
     return types.SimpleNamespace(
         scores=Launch(gla_scores, BK=BK, num_warps=8, num_stages=1),
         scores_steep=Launch(gla_scores_steep, BK=few_k, num_warps=8, num_stages=1),
@@ -1738,7 +1741,7 @@ def gla_launches(K, V, states, blocks, L, R, dtype):
         grad_mix_scores=Launch(gla_grad_mix_scores, num_warps=1, num_stages=1),
         grad_queries_keys=Launch(
             gla_grad_queries_keys, cut={"BK": "K"}, BK=wide_k, BV=BV, num_warps=8, num_stages=3),
-        grad_decays=Launch(gla_grad_decays, num_stages=3 if all_k else 1, **of_decays),
+        grad_decays=Launch(gla_grad_decays, num_stages=3 if whole else 1, **of_decays),
         # programs that return at once: two of them fit a processor
         grad_decays_steep=Launch(gla_grad_decays, num_stages=1, maxnreg=128, **of_decays),
     )
@@ -1784,7 +1787,7 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R, *,
     n = T // L
     if L == R:
         block_decay = decay
-    launches = gla_launches(K, V, B * H * f, min(B * H * T // R, 128), L, R, q.dtype)
+    launches = gla_launches(K, V, B * H * f, False, L, R, q.dtype)
     sizes = dict(n=n, H=H, L=L)
     DOT = product_precision(q)
     of_keys = dict(K=K, R=R, DOT=DOT, **sizes)
@@ -1824,7 +1827,10 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
     V = v.shape[3]
     f = 1 if gates is None else gates.shape[1]
     n = T // L
-    launches = gla_launches(K, V, B * H * f, min(B * H * T // R, 128), L, R, q.dtype)
+    to_seam = gates is not None and L > R  # what is left to gla_grad_decays
+    # whole blocks, where there are enough for a large GPU
+    whole = q.dtype == torch.bfloat16 and B * H * T // R >= 128 and not to_seam
+    launches = gla_launches(K, V, B * H * f, whole, L, R, q.dtype)
     sizes = dict(n=n, H=H, L=L)
     DOT = product_precision(q)
     grad_states = torch.empty_like(states)
@@ -1859,12 +1865,14 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
             **mixing(f, DOT), **sizes)
     launches.grad_queries_keys(
         B * H // f * T // R, do, v, states, grad_states, gates, of_reading, q_start, k_end,
-        q_seam, k_seam, block_decay, grad_scores, dq_start, dk_end, state_pairs, around,
+        dq_start, dk_end, q_seam, k_seam, block_decay, grad_scores, state_pairs, around,
         G=H // f, R=R, **of_states)
     if gates is not None:
         dgates.copy_(of_mixing.sum(0) + of_reading.sum((0, 3)))
-    earlier = torch.ones(R, R, dtype=q.dtype, device=q.device).tril_(-1)
-    pointers = (q, k, g, earlier, block_decay, decay, grad_scores, diagonal,
+    seams = (q_seam, k_seam, None)
+    if not to_seam:
+        seams = (None, None, torch.ones(R, R, dtype=q.dtype, device=q.device).tril_(-1))
+    pointers = (q, k, g, *seams, block_decay, decay, grad_scores, diagonal,
                 dq_start, dk_end, state_pairs, around, dq, dk, dg)
     of_keys = dict(scale=scale, K=K, R=R, DOT=DOT, **sizes)
     launches.grad_decays(B * H * T // R, *pointers, STEEP=False, **of_keys)
