@@ -1839,10 +1839,8 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
     dq_start = torch.empty_like(q)
     dk_end = torch.empty_like(k)
     state_pairs = torch.empty_like(decay)
-    around = None
-    if L > R:
-        around = torch.empty_like(block_decay)
-    else:
+    around = torch.empty_like(block_decay) if L > R else None
+    if L == R:
         block_decay = decay
     if gates is None:
         mixed = scores
@@ -1869,10 +1867,11 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
         G=H // f, R=R, **of_states)
     if gates is not None:
         dgates.copy_(of_mixing.sum(0) + of_reading.sum((0, 3)))
-    seams = (q_seam, k_seam, None)
-    if not to_seam:
-        seams = (None, None, torch.ones(R, R, dtype=q.dtype, device=q.device).tril_(-1))
-    pointers = (q, k, g, *seams, block_decay, decay, grad_scores, diagonal,
+    seams = (q_seam, k_seam) if to_seam else (None, None)
+    earlier = None
+    if not to_seam and K > 16:  # else untested on a GPU (data/results/README.md)
+        earlier = torch.ones(R, R, dtype=q.dtype, device=q.device).tril_(-1)
+    pointers = (q, k, g, *seams, earlier, block_decay, decay, grad_scores, diagonal,
                 dq_start, dk_end, state_pairs, around, dq, dk, dg)
     of_keys = dict(scale=scale, K=K, R=R, DOT=DOT, **sizes)
     launches.grad_decays(B * H * T // R, *pointers, STEEP=False, **of_keys)
