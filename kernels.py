@@ -786,7 +786,7 @@ def scan_states(
         y = tl.load(y_ptr + token * HY * V + (i[:, None] * (HY * V) + v[None, :]))
         # Forget once, on entering the chunk: x or weight has the decays inside it.
         state *= tl.exp2(tl.where(entering, decay, 0.0))
-        # The next chunk's, ahead of its turn, which would stand still for it.
+        # the next chunk's, already now: in its own turn the loop would wait for it
         following = tl.maximum(chunk - 1, 0) if REVERSE else tl.minimum(chunk + 1, n - 1)
         decay = load_decay(decay_ptr, key_head * n + following, k, DECAYS)
         if weight_ptr is not None:
@@ -1493,7 +1493,8 @@ def across_blocks(
 ):
     """Takes the dq of a chunk's second block, the dk of its first, to the seam: times the
     other block's decay, plus what comes through the scores of the second's queries with
-    the first's keys. The other of dq and dk stays. Pointers are to the block's tiles."""
+    the first's keys. The other of dq and dk stays. grad_scores_ptr points to the first
+    score of the block, the others to its tiles (other_decay_ptr: (BK,), of the other)."""
     other = tl.exp2(tl.load(other_decay_ptr))[None, :]
     dq = dq.to(tl.float32)
     dk = dk.to(tl.float32)
@@ -1827,7 +1828,8 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
     V = v.shape[3]
     f = 1 if gates is None else gates.shape[1]
     n = T // L
-    to_seam = gates is not None and L > R  # what is left to gla_grad_decays
+    # across the seam by gla_grad_decays, with gates; why: data/results/README.md
+    to_seam = gates is not None and L > R
     # whole blocks, where there are enough for a large GPU
     whole = q.dtype == torch.bfloat16 and B * H * T // R >= 128 and not to_seam
     launches = gla_launches(K, V, B * H * f, whole, L, R, q.dtype)
@@ -1869,7 +1871,7 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
         dgates.copy_(of_mixing.sum(0) + of_reading.sum((0, 3)))
     seams = (q_seam, k_seam) if to_seam else (None, None)
     earlier = None
-    if not to_seam and K > 16:  # else untested on a GPU (data/results/README.md)
+    if not to_seam and K > 16:  # else untested on a GPU (the same page)
         earlier = torch.ones(R, R, dtype=q.dtype, device=q.device).tril_(-1)
     pointers = (q, k, g, *seams, earlier, block_decay, decay, grad_scores, diagonal,
                 dq_start, dk_end, state_pairs, around, dq, dk, dg)
