@@ -1496,8 +1496,6 @@ def across_blocks(
     the first's keys. The other of dq and dk stays. grad_scores_ptr points to the first
     score of the block, the others to its tiles (other_decay_ptr: (BK,), of the other)."""
     other = tl.exp2(tl.load(other_decay_ptr))[None, :]
-    dq = dq.to(tl.float32)
-    dk = dk.to(tl.float32)
     i = tl.arange(0, dq.shape[0])
     grad_scores_ptr += i[:, None] * ROW + i[None, :]
     if second:
@@ -1561,12 +1559,11 @@ def gla_grad_queries_keys(
             around = tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq, axis=0)
         other = (key_head * n * 2 + (block ^ 1)) * (K // F) + k % (K // F)
         tl.store(around_ptr + other, around)
-        if gates_ptr is None:  # with gates gla_grad_decays does it
-            seam = (batch * n + chunk) * R * G * K + tile
-            dq, dk = across_blocks(
-                dq, dk, block_decay_ptr + other, block % 2 == 1,
-                grad_scores_ptr + (token * H + group) * L,
-                q_seam_ptr + seam, k_seam_ptr + seam, H * L, DOT)
+        seam = (batch * n + chunk) * R * G * K + tile
+        dq, dk = across_blocks(
+            dq, dk, block_decay_ptr + other, block % 2 == 1,
+            grad_scores_ptr + (token * H + key_head % H) * L,
+            q_seam_ptr + seam, k_seam_ptr + seam, H * L, DOT)
     tl.store(dq_ptr + at, dq)
     tl.store(dk_ptr + at, dk)
 
@@ -1638,7 +1635,7 @@ def store_grad_decays(
 @chunk_kernel
 def gla_grad_decays(
     q_ptr, k_ptr, g_ptr,            # (B,T,H,K)
-    q_seam_ptr, k_seam_ptr, earlier_ptr,  # (B,n,R,H,K) or None, (R,R) or None
+    earlier_ptr,                    # (R,R)  see within_block
     block_decay_ptr, decay_ptr,     # (B,H,T/R,K), (B,H,n,K)  log2
     grad_scores_ptr, diagonal_ptr,  # (B,T,H,L), (B,H,T)
     dq_start_ptr, dk_end_ptr,       # (B,T,H,K)
@@ -1648,10 +1645,10 @@ def gla_grad_decays(
     H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     PK: tl.constexpr, BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq, dk and dg. A second launch, STEEP, stores those of steep blocks again. Without
-    q_seam dq_start and dk_end are of the seam. earlier: see within_block. One program owns
-    PK channels of one block of one head and fills a processor, where nothing else runs
-    while it waits: so loads come first, or a turn ahead (PK > BK)."""
+    """dq, dk and dg. A second launch, STEEP, stores those of steep blocks again.
+    One program owns PK channels of one block of one head. It fills a processor, where
+    nothing else runs while it waits: so loads come first, and where PK > BK those of the
+    next BK channels before the work on these."""
     program, rest = split(tl.program_id(0), K // PK)
     head, block, batch = split3(rest, H, n, L // R)
     of_block = ((batch * H + head) * n * (L // R) + block) * K
@@ -1661,10 +1658,10 @@ def gla_grad_decays(
     j = tl.arange(0, R)[None, :]
     row = (batch * n * L + block * R) * H + head
     of_state = ((batch * H + head) * n + block // (L // R)) * K
-    grad_scores_ptr += row * L
-    grad_scores = tl.load(grad_scores_ptr + block % (L // R) * R + i * (H * L) + j)
+    grad_scores_ptr += row * L + block % (L // R) * R
+    grad_scores = tl.load(grad_scores_ptr + i * (H * L) + j)
     diagonal = tl.load(diagonal_ptr + (batch * H + head) * n * L + block * R + i)
-    earlier = i > j if earlier_ptr is None else tl.load(earlier_ptr + i * R + j)
+    earlier = tl.load(earlier_ptr + i * R + j)
     for k0 in range(0, PK, BK):
         channel = program * PK + k0 + tl.arange(0, BK)
         at = row * K + i * (H * K) + channel[None, :]
@@ -1681,12 +1678,6 @@ def gla_grad_decays(
         k = k.to(tl.float32)
         dq, dk, pairs, exp_upto, exp_after = within_block(
             q, k, g, total, grad_scores, diagonal, earlier, STEEP, DOT)
-        if q_seam_ptr is not None:
-            other = of_block + ((block ^ 1) - block) * K + channel
-            seam = at + ((batch * n + block // 2) * R * H + head - row) * K
-            dq_start, dk_end = across_blocks(
-                dq_start, dk_end, block_decay_ptr + other, block % 2 == 1, grad_scores_ptr,
-                q_seam_ptr + seam, k_seam_ptr + seam, H * L, DOT)
         if L > R:
             around += tl.load(around_ptr + of_block + channel)  # states to the other block
         dq_before = dq_start * exp_upto
@@ -1828,10 +1819,8 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
     V = v.shape[3]
     f = 1 if gates is None else gates.shape[1]
     n = T // L
-    # across the seam by gla_grad_decays, with gates; why: data/results/README.md
-    to_seam = gates is not None and L > R
     # whole blocks, where there are enough for a large GPU
-    whole = q.dtype == torch.bfloat16 and B * H * T // R >= 128 and not to_seam
+    whole = q.dtype == torch.bfloat16 and B * H * T // R >= 128
     launches = gla_launches(K, V, B * H * f, whole, L, R, q.dtype)
     sizes = dict(n=n, H=H, L=L)
     DOT = product_precision(q)
@@ -1869,11 +1858,8 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
         G=H // f, R=R, **of_states)
     if gates is not None:
         dgates.copy_(of_mixing.sum(0) + of_reading.sum((0, 3)))
-    seams = (q_seam, k_seam) if to_seam else (None, None)
-    earlier = None
-    if not to_seam and K > 16:  # else untested on a GPU (the same page)
-        earlier = torch.ones(R, R, dtype=q.dtype, device=q.device).tril_(-1)
-    pointers = (q, k, g, *seams, earlier, block_decay, decay, grad_scores, diagonal,
+    earlier = torch.ones(R, R, dtype=q.dtype, device=q.device).tril_(-1)
+    pointers = (q, k, g, earlier, block_decay, decay, grad_scores, diagonal,
                 dq_start, dk_end, state_pairs, around, dq, dk, dg)
     of_keys = dict(scale=scale, K=K, R=R, DOT=DOT, **sizes)
     launches.grad_decays(B * H * T // R, *pointers, STEEP=False, **of_keys)

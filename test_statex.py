@@ -514,14 +514,13 @@ def test_chunks_of_two_blocks(op, H, G, decay, dtype, monkeypatch, interpreter):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("decay", ("mixed", None))
-def test_grad_decays_of_all_channels_in_one_program(decay, dtype, monkeypatch, interpreter):
-    """As where blocks are many; there are two tiles of channels."""
+def test_grad_decays_of_all_channels_in_one_program(decay, monkeypatch, interpreter):
+    """As where blocks are many, in bfloat16 only; there are two tiles of channels."""
     launches = kernels.gla_launches
     monkeypatch.setattr(kernels, "gla_launches", lambda K, V, states, whole, *rest: launches(
         K, V, states, True, *rest))
-    args = inputs("gla", 1, 35, 2, 2, 40, 16, dtype=dtype, device=DEVICE, decay=decay)
+    args = inputs("gla", 1, 35, 2, 2, 40, 16, dtype=torch.bfloat16, device=DEVICE, decay=decay)
     check_against("recurrent", "gla", args, "triton")
 
 
