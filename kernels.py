@@ -41,6 +41,7 @@ import torch.nn.functional as F
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor  # since Triton 3.4
     triton_installed = True
 except ImportError:  # recurrent and chunked still work; jit does nothing
     triton = types.SimpleNamespace(jit=lambda f=None, **options: f or (lambda g: g))
@@ -740,7 +741,7 @@ def load_decay(decay_ptr, chunk, k, DECAYS: tl.constexpr):
 
 @chunk_kernel
 def scan_states(
-    x_ptr, y_ptr,            # (B,T,HX,K), (B,T,HY,V)  F = H / HX heads share an x
+    x_table, y_table,        # (B T,HX K), (B T,HY V), see Launch; F = H / HX heads share an x
     weight_ptr, gates_ptr,   # (B,H,T) or None (gla), (HX,F,F) or None
     decay_ptr,               # (B,H,n,K/F), for ssd (B,H,n): of a whole chunk, log2
     initial_ptr, final_ptr,  # (B,H,K,V)  S (dS) at the start and the end, or None
@@ -762,8 +763,8 @@ def scan_states(
     v = v_block * BV + tl.arange(0, BV)
     mine = k[:, None] * V + v[None, :]
     F: tl.constexpr = H // HX
-    x_ptr += (batch * n * L * HX + head // F) * K
-    y_ptr += (batch * n * L * HY + head // (H // HY)) * V
+    x_column = head // F * K + k_block * BK
+    y_column = head // (H // HY) * V + v_block * BV
     states_ptr += (batch * H + head) * n * K * V
     # the head whose keys and decays the tile's channels belong to
     key_head = batch * H + head // F * F + k_block * BK // (K // F)
@@ -778,24 +779,24 @@ def scan_states(
     for step in range(n * PIECES):
         piece = n * PIECES - 1 - step if REVERSE else step
         chunk = (piece // PIECES).to(tl.int64)
-        token = piece.to(tl.int64) * BT
         entering = step % PIECES == 0
         if entering:
             tl.store(states_ptr + chunk * K * V + mine, state)
-        x = tl.load(x_ptr + token * HX * K + (i[None, :] * (HX * K) + k[:, None]))  # (BK,BT)
-        y = tl.load(y_ptr + token * HY * V + (i[:, None] * (HY * V) + v[None, :]))
+        row = (batch * n * L + piece * BT).to(tl.int32)
+        x = x_table.load([row, x_column])  # (BT,BK)
+        y = y_table.load([row, y_column])
         # Forget once, on entering the chunk: x or weight has the decays inside it.
         state *= tl.exp2(tl.where(entering, decay, 0.0))
         # the next chunk's, already now: in its own turn the loop would wait for it
         following = tl.maximum(chunk - 1, 0) if REVERSE else tl.minimum(chunk + 1, n - 1)
         decay = load_decay(decay_ptr, key_head * n + following, k, DECAYS)
         if weight_ptr is not None:
-            weight = tl.load(weight_ptr + (batch * H + head) * n * L + token + i)
-            x = (x.to(tl.float32) * weight[None, :]).to(y.dtype)
+            weight = tl.load(weight_ptr + (batch * H + head) * n * L + piece * BT + i)
+            x = (x.to(tl.float32) * weight[:, None]).to(y.dtype)
         if gates_ptr is not None:
-            state += gate * tl.dot(x, y, input_precision=DOT)
+            state += gate * tl.dot(tl.trans(x), y, input_precision=DOT)
         else:
-            state = tl.dot(x, y, state, input_precision=DOT)
+            state = tl.dot(tl.trans(x), y, state, input_precision=DOT)
     if final_ptr is not None:
         tl.store(final_ptr + (batch * H + head) * K * V + mine, state)
 
@@ -893,6 +894,7 @@ def multiply_rows(
     tl.store(scores_ptr + at, scores)
 
 
+SCAN_TILES = dict(cut={"BK": "K", "BV": "V"}, tables=(("BT", "BK"), ("BT", "BV")))
 # Each family launches them by names of its own: a search for gla_ or ssd_ finds all its
 # kernels.
 gla_scan_states = ssd_scan_states = scan_states
@@ -907,16 +909,22 @@ gla_grad_scores = ssd_scores = multiply_rows
 class Launch:
     """A kernel with its tile. A call launches `programs` programs, times the number of
     tiles in each size that `cut` names: {"BV": "HP"} is one for every BV of H P channels.
+    Its first arguments, as many as `tables` names tiles, become tables (B T, channels) by
+    descriptors: Hopper fetches tiles of these without threads that compute addresses.
 
     Where the GPU's shared memory does not hold num_stages stages of the pipeline, it
     takes fewer from then on: gla_launches and ssd_launches are cached."""
 
-    def __init__(self, kernel, cut=None, **options):
+    def __init__(self, kernel, cut=None, tables=(), **options):
         self.kernel = kernel
         self.cut = cut or {}
+        self.tables = tables
         self.options = options
 
     def __call__(self, programs, *pointers, **named):
+        pointers = list(pointers)
+        for number, tile in enumerate(self.tables):
+            pointers[number] = table(pointers[number], [self.options[name] for name in tile])
         for tile, sizes in self.cut.items():
             total = math.prod(named[size] for size in sizes)
             programs *= -(-total // self.options[tile])
@@ -927,6 +935,14 @@ class Launch:
                 if self.options.get("num_stages", 1) == 1:
                     raise
                 self.options["num_stages"] -= 1
+
+
+def table(x, tile):
+    """x (B,T,...) as a table of tokens, to be loaded in tiles of these rows and columns."""
+    x = x.flatten(2).flatten(0, 1)
+    if x.data_ptr() % 16:  # as descriptors ask for
+        x = x.clone()
+    return TensorDescriptor.from_tensor(x, tile)
 
 
 def power_of_two(x, low, high=1 << 30):
@@ -1709,14 +1725,15 @@ def gla_launches(K, V, states, whole, L, R, dtype):
     BV = power_of_two(V, 16, 64)
     wide_k = power_of_two(K, 16, 128 if narrow else 64)
     wide_v = power_of_two(V, 16, 128 if narrow else 64)
+    scan = dict(SCAN_TILES, BK=BK)
     # whether wide tiles leave a program for each of a large GPU's 132 processors
     many = narrow and K // BK * (V // wide_v) * states >= 128
     if many and L > R:
-        scan = dict(BK=BK, BV=wide_v, BT=64, num_warps=4, num_stages=4)
+        scan |= dict(BV=wide_v, BT=64, num_warps=4, num_stages=4)
     elif many:
-        scan = dict(BK=BK, BV=wide_v, BT=R, num_warps=8, num_stages=2)
+        scan |= dict(BV=wide_v, BT=R, num_warps=8, num_stages=2)
     else:
-        scan = dict(BK=BK, BV=BV, BT=R, num_warps=4, num_stages=3)
+        scan |= dict(BV=BV, BT=R, num_warps=4, num_stages=3)
     rows = dict(BK=BK, BV=wide_v)
     rows |= dict(num_warps=8, num_stages=4) if L > R else dict(num_warps=4, num_stages=3)
     few_k = power_of_two(K, 16, 32)  # where many tiles are in registers at once
@@ -1725,7 +1742,7 @@ def gla_launches(K, V, states, whole, L, R, dtype):
         scores=Launch(gla_scores, BK=BK, num_warps=8, num_stages=1),
         scores_steep=Launch(gla_scores_steep, BK=few_k, num_warps=8, num_stages=1),
         scores_across=Launch(gla_scores_across, BK=BK, num_warps=8, num_stages=3),
-        scan=Launch(gla_scan_states, cut={"BK": "K", "BV": "V"}, **scan),
+        scan=Launch(gla_scan_states, **scan),
         mix_scores=Launch(gla_mix_scores, num_warps=1, num_stages=1),
         outputs=Launch(gla_outputs, cut={"BV": "V"}, **rows),
         grad_values=Launch(gla_grad_values, cut={"BV": "V"}, **rows),
@@ -1918,40 +1935,26 @@ def gla_triton(q, k, v, g, scale, state, gates):
 
 
 @triton.jit
-def decay_table(cum_ptr, low_ptr, of_head, query, key):
-    """exp(g_{key+1} + ... + g_query) for query >= key, else 0, in one head's chunk.
-
-    In float32 the running sum is a float64 cut in two, cum + low: a difference of large
-    sums then keeps the digits of small decays. In bfloat16 low_ptr is None."""
-    cum_ptr += of_head
-    between = tl.load(cum_ptr + query)[:, None] - tl.load(cum_ptr + key)[None, :]
-    if low_ptr is not None:
-        low_ptr += of_head
-        between += tl.load(low_ptr + query)[:, None] - tl.load(low_ptr + key)[None, :]
+def decay_table(cum_of_query, cum_of_key, query, key):
+    """exp(g_{key+1} + ... + g_query) for query >= key, else 0, of one head. With key_cum as
+    cum_of_key it is that times dt_key."""
+    between = (cum_of_query[:, None] - cum_of_key[None, :]).to(tl.float32)
     return tl.exp2(tl.where(query[:, None] >= key[None, :], between, float("-inf")))
-
-
-@triton.jit
-def decay_after(cum_ptr, low_ptr, of_head, key, last):
-    """exp(after) of keys: up to the last token of their chunk. It is the weight that they
-    write with over dt, but dt may be 0."""
-    after = tl.load(cum_ptr + of_head + last) - tl.load(cum_ptr + of_head + key)
-    if low_ptr is not None:
-        after += tl.load(low_ptr + of_head + last) - tl.load(low_ptr + of_head + key)
-    return tl.exp2(after)
 
 
 @chunk_kernel
 def ssd_decays(
     dt_ptr, A_ptr, first_ptr,  # (B,T,H), (H,), (B,T) int8 or None: a document begins
-    cum_ptr, low_ptr,          # (B,H,T)  upto, log2; and what float32 drops of it
+    cum_ptr, key_cum_ptr,      # (B,H,T)  upto, and upto - log dt; log2
     read_weight_ptr,           # (B,H,T)  exp(upto)
     write_weight_ptr,          # (B,H,T)  exp(after) dt
     decay_ptr,                 # (B,H,n)  of a chunk, log2
     n,
     H: tl.constexpr, L: tl.constexpr, BH: tl.constexpr,
 ):
-    """Sums of g = dt A in a chunk. One program owns one chunk of BH heads."""
+    """Sums of g = dt A in a chunk. For float32 inputs cum and key_cum are float64, so that
+    differences of large sums keep the digits of small decays. One program owns one chunk
+    of BH heads."""
     head_block, chunk, batch = split3(tl.program_id(0), tl.cdiv(H, BH), n)
     head = head_block * BH + tl.arange(0, BH)
     inside = (head < H)[None, :]
@@ -1968,11 +1971,10 @@ def ssd_decays(
     total = tl.sum(g, 0)
 
     at = (batch * H + head[None, :]) * n * L + chunk * L + i[:, None]
-    high = cum.to(tl.float32)
-    tl.store(cum_ptr + at, high, inside)
-    if low_ptr is not None:
-        tl.store(low_ptr + at, cum - high.to(tl.float64), inside)
-    tl.store(read_weight_ptr + at, tl.exp2(high), inside)
+    exact = cum_ptr.dtype.element_ty
+    tl.store(cum_ptr + at, cum, inside)
+    tl.store(key_cum_ptr + at, cum - tl.log2(dt.to(exact)), inside)  # infinite where dt is 0
+    tl.store(read_weight_ptr + at, tl.exp2(cum.to(tl.float32)), inside)
     tl.store(write_weight_ptr + at, tl.exp2((total[None, :] - cum).to(tl.float32)) * dt, inside)
     tl.store(decay_ptr + (batch * H + head) * n + chunk, total, head < H)
 
@@ -2030,8 +2032,8 @@ def ssd_outputs(
     C_ptr, states_ptr,     # (B,T,G,N), (B,H,n,P,N)
     state_read_ptr,        # (B,T,H,P)  S C of ssd_read_states, or None
     scores_ptr,            # (B,T,G,L)
-    x_ptr, dt_ptr, D_ptr,  # (B,T,H,P), (B,T,H), (H,) or None
-    cum_ptr, low_ptr,      # (B,H,T)
+    x_ptr, D_ptr,          # (B,T,H,P), (H,) or None
+    cum_ptr, key_cum_ptr,  # (B,H,T)
     y_ptr,                 # (B,T,H,P)
     n,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -2051,14 +2053,14 @@ def ssd_outputs(
     C_ptr += (token * G + group) * N
     scores_ptr += (token * G + group) * L
     x_ptr += (token * H + head) * P
-    dt_ptr += token * H + head
     of_head = (batch * H + head) * n * L + chunk * L
     states_ptr += ((batch * H + head) * n + chunk) * P * N
     mine = query[:, None] * (H * P) + p[None, :]
 
     # what queries read from the state
     of_rows = (token * H + head) * P
-    weight = tl.exp2(tl.load(cum_ptr + of_head + query))[:, None]
+    cum = tl.load(cum_ptr + of_head + query)
+    weight = tl.exp2(cum.to(tl.float32))[:, None]
     y = read_rows(state_read_ptr, of_rows, mine, C_ptr, states_ptr, query, p * N, G, N, BN, DOT)
     # waited for, or ptxas has the products below wait for each other (its note C7514)
     y = waited_for(y * weight)
@@ -2067,8 +2069,7 @@ def ssd_outputs(
     for key_block in range(block + 1):
         key = key_block * R + i
         scores = tl.load(scores_ptr + query[:, None] * (G * L) + key[None, :]).to(tl.float32)
-        table = decay_table(cum_ptr, low_ptr, of_head, query, key)
-        scores *= table * tl.load(dt_ptr + key * H)[None, :]
+        scores *= decay_table(cum, tl.load(key_cum_ptr + of_head + key), query, key)
         x = tl.load(x_ptr + key[:, None] * (H * P) + p[None, :])
         y = waited_for(tl.dot(scores.to(x.dtype), x, y, input_precision=DOT))
 
@@ -2083,7 +2084,7 @@ def ssd_grad_values(
     grad_read_ptr, state_read_ptr,  # (B,T,H,P)  dS B, S C of ssd_read_states, or None
     scores_ptr,                     # (B,T,G,L)
     x_ptr, dy_ptr, dt_ptr, D_ptr,   # (B,T,H,P), (B,T,H,P), (B,T,H), (H,) or None
-    cum_ptr, low_ptr, write_weight_ptr,  # (B,H,T)
+    cum_ptr, write_weight_ptr,      # (B,H,T)
     dx_ptr, ddt_of_x_ptr,           # (B,T,H,P), (B,H,T)  dt's gradient as x's factor
     writes_ptr, reads_ptr, dD_ptr,  # (B,H,T) twice, see ssd_grad_decays; (B,H,T/R)  parts
     n,
@@ -2110,23 +2111,24 @@ def ssd_grad_values(
     of_head = (batch * H + head) * n * L + chunk * L
     grad_states_ptr += ((batch * H + head) * n + chunk) * P * N
     mine = key[:, None] * (H * P) + p[None, :]
+    cum = tl.load(cum_ptr + of_head + key)
     if state_read_ptr is not None:  # before all else: later, it costs registers
         read = tl.load(state_read_ptr + of_rows + mine).to(tl.float32)
         read = tl.sum(read * tl.load(dy_ptr + mine).to(tl.float32), axis=1)
-        tl.store(reads_ptr + of_head + key, tl.exp2(tl.load(cum_ptr + of_head + key)) * read)
+        tl.store(reads_ptr + of_head + key, tl.exp2(cum.to(tl.float32)) * read)
     # what keys write to the state, all else that this needs on its way before the products
     x = tl.load(x_ptr + mine)
     dt = tl.load(dt_ptr + key * H)
     weight = tl.load(write_weight_ptr + of_head + key)
-    after = decay_after(cum_ptr, low_ptr, of_head, key, L - 1)
+    after = (tl.load(cum_ptr + of_head + L - 1) - cum).to(tl.float32)
     dv = read_rows(grad_read_ptr, of_rows, mine, B_ptr, grad_states_ptr, key, p * N, G, N, BN, DOT)
     tl.store(writes_ptr + of_head + key, weight * tl.sum(x * dv, axis=1))
-    dv *= after[:, None]
+    dv *= tl.exp2(after)[:, None]
     # and what the queries of their chunk read, block by block from the diagonal
     for query_block in range(block, L // R):
         query = query_block * R + i
         scores = tl.load(scores_ptr + query[:, None] * (G * L) + key[None, :]).to(tl.float32)
-        scores *= decay_table(cum_ptr, low_ptr, of_head, query, key)
+        scores *= decay_table(tl.load(cum_ptr + of_head + query), cum, query, key)
         dy = tl.load(dy_ptr + query[:, None] * (H * P) + p[None, :])
         scores = tl.trans(scores.to(dy.dtype))
         dv = waited_for(tl.dot(scores, dy, dv, input_precision=DOT))
@@ -2141,8 +2143,8 @@ def ssd_grad_values(
 
 @chunk_kernel
 def ssd_grad_scores(
-    x_ptr, dy_ptr, dt_ptr,        # (B,T,H,P), (B,T,H,P), (B,T,H)
-    cum_ptr, low_ptr,             # (B,H,T)
+    x_ptr, dy_ptr,                # (B,T,H,P)
+    cum_ptr, key_cum_ptr,         # (B,H,T)
     scores_ptr, grad_scores_ptr,  # (B,T,G,L)
     ends_ptr, begins_ptr,         # (L/R,B,H,T)  by the block of keys, of queries
     n, heads,
@@ -2170,16 +2172,22 @@ def ssd_grad_scores(
 
     scores = tl.load(scores_ptr + at).to(tl.float32)
     grad_scores = tl.zeros((R, R), tl.float32)
+    of_head = (batch * H + group * (H // G)) * n * L + chunk * L
+    cum_of_query = tl.load(cum_ptr + of_head + query)
+    cum_of_key = tl.load(key_cum_ptr + of_head + key)
     for head_of_group in range(H // G):
         head = group * (H // G) + head_of_group
         of_head = (batch * H + head) * n * L + chunk * L
         row = token * H + head
         dy = tl.load(dy_ptr + row * P + (query[:, None] * (H * P) + p))
         x = tl.load(x_ptr + row * P + (key[:, None] * (H * P) + p))
-        dt = tl.load(dt_ptr + row + key * H)
-        grad = tl.dot(dy, tl.trans(x), input_precision=DOT) * dt[None, :]
-        grad *= decay_table(cum_ptr, low_ptr, of_head, query, key)
+        grad = tl.dot(dy, tl.trans(x), input_precision=DOT)
+        grad *= decay_table(cum_of_query, cum_of_key, query, key)
         grad_scores += grad
+        # the next head's sums, already now, as scan_states does
+        following = of_head + tl.where(head_of_group < H // G - 1, n * L, 0)
+        cum_of_query = tl.load(cum_ptr + following + query)
+        cum_of_key = tl.load(key_cum_ptr + following + key)
 
         # ends less begins nearly cancels: for float32 inputs both are float64
         pairs = tl.where(below, grad * scores, 0.0).to(ends_ptr.dtype.element_ty)
@@ -2245,6 +2253,8 @@ def ssd_grad_queries_keys(
     dC, dB = through_scores(grad_scores_ptr, B_ptr, C_ptr, token, channel, G, N, L, R, DOT)
     if reads_ptr is not None:
         c = tl.load(C_ptr + at).to(tl.float32)
+        of_tokens = (batch * H + group * (H // G)) * n * L + chunk * L + token
+        weight = tl.load(read_weight_ptr + of_tokens)
     for head_of_group in range(H // G):
         head = group * (H // G) + head_of_group
         of_tokens = (batch * H + head) * n * L + chunk * L + token
@@ -2252,13 +2262,15 @@ def ssd_grad_queries_keys(
         s = tl.load(states_ptr + of_state + tile)
         ds = tl.load(grad_states_ptr + of_state + tile)
         dy = tl.load(dy_ptr + (start * H + head) * P + at_v)
-        weight = tl.load(read_weight_ptr + of_tokens)[:, None]
         if reads_ptr is None:
-            dy = (dy.to(tl.float32) * weight).to(s.dtype)
-            dC = tl.dot(dy, s, dC, input_precision=DOT)
+            dy = dy.to(tl.float32) * tl.load(read_weight_ptr + of_tokens)[:, None]
+            dC = tl.dot(dy.to(s.dtype), s, dC, input_precision=DOT)
         else:
-            through_state = tl.dot(dy, s, input_precision=DOT) * weight
+            through_state = tl.dot(dy, s, input_precision=DOT) * weight[:, None]
             dC += through_state
+            # the next head's, already now: Triton fetches ahead only factors of products
+            following = of_tokens + tl.where(head_of_group < H // G - 1, n * L, 0)
+            weight = tl.load(read_weight_ptr + following)
             part = (n_block * heads).to(tl.int64) * n * L
             tl.store(reads_ptr + part + of_tokens, tl.sum(through_state * c, axis=1))
         v = tl.load(x_ptr + (start * H + head) * P + at_v).to(tl.float32)
@@ -2333,8 +2345,10 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
     narrow = dtype == torch.bfloat16
     apart = N > READ_APART
     BN = power_of_two(N, 16, 64)
-    scan_n = power_of_two(N, 16, 128)
     # small tiles where others are too few for a large GPU's processors
+    scan_n = power_of_two(N, 16, 128)
+    if N // scan_n * heads < 256:
+        scan_n = min(scan_n, 64)
     if N // scan_n * heads < 128:
         scan_n = min(scan_n, 32)
     width = 128 if narrow and shared * P % 128 == 0 else P
@@ -2342,18 +2356,21 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
         through = dict(BR=128, BN=128, num_warps=8, num_stages=3)
     else:
         through = dict(BR=R, BN=BN, num_warps=4, num_stages=3)
-    scan = dict(cut={"BK": "K", "BV": "V"}, BK=P, BV=scan_n,
-                BT=min(L, 64 if scan_n > 32 else 128), num_warps=4)
+    if apart:
+        scan = dict(SCAN_TILES, BK=P, BV=scan_n, BT=min(L, 128), num_warps=4, num_stages=2)
+    elif scan_n == 128:
+        scan = dict(SCAN_TILES, BK=P, BV=scan_n, BT=min(L, 64), num_warps=4, num_stages=4)
+    else:
+        scan = dict(SCAN_TILES, BK=P, BV=scan_n, BT=min(L, 128), num_warps=4, num_stages=3)
     # maxnreg, a thread's registers: at 128 four programs fit a processor
     rows = dict(BN=BN, num_warps=4, maxnreg=128 if narrow else None)
     return types.SimpleNamespace(
         decays=Launch(ssd_decays, cut={"BH": "H"}, BH=8, num_warps=4),
         scores=Launch(ssd_scores, BK=BN, num_warps=4),
-        scan=Launch(ssd_scan_states, num_stages=4 if narrow else 3, **scan),
+        scan=Launch(ssd_scan_states, **scan),
         read=Launch(ssd_read_states, cut={"BV": "HP"}, BV=width, BN=BN, num_warps=8,
                     num_stages=3 if L <= 128 else 4),
         outputs=Launch(ssd_outputs, num_stages=3, **rows),
-        grad_scan=Launch(ssd_scan_states, num_stages=3, **scan),
         grad_values=Launch(ssd_grad_values, num_stages=3 if narrow else 2, **rows),
         grad_scores=Launch(ssd_grad_scores, num_warps=4, num_stages=3),
         grad_queries_keys=Launch(ssd_grad_queries_keys, cut={"BN": "N", "BR": "L"}, **through),
@@ -2361,30 +2378,34 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
     )
 
 
+def exact_sums(x):
+    """The dtype of sums whose differences count: of float32 inputs float64."""
+    return torch.float64 if x.dtype == torch.float32 else torch.float32
+
+
 def ssd_results(x, dt, B, L, **others):
-    """What ssd_forward fills; low is empty in bfloat16, state_read for N <= READ_APART."""
+    """What ssd_forward fills; state_read is empty for N <= READ_APART."""
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
-    cum = dt.new_empty(batch, H, T)
-    low = torch.empty_like(cum) if x.dtype == torch.float32 else dt.new_empty(0)
-    return (torch.empty_like(x), dt.new_empty(batch, H, P, N),
-            cum, low, torch.empty_like(cum), torch.empty_like(cum), dt.new_empty(batch, H, T // L),
+    weights = dt.new_empty(batch, H, T)
+    cum = torch.empty_like(weights, dtype=exact_sums(x))
+    return (torch.empty_like(x), dt.new_empty(batch, H, P, N), cum, torch.empty_like(cum),
+            weights, torch.empty_like(weights), dt.new_empty(batch, H, T // L),
             x.new_empty(batch, T, G, L), x.new_empty(batch, H, T // L, P, N),
             x.new_empty(batch if N > READ_APART else 0, T, H, P))
 
 
 @operator(ssd_results)
 def ssd_forward(x, dt, A, B, C, D, state, first, L, R, *, y, last,
-                cum, low, read_weight, write_weight, decay, scores, states, state_read):
+                cum, key_cum, read_weight, write_weight, decay, scores, states, state_read):
     """T is a multiple of L; P 16, 32 or 64; N as K in gla_forward."""
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
     n = T // L
     launches = ssd_launches(P, N, batch * H, H // G, L, R, x.dtype)
     sizes = dict(n=n, L=L, DOT=product_precision(x))
-    low = low if low.numel() else None
     launches.decays(
-        batch * n, dt, A, first, cum, low, read_weight, write_weight, decay, n=n, H=H, L=L)
+        batch * n, dt, A, first, cum, key_cum, read_weight, write_weight, decay, n=n, H=H, L=L)
     launches.scores(
         batch * n * G * (L // R) ** 2, C, B, scores, None, H=G, K=N, R=R, **sizes)
     launches.scan(
@@ -2393,8 +2414,8 @@ def ssd_forward(x, dt, A, B, C, D, state, first, L, R, *, y, last,
     if N > READ_APART:
         launches.read(batch * n, C, states, state_read, H=H, G=G, P=P, N=N, **sizes)
     launches.outputs(
-        batch * H * T // R, C, states, state_read if N > READ_APART else None, scores, x, dt, D,
-        cum, low, y, H=H, G=G, P=P, N=N, R=R, **sizes)
+        batch * H * T // R, C, states, state_read if N > READ_APART else None, scores, x, D,
+        cum, key_cum, y, H=H, G=G, P=P, N=N, R=R, **sizes)
 
 
 def ssd_gradients(x, dt, A, B, C, D, has_state, **others):
@@ -2406,7 +2427,7 @@ def ssd_gradients(x, dt, A, B, C, D, has_state, **others):
 
 
 @operator(ssd_gradients)
-def ssd_backward(x, dt, A, B, C, D, first, cum, low, read_weight, write_weight, decay, scores,
+def ssd_backward(x, dt, A, B, C, D, first, cum, key_cum, read_weight, write_weight, decay, scores,
                  states, state_read, dy, dlast, L, R, has_state, *,
                  dx, ddt, dA, dB, dC, dD, dstate):
     """As gla_backward, for ssd_forward; dy as y."""
@@ -2417,31 +2438,29 @@ def ssd_backward(x, dt, A, B, C, D, first, cum, low, read_weight, write_weight, 
     apart = N > READ_APART
     launches = ssd_launches(P, N, heads, H // G, L, R, x.dtype)
     sizes = dict(n=n, H=H, L=L, DOT=product_precision(x))
-    low = low if low.numel() else None
     parts = N // launches.grad_queries_keys.options["BN"]
-    exact = torch.float64 if x.dtype == torch.float32 else torch.float32
     grad_states = torch.empty_like(states)
     grad_scores = torch.empty_like(scores)
-    ddt_of_x = torch.empty_like(cum)
-    writes = torch.empty_like(cum)
-    reads = cum.new_empty(1 if apart else parts, batch, H, T)
-    ends = cum.new_empty(L // R, batch, H, T, dtype=exact)
+    ddt_of_x = torch.empty_like(read_weight)
+    writes = torch.empty_like(read_weight)
+    reads = dt.new_empty(1 if apart else parts, batch, H, T)
+    ends = dt.new_empty(L // R, batch, H, T, dtype=exact_sums(x))
     begins = torch.empty_like(ends)
-    state_pairs = cum.new_empty(parts, batch, H, n)
-    dA_parts = cum.new_empty(batch, H, n)
-    dD_parts = cum.new_empty(batch, H, T // R)
-    launches.grad_scan(
+    state_pairs = dt.new_empty(parts, batch, H, n)
+    dA_parts = dt.new_empty(batch, H, n)
+    dD_parts = dt.new_empty(batch, H, T // R)
+    launches.scan(
         heads, dy, C, read_weight, None, decay, dlast, dstate if has_state else None, grad_states,
         HX=H, HY=G, K=P, V=N, REVERSE=True, **sizes)
     if apart:
         launches.read(batch * n, B, grad_states, dx, G=G, P=P, N=N, **sizes)
     launches.grad_values(
         heads * T // R, B, grad_states, dx if apart else None, state_read if apart else None,
-        scores, x, dy, dt, D, cum, low, write_weight, dx, ddt_of_x, writes, reads, dD_parts,
+        scores, x, dy, dt, D, cum, write_weight, dx, ddt_of_x, writes, reads, dD_parts,
         G=G, P=P, N=N, R=R, **sizes)
     launches.grad_scores(
-        batch * n * G * (L // R) ** 2, x, dy, dt, cum, low, scores, grad_scores,
-        ends, begins, heads=heads, G=G, P=P, R=R, **sizes)
+        batch * n * G * (L // R) ** 2, x, dy, cum, key_cum, scores, grad_scores, ends, begins,
+        heads=heads, G=G, P=P, R=R, **sizes)
     launches.grad_queries_keys(
         batch * G * n, B, C, x, dy, read_weight, write_weight, states, grad_states, grad_scores,
         dB, dC, None if apart else reads, state_pairs,
