@@ -416,8 +416,8 @@ def pick(impl, *tensors):
     if impl not in ("recurrent", "chunked", "triton", "auto"):
         raise BadInput(f"impl is {impl!r}; expected 'recurrent', 'chunked', 'triton' or 'auto'")
     if impl == "triton" and not triton_installed:
-        raise BadInput("impl is 'triton', which is not installed here; pip install triton, or "
-                       "use impl='auto'")
+        raise BadInput("impl is 'triton'; Triton 3.4 or later is not installed here: pip install "
+                       "-U triton, or use impl='auto'")
     if impl == "triton" and not can_launch(tensors[0]):
         raise BadInput(f"impl is 'triton', which takes tensors of a GPU, and these are on "
                        f"{tensors[0].device}; use impl='auto', or set TRITON_INTERPRET=1 first")
@@ -444,7 +444,8 @@ def triton_supports(device):
 def capability(device):
     """(major, minor) of a GPU. Warns once on Hopper (9.x), where Triton before 3.9 may
     make wrong code: issues 9433 (see waited_for) and 11047 (a wait did not span warp
-    groups). Triton 3.6 makes neither in our kernels (see data/results/README.md)."""
+    groups), and ptxas 12.8 (of Triton 3.6) may read a register that nothing has set. Our
+    kernels as Triton 3.6 makes them have none of these (see data/results/README.md)."""
     found = torch.cuda.get_device_capability(device)
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if found[0] == 9 and version < (3, 9):
@@ -645,6 +646,7 @@ def ssd_first(
 #   DOT               tl.dot's input_precision: None for bfloat16, "tf32x3" for float32;
 #                     "tf32" where float32 gates mix bfloat16 scores
 #   upto (c, cum)     sum of g from the start of a chunk or block up to a token
+#   key_cum           upto - log dt (ssd): as a key's sum it has dt in the decays made of it
 #   after             sum of g after it to the end
 #                     Both are in bits (log2, exp2), though formulas write exp.
 #   q_start, k_end    q exp(upto), k exp(after): what meets the states around a chunk
@@ -652,6 +654,7 @@ def ssd_first(
 #                     second one's queries, of the first one's keys
 #   dx, grad_x        the gradient of x; S is a state, dS its gradient
 #   row               token * H + head
+#   x_table           x (B,T,H,K) as B T rows of H K channels, read in tiles: see Launch
 #   mine, at_, of_    offsets in elements
 #   processor         one of the GPU's multiprocessors
 #
@@ -741,7 +744,7 @@ def load_decay(decay_ptr, chunk, k, DECAYS: tl.constexpr):
 
 @chunk_kernel
 def scan_states(
-    x_table, y_table,        # (B T,HX K), (B T,HY V), see Launch; F = H / HX heads share an x
+    x_table, y_table,        # (B T,HX K), (B T,HY V)  F = H / HX heads share an x
     weight_ptr, gates_ptr,   # (B,H,T) or None (gla), (HX,F,F) or None
     decay_ptr,               # (B,H,n,K/F), for ssd (B,H,n): of a whole chunk, log2
     initial_ptr, final_ptr,  # (B,H,K,V)  S (dS) at the start and the end, or None
@@ -782,9 +785,9 @@ def scan_states(
         entering = step % PIECES == 0
         if entering:
             tl.store(states_ptr + chunk * K * V + mine, state)
-        row = (batch * n * L + piece * BT).to(tl.int32)
-        x = x_table.load([row, x_column])  # (BT,BK)
-        y = y_table.load([row, y_column])
+        token = (batch * n * L + piece * BT).to(tl.int32)
+        x = x_table.load([token, x_column])  # (BT,BK)
+        y = y_table.load([token, y_column])
         # Forget once, on entering the chunk: x or weight has the decays inside it.
         state *= tl.exp2(tl.where(entering, decay, 0.0))
         # the next chunk's, already now: in its own turn the loop would wait for it
@@ -909,8 +912,9 @@ gla_grad_scores = ssd_scores = multiply_rows
 class Launch:
     """A kernel with its tile. A call launches `programs` programs, times the number of
     tiles in each size that `cut` names: {"BV": "HP"} is one for every BV of H P channels.
-    Its first arguments, as many as `tables` names tiles, become tables (B T, channels) by
-    descriptors: Hopper fetches tiles of these without threads that compute addresses.
+    tables has the tile, its rows and columns, of each of the first arguments that the
+    kernel takes as a table: by a descriptor, of whose tiles Hopper (its tensor memory
+    accelerator, TMA) computes the addresses. A descriptor takes the host 4 microseconds.
 
     Where the GPU's shared memory does not hold num_stages stages of the pipeline, it
     takes fewer from then on: gla_launches and ssd_launches are cached."""
@@ -938,9 +942,9 @@ class Launch:
 
 
 def table(x, tile):
-    """x (B,T,...) as a table of tokens, to be loaded in tiles of these rows and columns."""
+    """x (B,T,H,K) as a table of B T rows, to be loaded in tiles of these rows and columns."""
     x = x.flatten(2).flatten(0, 1)
-    if x.data_ptr() % 16:  # as descriptors ask for
+    if x.data_ptr() % 16:  # which a descriptor cannot have
         x = x.clone()
     return TensorDescriptor.from_tensor(x, tile)
 
@@ -2107,7 +2111,6 @@ def ssd_grad_values(
     x_ptr += of_rows
     dy_ptr += of_rows
     dx_ptr += of_rows
-    dt_ptr += token * H + head
     of_head = (batch * H + head) * n * L + chunk * L
     grad_states_ptr += ((batch * H + head) * n + chunk) * P * N
     mine = key[:, None] * (H * P) + p[None, :]
@@ -2116,9 +2119,9 @@ def ssd_grad_values(
         read = tl.load(state_read_ptr + of_rows + mine).to(tl.float32)
         read = tl.sum(read * tl.load(dy_ptr + mine).to(tl.float32), axis=1)
         tl.store(reads_ptr + of_head + key, tl.exp2(cum.to(tl.float32)) * read)
-    # what keys write to the state, all else that this needs on its way before the products
+    # what keys write to the state; all else that this needs is loaded before the products
     x = tl.load(x_ptr + mine)
-    dt = tl.load(dt_ptr + key * H)
+    dt = tl.load(dt_ptr + (token + key) * H + head)
     weight = tl.load(write_weight_ptr + of_head + key)
     after = (tl.load(cum_ptr + of_head + L - 1) - cum).to(tl.float32)
     dv = read_rows(grad_read_ptr, of_rows, mine, B_ptr, grad_states_ptr, key, p * N, G, N, BN, DOT)
@@ -2352,16 +2355,17 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
     if N // scan_n * heads < 128:
         scan_n = min(scan_n, 32)
     width = 128 if narrow and shared * P % 128 == 0 else P
-    if apart and narrow and L >= 128:
-        through = dict(BR=128, BN=128, num_warps=8, num_stages=3)
+    if narrow and L >= 128:
+        through = dict(BR=128, BN=128 if apart else BN, num_warps=8, num_stages=3)
     else:
         through = dict(BR=R, BN=BN, num_warps=4, num_stages=3)
-    if apart:
-        scan = dict(SCAN_TILES, BK=P, BV=scan_n, BT=min(L, 128), num_warps=4, num_stages=2)
-    elif scan_n == 128:
-        scan = dict(SCAN_TILES, BK=P, BV=scan_n, BT=min(L, 64), num_warps=4, num_stages=4)
+    scan = dict(SCAN_TILES, BK=P, BV=scan_n, num_warps=4)
+    if narrow and apart:
+        scan |= dict(BT=min(L, 128), num_stages=2)
+    elif scan_n > 64:
+        scan |= dict(BT=min(L, 64), num_stages=4)
     else:
-        scan = dict(SCAN_TILES, BK=P, BV=scan_n, BT=min(L, 128), num_warps=4, num_stages=3)
+        scan |= dict(BT=min(L, 128), num_stages=3)
     # maxnreg, a thread's registers: at 128 four programs fit a processor
     rows = dict(BN=BN, num_warps=4, maxnreg=128 if narrow else None)
     return types.SimpleNamespace(
@@ -2371,7 +2375,7 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
         read=Launch(ssd_read_states, cut={"BV": "HP"}, BV=width, BN=BN, num_warps=8,
                     num_stages=3 if L <= 128 else 4),
         outputs=Launch(ssd_outputs, num_stages=3, **rows),
-        grad_values=Launch(ssd_grad_values, num_stages=3 if narrow else 2, **rows),
+        grad_values=Launch(ssd_grad_values, num_stages=2, **rows),
         grad_scores=Launch(ssd_grad_scores, num_warps=4, num_stages=3),
         grad_queries_keys=Launch(ssd_grad_queries_keys, cut={"BN": "N", "BR": "L"}, **through),
         grad_decays=Launch(ssd_grad_decays, num_warps=4),
