@@ -2228,8 +2228,7 @@ def ssd_grad_queries_keys(
     B_ptr, C_ptr, x_ptr, dy_ptr,  # (B,T,G,N) twice, (B,T,H,P) twice
     read_weight_ptr, write_weight_ptr,  # (B,H,T)
     states_ptr, grad_states_ptr,  # (B,H,n,P,N)
-    grad_scores_ptr,              # (B,T,G,L)
-    dB_ptr, dC_ptr,               # (B,T,G,N)
+    grad_scores_ptr, dB_ptr, dC_ptr,  # (B,T,G,L), (B,T,G,N) twice
     reads_ptr,                    # (N/BN,B,H,T)  parts; None if ssd_grad_values has it
     state_pairs_ptr,              # (N/BN,B,H,n)  parts of the sum of S dS
     n, heads,
@@ -2243,16 +2242,14 @@ def ssd_grad_queries_keys(
     group, block, batch = split3(rest, G, n, L // BR)
     block, chunk = split(block, L // BR)
     token = block * BR + tl.arange(0, BR)
-    p = tl.arange(0, P)
     channel = n_block * BN + tl.arange(0, BN)
     start = batch * n * L + chunk * L
     B_ptr += (start * G + group) * N
     C_ptr += (start * G + group) * N
     grad_scores_ptr += (start * G + group) * L
     at = token[:, None] * (G * N) + channel[None, :]
-    at_v = token[:, None] * (H * P) + p[None, :]
-    tile = p[:, None] * N + channel[None, :]
-
+    at_v = token[:, None] * (H * P) + tl.arange(0, P)[None, :]
+    tile = tl.arange(0, P)[:, None] * N + channel[None, :]
     dC, dB = through_scores(grad_scores_ptr, B_ptr, C_ptr, token, channel, G, N, L, R, DOT)
     if reads_ptr is not None:
         c = tl.load(C_ptr + at).to(tl.float32)
