@@ -29,7 +29,6 @@ from data.options import BadInput, command_line, option, pick_device, run_script
 import contextlib
 import functools
 import inspect
-import math
 import os
 import types
 import warnings
@@ -926,27 +925,31 @@ class Launch:
         self.options = options
 
     def __call__(self, programs, *pointers, **named):
+        options = self.options
         pointers = list(pointers)
-        for number, tile in enumerate(self.tables):
-            pointers[number] = table(pointers[number], [self.options[name] for name in tile])
+        for number, (rows, columns) in enumerate(self.tables):
+            pointers[number] = table(pointers[number], [options[rows], options[columns]])
         for tile, sizes in self.cut.items():
-            total = math.prod(named[size] for size in sizes)
-            programs *= -(-total // self.options[tile])
+            total = 1
+            for size in sizes:
+                total *= named[size]
+            programs *= -(-total // options[tile])
         while True:
             try:  # all on the grid's first axis: the others end at 65,535
-                return self.kernel[(programs,)](*pointers, **named, **self.options)
+                return self.kernel[(programs,)](*pointers, **named, **options)
             except triton.OutOfResources:
-                if self.options.get("num_stages", 1) == 1:
+                if options.get("num_stages", 1) == 1:
                     raise
-                self.options["num_stages"] -= 1
+                options["num_stages"] -= 1
 
 
 def table(x, tile):
-    """x (B,T,H,K) as a table of B T rows, to be loaded in tiles of these rows and columns."""
-    x = x.flatten(2).flatten(0, 1)
+    """x (B,T,H,K), contiguous, as a table of B T rows and H K columns, to be loaded in tiles
+    of this size."""
+    B, T, H, K = x.shape
     if x.data_ptr() % 16:  # which a descriptor cannot have
         x = x.clone()
-    return TensorDescriptor.from_tensor(x, tile)
+    return TensorDescriptor(x, [B * T, H * K], [H * K, 1], tile)
 
 
 def power_of_two(x, low, high=1 << 30):
@@ -1930,7 +1933,8 @@ def gla_triton(q, k, v, g, scale, state, gates):
     if state is not None:
         state = pad(state.float().unflatten(2, (-1, K)), {3: BK, 4: BV}).flatten(2, 3)
     o, last, *_ = gla_kernels(q, k, v, g, gates, state, scale, L, R)
-    last = last.unflatten(2, (-1, q.shape[3]))[..., :K, :V].flatten(2, 3)
+    if q.shape[3] > K or v.shape[3] > V:
+        last = last.unflatten(2, (-1, q.shape[3]))[..., :K, :V].flatten(2, 3)
     return o[:, :T, :, :V], last
 
 
@@ -1944,6 +1948,12 @@ def decay_table(cum_of_query, cum_of_key, query, key):
     cum_of_key it is that times dt_key."""
     between = (cum_of_query[:, None] - cum_of_key[None, :]).to(tl.float32)
     return tl.exp2(tl.where(query[:, None] >= key[None, :], between, float("-inf")))
+
+
+@triton.jit
+def load_A(A_ptr, head, H: tl.constexpr):
+    """A of these heads; -inf as a number, for the padding has dt = 0."""
+    return tl.maximum(tl.load(A_ptr + head, head < H, 0.0), -1e30)
 
 
 @chunk_kernel
@@ -1966,7 +1976,7 @@ def ssd_decays(
     token = batch * n * L + chunk * L
 
     dt = tl.load(dt_ptr + token * H + i[:, None] * H + head[None, :], inside, 0.0)
-    g = dt * tl.load(A_ptr + head, head < H, 0.0)[None, :]
+    g = dt * load_A(A_ptr, head, H)[None, :]
     g = tl.maximum(g, FORGOTTEN_32)
     if first_ptr is not None:
         g = tl.where(tl.load(first_ptr + token + i)[:, None] != 0, FORGOTTEN_32, g)
@@ -2322,7 +2332,7 @@ def ssd_grad_decays(
 
     token = batch * T + chunk * L + i
     dt = tl.load(dt_ptr + token * H + head)
-    A = tl.load(A_ptr + head)
+    A = load_A(A_ptr, head, H)
     dg = tl.where(dt * A > FORGOTTEN_32, dg, 0.0)
     if first_ptr is not None:
         dg = tl.where(tl.load(first_ptr + token) != 0, 0.0, dg)
@@ -2510,12 +2520,12 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
     L, R = ssd_chunk(T, N, dtype)
     BP = tile_multiple(min(P, 64), x)
     BN = tile_multiple(N, x)
-    x = pad(x.to(dtype), {1: L, 3: parts * BP}).unflatten(3, (parts, BP)).flatten(2, 3)
+    x = pad(x.to(dtype), {1: L, 3: parts * BP})
     dt = pad(dt.float(), {1: L})
-    # The padding has dt = 0, and 0 * -inf would be no number.
-    A = A.float().clamp_min(-1e30).contiguous()
+    A = A.float().contiguous()
     D = None if D is None else D.float().contiguous()
     if parts > 1:
+        x = x.unflatten(3, (parts, BP)).flatten(2, 3)
         dt, A, D = (None if t is None else t.repeat_interleave(parts, -1) for t in (dt, A, D))
     B, C = (pad(t.to(dtype), {1: L, 3: BN}) for t in (B, C))
     if state is not None:
@@ -2523,8 +2533,9 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
     if first is not None:
         first = pad(first.to(torch.int8), {1: L})
     y, last, *_ = ssd_kernels(x, dt, A, B, C, D, state, first, L, R)
-    y = y.unflatten(2, (-1, parts)).flatten(3)
-    last = last.unflatten(1, (-1, parts)).flatten(2, 3)
+    if parts > 1:
+        y = y.unflatten(2, (-1, parts)).flatten(3)
+        last = last.unflatten(1, (-1, parts)).flatten(2, 3)
     return y[:, :T, :, :P], last[:, :, :P, :N]
 
 
