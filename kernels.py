@@ -1946,8 +1946,13 @@ def gla_triton(q, k, v, g, scale, state, gates):
 def decay_table(cum_of_query, cum_of_key, query, key):
     """exp(g_{key+1} + ... + g_query) for query >= key, else 0, of one head. With key_cum as
     cum_of_key it is that times dt_key."""
-    between = (cum_of_query[:, None] - cum_of_key[None, :]).to(tl.float32)
-    return tl.exp2(tl.where(query[:, None] >= key[None, :], between, float("-inf")))
+    between = cum_of_query[:, None] - cum_of_key[None, :]
+    high = between.to(tl.float32)
+    table = tl.exp2(tl.where(query[:, None] >= key[None, :], high, float("-inf")))
+    if between.dtype == tl.float64:  # exp2(high + low) is exp2(high) (1 + low log 2)
+        low = tl.where(high > float("-inf"), between - high, 0.0).to(tl.float32)
+        table += table * low * 0.6931471805599453
+    return table
 
 
 @triton.jit
