@@ -444,7 +444,7 @@ def capability(device):
     """(major, minor) of a GPU. Warns once on Hopper (9.x), where Triton before 3.9 may
     make wrong code: issues 9433 (see waited_for) and 11047 (a wait did not span warp
     groups), and ptxas 12.8 (of Triton 3.6) may read a register that nothing has set. Our
-    kernels as Triton 3.6 makes them have none of these (see data/results/README.md)."""
+    kernels, as Triton 3.6 makes them, had none of these (data/results/README.md)."""
     found = torch.cuda.get_device_capability(device)
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if found[0] == 9 and version < (3, 9):
@@ -600,15 +600,16 @@ def ssd_first(
 #   products only        scores too are a matrix product: in gla the decay of a pair is
 #                        split into a factor for each of the two
 #   long chunks          a stored state costs K V / L elements per token, most of the
-#                        traffic: 256 tokens where states are large, else 128
+#                        traffic: 256 tokens where states are large and bfloat16, else
+#                        128
 #   small tiles          several programs share a state, and fetch ahead its factors
 #   gradients by hand    from the stored states; only factors are computed again
 #
 # Measured on an H100, batch 4, 8192 tokens, bfloat16, forward and backward: long chunks
 # take gla-340m with one head from 1.49 to 1.41 ms and from 0.89 to 0.69 GB, Mamba2-1.3b
 # with d_state 512 from 2.9 to 2.0 GB in the same 4.8 ms; tiles of 64 x 128, not 128 x
-# 256, take both scans of gla-1.3b with one head from 2.36 to 0.95 ms (of 3.6 for
-# the whole pass).
+# 256, took both scans of gla-1.3b with one head from 2.36 to 0.95 ms (of 3.6 for the
+# whole pass, before what data/results/README.md calls faster again).
 #
 # In gla every head has keys of its own here: gla_triton copies shared ones, and with
 # gates cuts a group's f K channels into f heads of K. Without gates f is 1. With gates
@@ -636,18 +637,20 @@ def ssd_first(
 #
 #   n, L, R           chunks of a sequence, tokens of a chunk, tokens of a block.
 #                     gla: L is R or 2 R; `block` counts from the sequence's start
-#                     ssd: L is R, 2 R or 4 R; `block` counts from the chunk's start
+#                     ssd: L is R, 2 R or 4 R; `block` counts from the chunk's start,
+#                     and where a program has BR or BT tokens, in these
 #   F                 heads of a group in gla, f above
-#   heads             as an argument B H; as a vector the heads of a group
+#   heads             as a number B H; as a vector the heads of a group
 #   BK, BV, BN        channels of a tile; PK: of a program with several tiles
 #   BT, BR, BI, BJ    tokens of a tile
-#   BE, BF, BH        scores of a tile, heads of a group, heads of a program
+#   BE, BF, BH        scores of a tile, F up to a power of two, heads of a program
 #   DOT               tl.dot's input_precision: None for bfloat16, "tf32x3" for float32;
 #                     "tf32" where float32 gates mix bfloat16 scores
 #   upto (c, cum)     sum of g from the start of a chunk or block up to a token
-#   key_cum           upto - log dt (ssd): as a key's sum it has dt in the decays made of it
-#   after             sum of g after it to the end
-#                     Both are in bits (log2, exp2), though formulas write exp.
+#   key_cum           upto - log dt (ssd): in place of a key's upto it multiplies the
+#                     decays from that key by its dt
+#   after             sum of g after a token to the end
+#                     All three are in bits (log2, exp2), though formulas write exp.
 #   q_start, k_end    q exp(upto), k exp(after): what meets the states around a chunk
 #   q_seam, k_seam    the same of one block, where a chunk's two blocks meet: of the
 #                     second one's queries, of the first one's keys
@@ -685,8 +688,8 @@ def log2_decay(g):
 
 @triton.jit
 def waited_for(x):
-    """x, a loop's running sum of matrix products, waited for by adding 0 (no compiler
-    drops the addition, since -0.0 + 0.0 is 0.0). Two kinds of loops need it:
+    """x, a sum of matrix products, waited for by adding 0 (no compiler drops the addition,
+    since -0.0 + 0.0 is 0.0). ssd_outputs waits for speed; two kinds of loops need it:
 
     - Where both registers and a product still under way read a tile: Triton's pipeliner
       counts too few buffers for it, and the next fetch may write over it
@@ -723,7 +726,8 @@ def load_gate(gates_ptr, channel, head, K: tl.constexpr, F: tl.constexpr):
 
 @triton.jit
 def load_decay(decay_ptr, chunk, k, DECAYS: tl.constexpr):
-    """A chunk's decay, log2: one, or where DECAYS > 1 that of each channel k, (BK,1)."""
+    """A chunk's decay, log2: one (ssd), or where DECAYS = K / F > 1 that of each channel k,
+    (BK,1). chunk: its number among those of all heads, in (B,H,n)."""
     if DECAYS == 1:
         decay = tl.load(decay_ptr + chunk)
     else:
@@ -743,10 +747,10 @@ def load_decay(decay_ptr, chunk, k, DECAYS: tl.constexpr):
 
 @chunk_kernel
 def scan_states(
-    x_table, y_table,        # (B T,HX K), (B T,HY V)  F = H / HX heads share an x
-    weight_ptr, gates_ptr,   # (B,H,T) or None (gla), (HX,F,F) or None
+    x_table, y_table,        # (B T,HX K), (B T,HY V): F = H / HX heads share an x, H / HY a y
+    weight_ptr, gates_ptr,   # (B,H,T) or None (gla), (HX,F,F) (in reverse) or None
     decay_ptr,               # (B,H,n,K/F), for ssd (B,H,n): of a whole chunk, log2
-    initial_ptr, final_ptr,  # (B,H,K,V)  S (dS) at the start and the end, or None
+    initial_ptr, final_ptr,  # (B,H,K,V)  S (dS) where the scan begins and ends, or None
     states_ptr,              # (B,H,n,K,V)
     n,
     H: tl.constexpr, HX: tl.constexpr, HY: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -784,12 +788,12 @@ def scan_states(
         entering = step % PIECES == 0
         if entering:
             tl.store(states_ptr + chunk * K * V + mine, state)
-        token = (batch * n * L + piece * BT).to(tl.int32)
+        token = (batch * n * L + piece * BT).to(tl.int32)  # what a table takes
         x = x_table.load([token, x_column])  # (BT,BK)
         y = y_table.load([token, y_column])
-        # Forget once, on entering the chunk: x or weight has the decays inside it.
+        # Forget once, on entering the chunk: x or weight has the decays inside it. Then fetch
+        # the next chunk's decay: Triton itself fetches ahead only factors of products.
         state *= tl.exp2(tl.where(entering, decay, 0.0))
-        # the next chunk's, already now: in its own turn the loop would wait for it
         following = tl.maximum(chunk - 1, 0) if REVERSE else tl.minimum(chunk + 1, n - 1)
         decay = load_decay(decay_ptr, key_head * n + following, k, DECAYS)
         if weight_ptr is not None:
@@ -911,9 +915,10 @@ gla_grad_scores = ssd_scores = multiply_rows
 class Launch:
     """A kernel with its tile. A call launches `programs` programs, times the number of
     tiles in each size that `cut` names: {"BV": "HP"} is one for every BV of H P channels.
-    tables has the tile, its rows and columns, of each of the first arguments that the
-    kernel takes as a table: by a descriptor, of whose tiles Hopper (its tensor memory
-    accelerator, TMA) computes the addresses. A descriptor takes the host 4 microseconds.
+    tables: for each of the first arguments, those that the kernel reads through a
+    descriptor, the names of its tile's rows and columns. Hopper's tensor memory
+    accelerator (TMA) then computes the addresses, on older GPUs threads do, as for
+    pointers. A descriptor takes the host 4 microseconds.
 
     Where the GPU's shared memory does not hold num_stages stages of the pipeline, it
     takes fewer from then on: gla_launches and ssd_launches are cached."""
@@ -947,7 +952,7 @@ def table(x, tile):
     """x (B,T,H,K), contiguous, as a table of B T rows and H K columns, to be loaded in tiles
     of this size."""
     B, T, H, K = x.shape
-    if x.data_ptr() % 16:  # which a descriptor cannot have
+    if x.data_ptr() % 16:  # no address for a descriptor
         x = x.clone()
     return TensorDescriptor(x, [B * T, H * K], [H * K, 1], tile)
 
@@ -1514,10 +1519,11 @@ def across_blocks(
     dq, dk, other_decay_ptr, second, grad_scores_ptr, q_seam_ptr, k_seam_ptr,
     ROW: tl.constexpr, DOT: tl.constexpr,
 ):
-    """Takes the dq of a chunk's second block, the dk of its first, to the seam: times the
-    other block's decay, plus what comes through the scores of the second's queries with
-    the first's keys. The other of dq and dk stays. grad_scores_ptr points to the first
-    score of the block, the others to its tiles (other_decay_ptr: (BK,), of the other)."""
+    """Takes the dq of a chunk's second block (where `second`), the dk of its first, to the
+    seam, as gradients of q_seam and k_seam: times the other block's decay (BK,), plus what
+    comes through the scores of the second's queries with the first's keys. The other of dq
+    and dk stays. grad_scores_ptr: the score of the block's first token with the chunk's
+    first key, ROW elements before the next token's; the seam's: tiles (R,BK)."""
     other = tl.exp2(tl.load(other_decay_ptr))[None, :]
     i = tl.arange(0, dq.shape[0])
     grad_scores_ptr += i[:, None] * ROW + i[None, :]
@@ -1535,19 +1541,19 @@ def gla_grad_queries_keys(
     do_ptr, v_ptr,                # (B,T,H,V)
     states_ptr, grad_states_ptr,  # (B,H,n,K,V)
     gates_ptr, dgates_ptr,        # (G,F,F), (B,T/R,G,K/BK,F)  or None: F = H / G
-    q_start_ptr, k_end_ptr, dq_ptr, dk_ptr,  # (B,T,G,K): gradients of these or of the seam's
+    q_start_ptr, k_end_ptr, dq_ptr, dk_ptr,  # (B,T,G,K)
     q_seam_ptr, k_seam_ptr,       # (B,n,R,G,K), or empty: one block a chunk
     block_decay_ptr, grad_scores_ptr,  # (B,H,T/R,K/F) log2, (B,T,H,L)
-    state_pairs_ptr, around_ptr,  # (B,H,n,K/F), (B,H,T/R,K/F) by the block spanned or None
+    state_pairs_ptr, around_ptr,  # (B,H,n,K/F), (B,H,T/R,K/F) of the block spanned or None
     n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq_i = S do_i and dk_j = dS v_j, the gradients through the states, sums over the
-    heads that read these channels. With gates each head's dq has its gate as a factor,
-    whose gradient is q dq. For dg also S dS over V and heads, and pairs that span the other
-    block: the second's queries with the state before, the first's keys with that after.
-    One program owns BK channels of one block."""
+    """dq_i = S do_i and dk_j = dS v_j, of q_start and k_end, sums over the heads that read
+    these channels. With gates each head's dq has its gate as a factor, whose gradient is
+    q dq. Of two blocks the second's dq and the first's dk go on to the seam. For dg also
+    S dS, and pairs that span the other block: the second's queries with the state before,
+    the first's keys with that after. One program owns BK channels of one block."""
     F: tl.constexpr = H // G
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n, L // R)
@@ -1558,34 +1564,35 @@ def gla_grad_queries_keys(
     at = token * G * K + tile
     dq = tl.zeros((R, BK), tl.float32)
     dk = tl.zeros((R, BK), tl.float32)
-    pairs = tl.zeros((BK,), tl.float32)
+    state_pairs = tl.zeros((BK,), tl.float32)
     for head_of_group in range(F):
         head = group * F + head_of_group
         row = token * H + head
-        state = ((batch * H + head) * n + chunk) * K * V
-        dq_of_head, dk, pairs = through_states(
-            do_ptr + row * V, v_ptr + row * V, states_ptr + state, grad_states_ptr + state,
-            k, dk, pairs, H, V, R, BV, DOT)
+        of_state = ((batch * H + head) * n + chunk) * K * V
+        dq_of_head, dk, state_pairs = through_states(
+            do_ptr + row * V, v_ptr + row * V, states_ptr + of_state, grad_states_ptr + of_state,
+            k, dk, state_pairs, H, V, R, BV, DOT)
         if gates_ptr is not None:
             gate = load_gate(gates_ptr, k_block * BK, head, K, F)
             dgate = tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq_of_head)
             tl.store(dgates_ptr + tl.program_id(0) * F + head_of_group, dgate)
-            dq_of_head *= gate
+            dq_of_head *= gate  # which S has not in it; dS has
         dq += dq_of_head
-    key_head = batch * H + group * F + k_block * BK // (K // F)
-    if block % (L // R) == 0:  # the same in both blocks of a chunk
-        tl.store(state_pairs_ptr + (key_head * n + chunk) * (K // F) + k % (K // F), pairs)
+    key_head = group * F + k_block * BK // (K // F)
+    of_head = (batch * H + key_head) * n
+    if block % (L // R) == 0:  # both have it: see the results page on summing in one only
+        tl.store(state_pairs_ptr + (of_head + chunk) * (K // F) + k % (K // F), state_pairs)
     if L > R:
         if block % 2 == 0:
             around = tl.sum(tl.load(k_end_ptr + at).to(tl.float32) * dk, axis=0)
         else:
             around = tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq, axis=0)
-        other = (key_head * n * 2 + (block ^ 1)) * (K // F) + k % (K // F)
+        other = (of_head * 2 + (block ^ 1)) * (K // F) + k % (K // F)
         tl.store(around_ptr + other, around)
         seam = (batch * n + chunk) * R * G * K + tile
         dq, dk = across_blocks(
             dq, dk, block_decay_ptr + other, block % 2 == 1,
-            grad_scores_ptr + (token * H + key_head % H) * L,
+            grad_scores_ptr + (token * H + key_head) * L,
             q_seam_ptr + seam, k_seam_ptr + seam, H * L, DOT)
     tl.store(dq_ptr + at, dq)
     tl.store(dk_ptr + at, dk)
@@ -1612,8 +1619,8 @@ def within_block(
     """dq, dk and `pairs` (see meet) inside one block, at once as in gla_scores, or by
     bits as in gla_scores_steep; and exp(upto) and exp(after). grad_scores is 0 on the
     diagonal and above (multiply_rows): a query with its own key has no decay, and comes
-    as diagonal (R,1). total (1,BK): the sum of g (R,BK). earlier (R,R): 1 where the
-    column comes before the row, else 0."""
+    as diagonal (R,1). total (1,BK): the sum of g (R,BK), not for STEEP. earlier (R,R): 1
+    where the column comes before the row, else 0; for bfloat16, not STEEP, only."""
     i = tl.arange(0, q.shape[0])[:, None]
     j = tl.arange(0, q.shape[0])[None, :]
     pairs = tl.zeros(q.shape, tl.float32)
@@ -1647,7 +1654,8 @@ def store_grad_decays(
     whole block."""
     unclamped = tl.load(g_ptr) > FORGOTTEN_32  # again: to keep the mask takes registers
     # A running sum less its last term would drown what is small, so earlier rows are a
-    # product. In bfloat16, and not steep, later rows may be all rows less the earlier.
+    # product. Later rows may be all rows less the earlier in bfloat16 where no decay is
+    # steep: there rows differ little in size.
     if STEEP or DOT is not None:
         dg = tl.cumsum(pairs, 0, reverse=True) + sum_rows(earlier, writes, DOT)
     else:  # one product
@@ -1661,17 +1669,17 @@ def gla_grad_decays(
     earlier_ptr,                    # (R,R)  see within_block
     block_decay_ptr, decay_ptr,     # (B,H,T/R,K), (B,H,n,K)  log2
     grad_scores_ptr, diagonal_ptr,  # (B,T,H,L), (B,H,T)
-    dq_start_ptr, dk_end_ptr,       # (B,T,H,K)
+    dq_start_ptr, dk_end_ptr,       # (B,T,H,K)  dq, dk of gla_grad_queries_keys
     state_pairs_ptr, around_ptr,    # (B,H,n,K), (B,H,T/R,K) or None: one block a chunk
     dq_ptr, dk_ptr, dg_ptr,         # (B,T,H,K)
     scale, n,
     H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     PK: tl.constexpr, BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dq, dk and dg. A second launch, STEEP, stores those of steep blocks again.
-    One program owns PK channels of one block of one head. It fills a processor, where
-    nothing else runs while it waits: so loads come first, and where PK > BK those of the
-    next BK channels before the work on these."""
+    """dq, dk and dg. A second launch, STEEP, stores those of steep blocks over the first's.
+    One program owns PK channels of one block of one head. In the first it fills a processor,
+    where nothing else runs while it waits: so loads come first, and where PK > BK those of
+    the next BK channels before the work on these (num_stages)."""
     program, rest = split(tl.program_id(0), K // PK)
     head, block, batch = split3(rest, H, n, L // R)
     of_block = ((batch * H + head) * n * (L // R) + block) * K
@@ -1702,7 +1710,8 @@ def gla_grad_decays(
         dq, dk, pairs, exp_upto, exp_after = within_block(
             q, k, g, total, grad_scores, diagonal, earlier, STEEP, DOT)
         if L > R:
-            around += tl.load(around_ptr + of_block + channel)  # states to the other block
+            # the other block's tokens with the state on this one's other side
+            around += tl.load(around_ptr + of_block + channel)
         dq_before = dq_start * exp_upto
         dk_after = dk_end * exp_after
         tl.store(dq_ptr + at, (dq + dq_before) * scale)
@@ -1803,7 +1812,8 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R, *,
     n = T // L
     if L == R:
         block_decay = decay
-    launches = gla_launches(K, V, B * H * f, False, L, R, q.dtype)
+    whole = False  # of no use here
+    launches = gla_launches(K, V, B * H * f, whole, L, R, q.dtype)
     sizes = dict(n=n, H=H, L=L)
     DOT = product_precision(q)
     of_keys = dict(K=K, R=R, DOT=DOT, **sizes)
@@ -1837,7 +1847,8 @@ def gla_gradients(q, k, v, g, gates, states, has_state, **others):
 def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay, decay, scores,
                  mixed, states, do, dlast, scale, L, R, has_state, *,
                  dq, dk, dv, dg, dgates, dstate):
-    """The launches of the table above, in its order. Tensors as in gla_forward; do as o,
+    """The launches of the table under "Triton, the fast path", in its order. Tensors as in
+    gla_forward; do as o,
     dlast as last, or None."""
     B, T, H, K = q.shape
     V = v.shape[3]
@@ -1957,7 +1968,7 @@ def decay_table(cum_of_query, cum_of_key, query, key):
 
 @triton.jit
 def load_A(A_ptr, head, H: tl.constexpr):
-    """A of these heads; -inf as a number, for the padding has dt = 0."""
+    """A of head, one or several; -inf as -1e30, for 0 (the padding's dt) * -inf is no number."""
     return tl.maximum(tl.load(A_ptr + head, head < H, 0.0), -1e30)
 
 
@@ -2033,8 +2044,8 @@ def read_rows(
     read_ptr, of_rows, mine, c_ptr, states_ptr, token, rows,
     G: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """S c for tokens of one head: loaded from read_ptr + of_rows + mine where
-    ssd_read_states made it, else made here. rows: offsets of the rows of S."""
+    """S c for these tokens and rows of S (their offsets): where ssd_read_states made it loaded
+    from read_ptr + of_rows (the chunk's and head's) + mine (the tile's), else made here."""
     if read_ptr is not None:
         return tl.load(read_ptr + of_rows + mine).to(tl.float32)
     read = tl.zeros((token.shape[0], rows.shape[0]), tl.float32)
@@ -2081,7 +2092,7 @@ def ssd_outputs(
     cum = tl.load(cum_ptr + of_head + query)
     weight = tl.exp2(cum.to(tl.float32))[:, None]
     y = read_rows(state_read_ptr, of_rows, mine, C_ptr, states_ptr, query, p * N, G, N, BN, DOT)
-    # waited for, or ptxas has the products below wait for each other (its note C7514)
+    # waited for: else ptxas lets no two products below overlap (its note C7514)
     y = waited_for(y * weight)
 
     # and from the keys of their chunk, block by block up to the diagonal
@@ -2105,14 +2116,14 @@ def ssd_grad_values(
     x_ptr, dy_ptr, dt_ptr, D_ptr,   # (B,T,H,P), (B,T,H,P), (B,T,H), (H,) or None
     cum_ptr, write_weight_ptr,      # (B,H,T)
     dx_ptr, ddt_of_x_ptr,           # (B,T,H,P), (B,H,T)  dt's gradient as x's factor
-    writes_ptr, reads_ptr, dD_ptr,  # (B,H,T) twice, see ssd_grad_decays; (B,H,T/R)  parts
+    writes_ptr, reads_ptr, dD_ptr,  # (B,H,T) twice, see "The gradient of decays"; (B,H,T/R)
     n,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):
     """With v = dt x: dv_j = exp(after_j) dS B_j
            + sum over i >= j of scores_ij exp(cum_i - cum_j) dy_i; dx = dt dv + D dy,
-    which may go over grad_read. One program owns R keys of one chunk of one head."""
+    which may be stored over grad_read. One program owns R keys of one chunk of one head."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
     block, chunk = split(block, L // R)
     group = head // (H // G)
@@ -2202,7 +2213,7 @@ def ssd_grad_scores(
         grad = tl.dot(dy, tl.trans(x), input_precision=DOT)
         grad *= decay_table(cum_of_query, cum_of_key, query, key)
         grad_scores += grad
-        # the next head's sums, already now, as scan_states does
+        # the next head's sums, already now: see scan_states
         following = of_head + tl.where(head_of_group < H // G - 1, n * L, 0)
         cum_of_query = tl.load(cum_ptr + following + query)
         cum_of_key = tl.load(key_cum_ptr + following + key)
@@ -2244,7 +2255,7 @@ def ssd_grad_queries_keys(
     read_weight_ptr, write_weight_ptr,  # (B,H,T)
     states_ptr, grad_states_ptr,  # (B,H,n,P,N)
     grad_scores_ptr, dB_ptr, dC_ptr,  # (B,T,G,L), (B,T,G,N) twice
-    reads_ptr,                    # (N/BN,B,H,T)  parts; None if ssd_grad_values has it
+    reads_ptr,                    # (N/BN,B,H,T)  parts; None if ssd_grad_values stored it
     state_pairs_ptr,              # (N/BN,B,H,n)  parts of the sum of S dS
     n, heads,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -2283,7 +2294,7 @@ def ssd_grad_queries_keys(
         else:
             through_state = tl.dot(dy, s, input_precision=DOT) * weight[:, None]
             dC += through_state
-            # the next head's, already now: Triton fetches ahead only factors of products
+            # the next head's, already now: see scan_states
             following = of_tokens + tl.where(head_of_group < H // G - 1, n * L, 0)
             weight = tl.load(read_weight_ptr + following)
             part = (n_block * heads).to(tl.int64) * n * L
@@ -2313,7 +2324,8 @@ def ssd_grad_decays(
     READS: tl.constexpr, PARTS: tl.constexpr,
 ):
     """dg by the table above through_states, a chunk being one block; from it, as g = dt
-    A, the gradients of dt and A. One program owns one chunk of one head."""
+    A, the gradients of dt and A. READS and PARTS: parts of reads, of state_pairs. One
+    program owns one chunk of one head."""
     head, chunk, batch = split3(tl.program_id(0), H, n)
     i = tl.arange(0, L)
     T = n * L
@@ -2366,7 +2378,7 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
         scan_n = min(scan_n, 64)
     if N // scan_n * heads < 128:
         scan_n = min(scan_n, 32)
-    width = 128 if narrow and shared * P % 128 == 0 else P
+    width = 128 if narrow and shared * P % 128 == 0 else P  # of heads of one group
     if narrow and L >= 128:
         through = dict(BR=128, BN=128 if apart else BN, num_warps=8, num_stages=3)
     else:
