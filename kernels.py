@@ -29,6 +29,7 @@ from data.options import BadInput, command_line, option, pick_device, run_script
 import contextlib
 import functools
 import inspect
+import math
 import os
 import types
 import warnings
@@ -900,12 +901,13 @@ def multiply_rows(
     tl.store(scores_ptr + at, scores)
 
 
-SCAN_TILES = dict(cut={"BK": "K", "BV": "V"}, tables=(("BT", "BK"), ("BT", "BV")))
 # Each family launches them by names of its own: a search for gla_ or ssd_ finds all its
 # kernels.
 gla_scan_states = ssd_scan_states = scan_states
 gla_step_state = ssd_step_state = step_state
 gla_grad_scores = ssd_scores = multiply_rows
+# For Launch, the same in both: which sizes the scan's tiles cut, and those of x and y.
+SCAN_TILES = dict(cut={"BK": "K", "BV": "V"}, tables=(("BT", "BK"), ("BT", "BV")))
 
 
 # --------------------------------------------------------------------------------------
@@ -935,9 +937,7 @@ class Launch:
         for number, (rows, columns) in enumerate(self.tables):
             pointers[number] = table(pointers[number], [options[rows], options[columns]])
         for tile, sizes in self.cut.items():
-            total = 1
-            for size in sizes:
-                total *= named[size]
+            total = math.prod(named[size] for size in sizes)
             programs *= -(-total // options[tile])
         while True:
             try:  # all on the grid's first axis: the others end at 65,535
@@ -1812,7 +1812,7 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R, *,
     n = T // L
     if L == R:
         block_decay = decay
-    whole = False  # of no use here
+    whole = False  # only gla_grad_decays asks
     launches = gla_launches(K, V, B * H * f, whole, L, R, q.dtype)
     sizes = dict(n=n, H=H, L=L)
     DOT = product_precision(q)
@@ -1848,8 +1848,7 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
                  mixed, states, do, dlast, scale, L, R, has_state, *,
                  dq, dk, dv, dg, dgates, dstate):
     """The launches of the table under "Triton, the fast path", in its order. Tensors as in
-    gla_forward; do as o,
-    dlast as last, or None."""
+    gla_forward; do as o, dlast as last, or None."""
     B, T, H, K = q.shape
     V = v.shape[3]
     f = 1 if gates is None else gates.shape[1]
@@ -1955,8 +1954,8 @@ def gla_triton(q, k, v, g, scale, state, gates):
 
 @triton.jit
 def decay_table(cum_of_query, cum_of_key, query, key):
-    """exp(g_{key+1} + ... + g_query) for query >= key, else 0, of one head. With key_cum as
-    cum_of_key it is that times dt_key."""
+    """exp(g_{key+1} + ... + g_query) for query >= key, else 0, of one head: (R,R) for vectors
+    (R,). With key_cum as cum_of_key it is that times dt_key."""
     between = cum_of_query[:, None] - cum_of_key[None, :]
     high = between.to(tl.float32)
     table = tl.exp2(tl.where(query[:, None] >= key[None, :], high, float("-inf")))

@@ -534,7 +534,7 @@ def test_float32_keeps_the_digits_of_small_steps():
 
 
 @needs_triton
-def test_tensors_at_odd_addresses(interpreter):
+def test_tensors_at_odd_addresses():
     """Descriptors take none that are not multiples of 16 bytes."""
     for op in ("gla", "ssd"):
         args = inputs(op, 1, 32, 2, 1, 64, 64, device=DEVICE)  # of which no padding makes copies
