@@ -1480,7 +1480,7 @@ def gla_grad_mix_scores(
 # block (in ssd: of a chunk) these are, with the variables that hold them,
 #
 #   key      query     pairs                          gla                    ssd
-#   inside   inside    i >= t, less those of j >= t   pairs                  ends, begins
+#   inside   inside    i >= t, less those of j >= t   pairs                  pairs
 #   before   inside    i >= t                         q dq_before, in pairs  reads
 #   inside   after     j < t                          k dk_after: writes     writes
 #   before   after     all                            around                 around
@@ -2174,13 +2174,14 @@ def ssd_grad_scores(
     x_ptr, dy_ptr,                # (B,T,H,P)
     cum_ptr, key_cum_ptr,         # (B,H,T)
     scores_ptr, grad_scores_ptr,  # (B,T,G,L)
-    ends_ptr, begins_ptr,         # (L/R,B,H,T)  by the block of keys, of queries
+    pairs_ptr,                    # (L/R,B,H,T)  by the block of the other token
     n, heads,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """grad_scores_ij sums exp(cum_i - cum_j) dt_j (dy_i . x_j) over the group's heads.
-    ends_i and begins_j: weight x gradient summed over a query's pairs, over a key's.
+    pairs_t: weight x gradient summed over the pairs with t as query, less those with t as
+    key.
 
     One program owns R queries and R keys, no later, of one chunk of one group, its
     heads in turn."""
@@ -2217,12 +2218,15 @@ def ssd_grad_scores(
         cum_of_query = tl.load(cum_ptr + following + query)
         cum_of_key = tl.load(key_cum_ptr + following + key)
 
-        # ends less begins nearly cancels: for float32 inputs both are float64
-        pairs = tl.where(below, grad * scores, 0.0).to(ends_ptr.dtype.element_ty)
+        # sums over pairs_t nearly cancel: for float32 inputs they are float64
+        pairs = tl.where(below, grad * scores, 0.0).to(pairs_ptr.dtype.element_ty)
         of_query = (key_block * heads).to(tl.int64) * n * L + of_head + query
         of_key = (query_block * heads).to(tl.int64) * n * L + of_head + key
-        tl.store(ends_ptr + of_query, tl.sum(pairs, axis=1))
-        tl.store(begins_ptr + of_key, tl.sum(pairs, axis=0))
+        if key_block == query_block:
+            tl.store(pairs_ptr + of_query, tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0))
+        else:
+            tl.store(pairs_ptr + of_query, tl.sum(pairs, axis=1))
+            tl.store(pairs_ptr + of_key, -tl.sum(pairs, axis=0))
     tl.store(grad_scores_ptr + at, grad_scores)
 
 
@@ -2313,7 +2317,7 @@ def ssd_grad_queries_keys(
 @chunk_kernel
 def ssd_grad_decays(
     reads_ptr, writes_ptr,       # (READS,B,H,T), (B,H,T)
-    ends_ptr, begins_ptr,        # (L/R,B,H,T)
+    pairs_ptr,                   # (L/R,B,H,T)
     state_pairs_ptr, decay_ptr,  # (PARTS,B,H,n), (B,H,n)
     dt_ptr, A_ptr, first_ptr,    # (B,T,H), (H,), (B,T) or None
     ddt_of_x_ptr,                # (B,H,T)
@@ -2331,20 +2335,17 @@ def ssd_grad_decays(
     mine = (batch * H + head) * T + chunk * L + i
     all_heads = heads.to(tl.int64) * T
 
-    # ended_i: the pairs with i as query, less those with i as key. ends and begins have
-    # one part per block of the other token.
-    ended = tl.zeros((L,), ends_ptr.dtype.element_ty)
+    pairs = tl.zeros((L,), pairs_ptr.dtype.element_ty)
     for block in range(L // R):
-        ended += tl.load(ends_ptr + block * all_heads + mine, block <= i // R, 0.0)
-        ended -= tl.load(begins_ptr + block * all_heads + mine, block >= i // R, 0.0)
+        pairs += tl.load(pairs_ptr + block * all_heads + mine)
     for part in range(READS):
-        ended += tl.load(reads_ptr + part * all_heads + mine)
+        pairs += tl.load(reads_ptr + part * all_heads + mine)
     around = 0.0
     for part in range(PARTS):
         around += tl.load(state_pairs_ptr + (part * heads + batch * H + head) * n + chunk)
     around *= tl.exp2(tl.load(decay_ptr + (batch * H + head) * n + chunk))
     begun = tl.cumsum(tl.load(writes_ptr + mine - 1, i > 0, 0.0), 0)
-    dg = tl.cumsum(ended, 0, reverse=True) + begun + around
+    dg = tl.cumsum(pairs, 0, reverse=True) + begun + around
 
     token = batch * T + chunk * L + i
     dt = tl.load(dt_ptr + token * H + head)
@@ -2471,8 +2472,7 @@ def ssd_backward(x, dt, A, B, C, D, first, cum, key_cum, read_weight, write_weig
     ddt_of_x = torch.empty_like(read_weight)
     writes = torch.empty_like(read_weight)
     reads = dt.new_empty(1 if apart else parts, batch, H, T)
-    ends = dt.new_empty(L // R, batch, H, T, dtype=exact_sums(x))
-    begins = torch.empty_like(ends)
+    pairs = dt.new_empty(L // R, batch, H, T, dtype=exact_sums(x))
     state_pairs = dt.new_empty(parts, batch, H, n)
     dA_parts = dt.new_empty(batch, H, n)
     dD_parts = dt.new_empty(batch, H, T // R)
@@ -2486,15 +2486,15 @@ def ssd_backward(x, dt, A, B, C, D, first, cum, key_cum, read_weight, write_weig
         scores, x, dy, dt, D, cum, write_weight, dx, ddt_of_x, writes, reads, dD_parts,
         G=G, P=P, N=N, R=R, **sizes)
     launches.grad_scores(
-        batch * n * G * (L // R) ** 2, x, dy, cum, key_cum, scores, grad_scores, ends, begins,
+        batch * n * G * (L // R) ** 2, x, dy, cum, key_cum, scores, grad_scores, pairs,
         heads=heads, G=G, P=P, R=R, **sizes)
     launches.grad_queries_keys(
         batch * G * n, B, C, x, dy, read_weight, write_weight, states, grad_states, grad_scores,
         dB, dC, None if apart else reads, state_pairs,
         heads=heads, G=G, P=P, N=N, R=R, **sizes)
     launches.grad_decays(
-        heads * n, reads, writes, ends, begins, state_pairs, decay, dt, A, first, ddt_of_x,
-        ddt, dA_parts, n=n, heads=heads, H=H, L=L, R=R, READS=len(reads), PARTS=parts)
+        heads * n, reads, writes, pairs, state_pairs, decay, dt, A, first, ddt_of_x, ddt, dA_parts,
+        n=n, heads=heads, H=H, L=L, R=R, READS=len(reads), PARTS=parts)
     torch.sum(dA_parts, (0, 2), out=dA)
     if D is not None:
         torch.sum(dD_parts, (0, 2), out=dD)
