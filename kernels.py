@@ -720,9 +720,11 @@ def sum_rows(which, x, DOT: tl.constexpr):
 @triton.jit
 def load_gate(gates_ptr, channel, head, K: tl.constexpr, F: tl.constexpr):
     """The gate by which `head` reads this channel, one of the K that the F heads of its
-    group have side by side; a tile has channels of one head. gates_ptr (G,F,F)"""
+    group have side by side; a tile has channels of one head. gates_ptr (G,F,F)
+    One below 1e-20 in size counts as 1e-20, so that one can divide by it."""
     asked = channel // (K // F)
-    return tl.load(gates_ptr + (head // F * F + asked) * F + head % F)
+    gate = tl.load(gates_ptr + (head // F * F + asked) * F + head % F)
+    return tl.where(tl.abs(gate) < 1e-20, 1e-20, gate)
 
 
 @triton.jit
@@ -737,7 +739,7 @@ def load_decay(decay_ptr, chunk, k, DECAYS: tl.constexpr):
 
 
 # What scan_states adds up. With gates K is f K, and q_start has no gates in it: so in
-# reverse x y^T is multiplied by the gate with which the head reads the tile's channels.
+# reverse S is multiplied by the gate with which the head reads the tile's channels.
 #
 #                  x        y   weight         S (K x V)
 #     gla          k_end    v   None           K x V
@@ -775,37 +777,34 @@ def scan_states(
     states_ptr += (batch * H + head) * n * K * V
     # the head whose keys and decays the tile's channels belong to
     key_head = batch * H + head // F * F + k_block * BK // (K // F)
-    if gates_ptr is not None:
+    gate = 1.0
+    if gates_ptr is not None:  # state is S without it
         gate = load_gate(gates_ptr, k_block * BK, head, K, F)
     state = tl.zeros((BK, BV), tl.float32)
     if initial_ptr is not None:
-        state += tl.load(initial_ptr + (batch * H + head) * K * V + mine)
+        state += tl.load(initial_ptr + (batch * H + head) * K * V + mine) / gate
     DECAYS: tl.constexpr = K // F if weight_ptr is None else 1
     decay = load_decay(decay_ptr, key_head * n + (n - 1 if REVERSE else 0), k, DECAYS)
     PIECES: tl.constexpr = L // BT  # per chunk
     for step in range(n * PIECES):
         piece = n * PIECES - 1 - step if REVERSE else step
         chunk = (piece // PIECES).to(tl.int64)
-        entering = step % PIECES == 0
-        if entering:
-            tl.store(states_ptr + chunk * K * V + mine, state)
+        # Forget once, on entering the chunk: x or weight has the decays inside it.
+        if step % PIECES == 0:
+            tl.store(states_ptr + chunk * K * V + mine, state * gate)
+            state *= tl.exp2(decay)
         token = (batch * n * L + piece * BT).to(tl.int32)  # what a table takes
         x = x_table.load([token, x_column])  # (BT,BK)
         y = y_table.load([token, y_column])
-        # Forget once, on entering the chunk: x or weight has the decays inside it. Then fetch
-        # the next chunk's decay: Triton itself fetches ahead only factors of products.
-        state *= tl.exp2(tl.where(entering, decay, 0.0))
+        # the next chunk's decay, already now: Triton itself fetches ahead only factors of products
         following = tl.maximum(chunk - 1, 0) if REVERSE else tl.minimum(chunk + 1, n - 1)
         decay = load_decay(decay_ptr, key_head * n + following, k, DECAYS)
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + (batch * H + head) * n * L + piece * BT + i)
             x = (x.to(tl.float32) * weight[:, None]).to(y.dtype)
-        if gates_ptr is not None:
-            state += gate * tl.dot(tl.trans(x), y, input_precision=DOT)
-        else:
-            state = tl.dot(tl.trans(x), y, state, input_precision=DOT)
+        state = tl.dot(tl.trans(x), y, state, input_precision=DOT)
     if final_ptr is not None:
-        tl.store(final_ptr + (batch * H + head) * K * V + mine, state)
+        tl.store(final_ptr + (batch * H + head) * K * V + mine, state * gate)
 
 
 @triton.jit
@@ -1348,8 +1347,7 @@ def gla_outputs(
 
     With gates S has K / F rows per head h of the group, and S^T q_start is the sum of
     gate_h S_h^T q_h. To need one accumulator only, o is kept divided by the gate of the
-    head being added: the next head multiplies it by previous / gate. A gate below 1e-20
-    in size counts as 1e-20, so that o stays finite.
+    head being added: the next head multiplies it by previous / gate.
     One program owns BV channels of the L tokens of one chunk of one head."""
     v_block, rest = split(tl.program_id(0), V // BV)
     head, chunk, batch = split3(rest, H, n)
@@ -1373,7 +1371,6 @@ def gla_outputs(
             if k0 % (K // (H // G)) == 0:
                 previous = gate
                 gate = load_gate(gates_ptr, k0, head, K, H // G)
-                gate = tl.where(tl.abs(gate) < 1e-20, 1e-20, gate)
                 o *= previous / gate
         o = tl.dot(q, s, o, input_precision=DOT)
     if gates_ptr is not None:
@@ -1652,7 +1649,6 @@ def store_grad_decays(
 ):
     """dg_t: the pairs from t on, the writes before t, and around (BK,), which spans the
     whole block."""
-    unclamped = tl.load(g_ptr) > FORGOTTEN_32  # again: to keep the mask takes registers
     # A running sum less its last term would drown what is small, so earlier rows are a
     # product. Later rows may be all rows less the earlier in bfloat16 where no decay is
     # steep: there rows differ little in size.
@@ -1660,7 +1656,10 @@ def store_grad_decays(
         dg = tl.cumsum(pairs, 0, reverse=True) + sum_rows(earlier, writes, DOT)
     else:  # one product
         dg = tl.sum(pairs, 0)[None, :] + sum_rows(earlier, writes - pairs, DOT)
-    tl.store(dg_ptr, tl.where(unclamped, dg + around[None, :], 0.0))
+    dg += around[None, :]
+    if STEEP:  # no other block has a g so low; loaded again, for to keep the mask takes registers
+        dg = tl.where(tl.load(g_ptr) > FORGOTTEN_32, dg, 0.0)
+    tl.store(dg_ptr, dg)
 
 
 @chunk_kernel
@@ -1742,11 +1741,13 @@ def gla_launches(K, V, states, whole, L, R, dtype):
     wide_k = power_of_two(K, 16, 128 if narrow else 64)
     wide_v = power_of_two(V, 16, 128 if narrow else 64)
     scan = dict(SCAN_TILES, BK=BK)
-    # whether wide tiles leave a program for each of a large GPU's 132 processors
-    many = narrow and K // BK * (V // wide_v) * states >= 128
-    if many and L > R:
+    # of wide tiles; a large GPU has 132 processors
+    programs = K // BK * (V // wide_v) * states if narrow else 0
+    if programs >= 1024 and L > R:
+        scan |= dict(BK=wide_k, BV=wide_v, BT=32, num_warps=4, num_stages=6)
+    elif programs >= 128 and L > R:
         scan |= dict(BV=wide_v, BT=64, num_warps=4, num_stages=4)
-    elif many:
+    elif programs >= 128:
         scan |= dict(BV=wide_v, BT=R, num_warps=8, num_stages=2)
     else:
         scan |= dict(BV=BV, BT=R, num_warps=4, num_stages=3)
@@ -1757,7 +1758,7 @@ def gla_launches(K, V, states, whole, L, R, dtype):
     return types.SimpleNamespace(
         scores=Launch(gla_scores, BK=BK, num_warps=8, num_stages=1),
         scores_steep=Launch(gla_scores_steep, BK=few_k, num_warps=8, num_stages=1),
-        scores_across=Launch(gla_scores_across, BK=BK, num_warps=8, num_stages=3),
+        scores_across=Launch(gla_scores_across, BK=wide_k, num_warps=8, num_stages=3),
         scan=Launch(gla_scan_states, **scan),
         mix_scores=Launch(gla_mix_scores, num_warps=1, num_stages=1),
         outputs=Launch(gla_outputs, cut={"BV": "V"}, **rows),
