@@ -610,7 +610,8 @@ def ssd_first(
 # take gla-340m with one head from 1.49 to 1.41 ms and from 0.89 to 0.69 GB, Mamba2-1.3b
 # with d_state 512 from 2.9 to 2.0 GB in the same 4.8 ms; tiles of 64 x 128, not 128 x
 # 256, took both scans of gla-1.3b with one head from 2.36 to 0.95 ms (of 3.6 for the
-# whole pass, before what data/results/README.md calls faster again).
+# whole pass). What data/results/README.md calls faster again, and still, took them to 0.63
+# (of 2.9), now in tiles of 128 x 128.
 #
 # In gla every head has keys of its own here: gla_triton copies shared ones, and with
 # gates cuts a group's f K channels into f heads of K. Without gates f is 1. With gates
@@ -705,6 +706,14 @@ def waited_for(x):
 
 
 @triton.jit
+def round_bfloat16(x):
+    """x rounded to a bfloat16's digits, still float32. By integers: where a conversion's result
+    is needed as float32, too, the GPU converts one number at a time, which takes long."""
+    bits = x.to(tl.int32, bitcast=True) + 0x8000
+    return (bits & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def sum_rows(which, x, DOT: tl.constexpr):
     """For every row of which (R,R), of bool or ones and zeros, the sum of the rows of x
     (R,BK) that it names, as a matrix product. In bfloat16 x goes in as the sum of two
@@ -712,9 +721,8 @@ def sum_rows(which, x, DOT: tl.constexpr):
     if DOT is not None:
         return tl.dot(which.to(tl.float32), x, input_precision=DOT)
     ones = which.to(tl.bfloat16)
-    high = x.to(tl.bfloat16)
-    low = (x - high.to(tl.float32)).to(tl.bfloat16)
-    return tl.dot(ones, high, tl.dot(ones, low))
+    high = round_bfloat16(x)
+    return tl.dot(ones, high.to(tl.bfloat16), tl.dot(ones, (x - high).to(tl.bfloat16)))
 
 
 @triton.jit
@@ -1506,8 +1514,7 @@ def through_states(
         dq = tl.dot(do, tl.trans(s), dq, input_precision=DOT)
         dk = tl.dot(v, tl.trans(ds), dk, input_precision=DOT)
         state_pairs += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
-        dq = waited_for(dq)
-        dk = waited_for(dk)
+        dk = waited_for(dk)  # products end in turn: so dq's has, too
     return dq, dk, state_pairs
 
 
@@ -1540,17 +1547,17 @@ def gla_grad_queries_keys(
     gates_ptr, dgates_ptr,        # (G,F,F), (B,T/R,G,K/BK,F)  or None: F = H / G
     q_start_ptr, k_end_ptr, dq_ptr, dk_ptr,  # (B,T,G,K)
     q_seam_ptr, k_seam_ptr,       # (B,n,R,G,K), or empty: one block a chunk
-    block_decay_ptr, grad_scores_ptr,  # (B,H,T/R,K/F) log2, (B,T,H,L)
-    state_pairs_ptr, around_ptr,  # (B,H,n,K/F), (B,H,T/R,K/F) of the block spanned or None
+    block_decay_ptr, decay_ptr,   # (B,H,T/R,K/F), (B,H,n,K/F)  log2
+    grad_scores_ptr, around_ptr,  # (B,T,H,L), (B,H,T/R,K/F)
     n,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
     """dq_i = S do_i and dk_j = dS v_j, of q_start and k_end, sums over the heads that read
     these channels. With gates each head's dq has its gate as a factor, whose gradient is
-    q dq. Of two blocks the second's dq and the first's dk go on to the seam. For dg also
-    S dS, and pairs that span the other block: the second's queries with the state before,
-    the first's keys with that after. One program owns BK channels of one block."""
+    q dq. Of two blocks the second's dq and the first's dk go on to the seam, and around is
+    the other's: S dS, and the pairs of the first's keys with the state after both, or of the
+    second's queries with that before. One program owns BK channels of one block."""
     F: tl.constexpr = H // G
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n, L // R)
@@ -1577,20 +1584,20 @@ def gla_grad_queries_keys(
         dq += dq_of_head
     key_head = group * F + k_block * BK // (K // F)
     of_head = (batch * H + key_head) * n
-    if block % (L // R) == 0:  # both have it: see the results page on summing in one only
-        tl.store(state_pairs_ptr + (of_head + chunk) * (K // F) + k % (K // F), state_pairs)
+    k %= K // F
+    around = state_pairs * tl.exp2(tl.load(decay_ptr + (of_head + chunk) * (K // F) + k))
+    spanned = (of_head * (L // R) + (block ^ 1 if L > R else block)) * (K // F) + k
     if L > R:
         if block % 2 == 0:
-            around = tl.sum(tl.load(k_end_ptr + at).to(tl.float32) * dk, axis=0)
+            around += tl.sum(tl.load(k_end_ptr + at).to(tl.float32) * dk, axis=0)
         else:
-            around = tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq, axis=0)
-        other = (of_head * 2 + (block ^ 1)) * (K // F) + k % (K // F)
-        tl.store(around_ptr + other, around)
+            around += tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq, axis=0)
         seam = (batch * n + chunk) * R * G * K + tile
         dq, dk = across_blocks(
-            dq, dk, block_decay_ptr + other, block % 2 == 1,
+            dq, dk, block_decay_ptr + spanned, block % 2 == 1,
             grad_scores_ptr + (token * H + key_head) * L,
             q_seam_ptr + seam, k_seam_ptr + seam, H * L, DOT)
+    tl.store(around_ptr + spanned, around)
     tl.store(dq_ptr + at, dq)
     tl.store(dk_ptr + at, dk)
 
@@ -1601,11 +1608,14 @@ def meet(q, k, to_q, to_k, grad_scores, pairs, DOT: tl.constexpr):
     both to where they meet. pairs: each pair's weight x gradient, added at its query's
     row and taken off at its key's. Summed from row t on, pairs wholly after t cancel,
     exactly only if both have the same rounded factors."""
-    k = (k * to_k).to(grad_scores.dtype)
-    q = (q * to_q).to(grad_scores.dtype)
-    dq = tl.dot(grad_scores, k, input_precision=DOT)
-    dk = tl.dot(tl.trans(grad_scores), q, input_precision=DOT)
-    pairs += q.to(tl.float32) * dq - k.to(tl.float32) * dk
+    k *= to_k
+    q *= to_q
+    if DOT is None:
+        k = round_bfloat16(k)
+        q = round_bfloat16(q)
+    dq = tl.dot(grad_scores, k.to(grad_scores.dtype), input_precision=DOT)
+    dk = tl.dot(tl.trans(grad_scores), q.to(grad_scores.dtype), input_precision=DOT)
+    pairs += q * dq - k * dk
     return dq * to_q, dk * to_k, pairs
 
 
@@ -1666,10 +1676,10 @@ def store_grad_decays(
 def gla_grad_decays(
     q_ptr, k_ptr, g_ptr,            # (B,T,H,K)
     earlier_ptr,                    # (R,R)  see within_block
-    block_decay_ptr, decay_ptr,     # (B,H,T/R,K), (B,H,n,K)  log2
+    block_decay_ptr,                # (B,H,T/R,K)  log2
     grad_scores_ptr, diagonal_ptr,  # (B,T,H,L), (B,H,T)
     dq_start_ptr, dk_end_ptr,       # (B,T,H,K)  dq, dk of gla_grad_queries_keys
-    state_pairs_ptr, around_ptr,    # (B,H,n,K), (B,H,T/R,K) or None: one block a chunk
+    around_ptr,                     # (B,H,T/R,K)
     dq_ptr, dk_ptr, dg_ptr,         # (B,T,H,K)
     scale, n,
     H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
@@ -1687,7 +1697,6 @@ def gla_grad_decays(
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
     row = (batch * n * L + block * R) * H + head
-    of_state = ((batch * H + head) * n + block // (L // R)) * K
     grad_scores_ptr += row * L + block % (L // R) * R
     grad_scores = tl.load(grad_scores_ptr + i * (H * L) + j)
     diagonal = tl.load(diagonal_ptr + (batch * H + head) * n * L + block * R + i)
@@ -1701,16 +1710,12 @@ def gla_grad_decays(
         dq_start = tl.load(dq_start_ptr + at)
         dk_end = tl.load(dk_end_ptr + at)
         total = tl.load(block_decay_ptr + of_block + channel)[None, :]
-        around = tl.load(state_pairs_ptr + of_state + channel)  # state before to state after
-        around *= tl.exp2(tl.load(decay_ptr + of_state + channel))
+        around = tl.load(around_ptr + of_block + channel)
         g = log2_decay(g)  # after these loads, for to convert is to wait
         q = q.to(tl.float32) * scale
         k = k.to(tl.float32)
         dq, dk, pairs, exp_upto, exp_after = within_block(
             q, k, g, total, grad_scores, diagonal, earlier, STEEP, DOT)
-        if L > R:
-            # the other block's tokens with the state on this one's other side
-            around += tl.load(around_ptr + of_block + channel)
         dq_before = dq_start * exp_upto
         dk_after = dk_end * exp_after
         tl.store(dq_ptr + at, (dq + dq_before) * scale)
@@ -1864,10 +1869,9 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
     diagonal = g.new_empty(B, H, T)
     dq_start = torch.empty_like(q)
     dk_end = torch.empty_like(k)
-    state_pairs = torch.empty_like(decay)
-    around = torch.empty_like(block_decay) if L > R else None
     if L == R:
         block_decay = decay
+    around = torch.empty_like(block_decay)
     if gates is None:
         mixed = scores
     of_states = dict(K=f * K, V=V, DOT=DOT, **sizes)
@@ -1889,13 +1893,13 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
             **mixing(f, DOT), **sizes)
     launches.grad_queries_keys(
         B * H // f * T // R, do, v, states, grad_states, gates, of_reading, q_start, k_end,
-        dq_start, dk_end, q_seam, k_seam, block_decay, grad_scores, state_pairs, around,
+        dq_start, dk_end, q_seam, k_seam, block_decay, decay, grad_scores, around,
         G=H // f, R=R, **of_states)
     if gates is not None:
         dgates.copy_(of_mixing.sum(0) + of_reading.sum((0, 3)))
     earlier = torch.ones(R, R, dtype=q.dtype, device=q.device).tril_(-1)
-    pointers = (q, k, g, earlier, block_decay, decay, grad_scores, diagonal,
-                dq_start, dk_end, state_pairs, around, dq, dk, dg)
+    pointers = (q, k, g, earlier, block_decay, grad_scores, diagonal, dq_start, dk_end, around,
+                dq, dk, dg)
     of_keys = dict(scale=scale, K=K, R=R, DOT=DOT, **sizes)
     launches.grad_decays(B * H * T // R, *pointers, STEEP=False, **of_keys)
     launches.grad_decays_steep(B * H * T // R, *pointers, STEEP=True, **of_keys)

@@ -1859,6 +1859,7 @@ def test_mamba2_is_written_for_transformers(changes, tmp_path):
     """Unlike d_state become one, padding goes; read by transformers, and what that writes by us:
     the same logits."""
     library("safetensors")
+    library("tokenizers")
     lm = small("mamba2", **changes).eval()
     model_script.export(lm, f"{tmp_path}/x")
     assert len({path.stat().st_mode for path in (tmp_path / "x").iterdir()}) == 1   # for others too
