@@ -603,15 +603,14 @@ def ssd_first(
 #   long chunks          a stored state costs K V / L elements per token, most of the
 #                        traffic: 256 tokens where states are large and bfloat16, else
 #                        128
-#   small tiles          several programs share a state, and fetch ahead its factors
+#   small tiles          a state is split among programs, which fetch its factors ahead
 #   gradients by hand    from the stored states; only factors are computed again
 #
 # Measured on an H100, batch 4, 8192 tokens, bfloat16, forward and backward: long chunks
 # take gla-340m with one head from 1.49 to 1.41 ms and from 0.89 to 0.69 GB, Mamba2-1.3b
-# with d_state 512 from 2.9 to 2.0 GB in the same 4.8 ms; tiles of 64 x 128, not 128 x
-# 256, took both scans of gla-1.3b with one head from 2.36 to 0.95 ms (of 3.6 for the
-# whole pass). What data/results/README.md calls faster again, and still, took them to 0.63
-# (of 2.9), now in tiles of 128 x 128.
+# with d_state 512 from 2.9 to 2.0 GB in the same 4.8 ms; both scans of gla-1.3b with one
+# head took 2.36 ms in tiles of 128 x 256, 0.95 in those of 64 x 128. (Since then the loop
+# has less to do, and they take 0.63, of 2.9 for the whole pass, in tiles of 128 x 128.)
 #
 # In gla every head has keys of its own here: gla_triton copies shared ones, and with
 # gates cuts a group's f K channels into f heads of K. Without gates f is 1. With gates
@@ -639,8 +638,8 @@ def ssd_first(
 #
 #   n, L, R           chunks of a sequence, tokens of a chunk, tokens of a block.
 #                     gla: L is R or 2 R; `block` counts from the sequence's start
-#                     ssd: L is R, 2 R or 4 R; `block` counts from the chunk's start,
-#                     and where a program has BR or BT tokens, in these
+#                     ssd: L is R, 2 R or 4 R; `block` counts from the chunk's start
+#                     A program of BT or BR tokens counts in these.
 #   F                 heads of a group in gla, f above
 #   heads             as a number B H; as a vector the heads of a group
 #   BK, BV, BN        channels of a tile; PK: of a program with several tiles
@@ -695,20 +694,21 @@ def waited_for(x):
 
     - Where both registers and a product still under way read a tile: Triton's pipeliner
       counts too few buffers for it, and the next fetch may write over it
-      (triton-lang/triton issue 6691), until that is closed.
+      (triton-lang/triton issue 6691, open).
     - Where a product's left factor is in registers: ptxas before 13.3 gives these to
       others while the product still reads them (issue 9433; Triton 3.9 brings 13.4).
 
-    Not where a turn itself uses its product or rescales the sum (gla_grad_decays,
-    scan_states), nor with num_stages=1 (gla_scores): no product is then under way when
-    the next turn begins."""
+    Not where a turn itself uses its product (gla_grad_decays) or may use the sum, in a
+    branch (scan_states), nor with num_stages=1 (gla_scores): no product is then under way
+    when the next turn begins."""
     return x + 0.0
 
 
 @triton.jit
 def round_bfloat16(x):
-    """x rounded to a bfloat16's digits, still float32. By integers: where a conversion's result
-    is needed as float32, too, the GPU converts one number at a time, which takes long."""
+    """x rounded to a bfloat16's digits, still float32; halves go away from 0. By integers: where
+    a conversion's result is needed as float32, too, the GPU converts one number at a time, which
+    takes long. (A NaN that the GPU made becomes -0.0; what forward made of it is NaN still.)"""
     bits = x.to(tl.int32, bitcast=True) + 0x8000
     return (bits & -0x10000).to(tl.float32, bitcast=True)
 
@@ -727,11 +727,11 @@ def sum_rows(which, x, DOT: tl.constexpr):
 
 @triton.jit
 def load_gate(gates_ptr, channel, head, K: tl.constexpr, F: tl.constexpr):
-    """The gate by which `head` reads this channel, one of the K that the F heads of its
-    group have side by side; a tile has channels of one head. gates_ptr (G,F,F)
-    One below 1e-20 in size counts as 1e-20, so that one can divide by it."""
-    asked = channel // (K // F)
-    gate = tl.load(gates_ptr + (head // F * F + asked) * F + head % F)
+    """gates_ij of a group (G,F,F): the gate by which `head`, its j-th, reads `channel`, one
+    of the K that its F heads have side by side, the i-th head's. (A tile has channels of one
+    head.) A gate below 1e-20 in size counts as 1e-20, so that one can divide by it."""
+    of_keys = channel // (K // F)
+    gate = tl.load(gates_ptr + (head // F * F + of_keys) * F + head % F)
     return tl.where(tl.abs(gate) < 1e-20, 1e-20, gate)
 
 
@@ -747,7 +747,8 @@ def load_decay(decay_ptr, chunk, k, DECAYS: tl.constexpr):
 
 
 # What scan_states adds up. With gates K is f K, and q_start has no gates in it: so in
-# reverse S is multiplied by the gate with which the head reads the tile's channels.
+# reverse registers hold dS / gate, and what is stored is multiplied by the gate with
+# which the head reads the tile's channels.
 #
 #                  x        y   weight         S (K x V)
 #     gla          k_end    v   None           K x V
@@ -758,8 +759,8 @@ def load_decay(decay_ptr, chunk, k, DECAYS: tl.constexpr):
 
 @chunk_kernel
 def scan_states(
-    x_table, y_table,        # (B T,HX K), (B T,HY V): F = H / HX heads share an x, H / HY a y
-    weight_ptr, gates_ptr,   # (B,H,T) or None (gla), (HX,F,F) (in reverse) or None
+    x_table, y_table,        # (B T,HX K), (B T,HY V): F = H / HX heads share x, H / HY share y
+    weight_ptr, gates_ptr,   # (B,H,T), ssd only; (HX,F,F), in reverse only; or None
     decay_ptr,               # (B,H,n,K/F), for ssd (B,H,n): of a whole chunk, log2
     initial_ptr, final_ptr,  # (B,H,K,V)  S (dS) where the scan begins and ends, or None
     states_ptr,              # (B,H,n,K,V)
@@ -786,7 +787,7 @@ def scan_states(
     # the head whose keys and decays the tile's channels belong to
     key_head = batch * H + head // F * F + k_block * BK // (K // F)
     gate = 1.0
-    if gates_ptr is not None:  # state is S without it
+    if gates_ptr is not None:
         gate = load_gate(gates_ptr, k_block * BK, head, K, F)
     state = tl.zeros((BK, BV), tl.float32)
     if initial_ptr is not None:
@@ -1484,15 +1485,17 @@ def gla_grad_mix_scores(
 # it) times its gradient, over all pairs that span t, j < t <= i. For a token t of a
 # block (in ssd: of a chunk) these are, with the variables that hold them,
 #
-#   key      query     pairs                          gla                    ssd
+#   key      query     which                          gla                    ssd
 #   inside   inside    i >= t, less those of j >= t   pairs                  pairs
-#   before   inside    i >= t                         q dq_before, in pairs  reads
+#   before   inside    i >= t                         q dq_before, in pairs  reads, in pairs
 #   inside   after     j < t                          k dk_after: writes     writes
 #   before   after     all                            around                 around
 #
+# where "before" and "after" may be in the same chunk, in its other block.
 # Summed over a query's pairs weight x gradient is q dq, channel by channel, where dq is
 # what these pairs add to its gradient; over a key's pairs it is k dk. A query with its
-# own key spans nothing: it is left out, for it would drown small gradients.
+# own key spans nothing: it would cancel but for rounding, which may drown small
+# gradients, and is left out.
 
 
 @triton.jit
@@ -1524,10 +1527,10 @@ def across_blocks(
     ROW: tl.constexpr, DOT: tl.constexpr,
 ):
     """Takes the dq of a chunk's second block (where `second`), the dk of its first, to the
-    seam, as gradients of q_seam and k_seam: times the other block's decay (BK,), plus what
-    comes through the scores of the second's queries with the first's keys. The other of dq
-    and dk stays. grad_scores_ptr: the score of the block's first token with the chunk's
-    first key, ROW elements before the next token's; the seam's: tiles (R,BK)."""
+    seam, as gradients of q_seam and k_seam: times the other block's decay, plus what comes
+    through the scores of the second's queries with the first's keys. The other of dq and dk is
+    as it came. The pointers are tiles, (BK,) and (R,BK), but for grad_scores_ptr: the score of
+    the block's first token with the chunk's first key, ROW elements before the next token's."""
     other = tl.exp2(tl.load(other_decay_ptr))[None, :]
     i = tl.arange(0, dq.shape[0])
     grad_scores_ptr += i[:, None] * ROW + i[None, :]
@@ -1545,7 +1548,7 @@ def gla_grad_queries_keys(
     do_ptr, v_ptr,                # (B,T,H,V)
     states_ptr, grad_states_ptr,  # (B,H,n,K,V)
     gates_ptr, dgates_ptr,        # (G,F,F), (B,T/R,G,K/BK,F)  or None: F = H / G
-    q_start_ptr, k_end_ptr, dq_ptr, dk_ptr,  # (B,T,G,K)
+    q_start_ptr, k_end_ptr, dq_start_ptr, dk_end_ptr,  # (B,T,G,K)
     q_seam_ptr, k_seam_ptr,       # (B,n,R,G,K), or empty: one block a chunk
     block_decay_ptr, decay_ptr,   # (B,H,T/R,K/F), (B,H,n,K/F)  log2
     grad_scores_ptr, around_ptr,  # (B,T,H,L), (B,H,T/R,K/F)
@@ -1554,10 +1557,10 @@ def gla_grad_queries_keys(
     L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):
     """dq_i = S do_i and dk_j = dS v_j, of q_start and k_end, sums over the heads that read
-    these channels. With gates each head's dq has its gate as a factor, whose gradient is
-    q dq. Of two blocks the second's dq and the first's dk go on to the seam, and around is
-    the other's: S dS, and the pairs of the first's keys with the state after both, or of the
-    second's queries with that before. One program owns BK channels of one block."""
+    these channels. dgates: what the states give, q_start . S do, a part of each program. Of two
+    blocks the second's dq and the first's dk go on to the seam. around is stored for the block
+    that its pairs span, the other if there are two: S dS exp(decay), and k_end dk (from the
+    first) or q_start dq (from the second). One program owns BK channels of one block."""
     F: tl.constexpr = H // G
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n, L // R)
@@ -1580,13 +1583,13 @@ def gla_grad_queries_keys(
             gate = load_gate(gates_ptr, k_block * BK, head, K, F)
             dgate = tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq_of_head)
             tl.store(dgates_ptr + tl.program_id(0) * F + head_of_group, dgate)
-            dq_of_head *= gate  # which S has not in it; dS has
+            dq_of_head *= gate  # dS has it already
         dq += dq_of_head
     key_head = group * F + k_block * BK // (K // F)
     of_head = (batch * H + key_head) * n
     k %= K // F
     around = state_pairs * tl.exp2(tl.load(decay_ptr + (of_head + chunk) * (K // F) + k))
-    spanned = (of_head * (L // R) + (block ^ 1 if L > R else block)) * (K // F) + k
+    of_spanned = (of_head * (L // R) + (block ^ (L // R - 1))) * (K // F) + k
     if L > R:
         if block % 2 == 0:
             around += tl.sum(tl.load(k_end_ptr + at).to(tl.float32) * dk, axis=0)
@@ -1594,12 +1597,12 @@ def gla_grad_queries_keys(
             around += tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq, axis=0)
         seam = (batch * n + chunk) * R * G * K + tile
         dq, dk = across_blocks(
-            dq, dk, block_decay_ptr + spanned, block % 2 == 1,
+            dq, dk, block_decay_ptr + of_spanned, block % 2 == 1,
             grad_scores_ptr + (token * H + key_head) * L,
             q_seam_ptr + seam, k_seam_ptr + seam, H * L, DOT)
-    tl.store(around_ptr + spanned, around)
-    tl.store(dq_ptr + at, dq)
-    tl.store(dk_ptr + at, dk)
+    tl.store(around_ptr + of_spanned, around)
+    tl.store(dq_start_ptr + at, dq)
+    tl.store(dk_end_ptr + at, dk)
 
 
 @triton.jit
@@ -1627,11 +1630,12 @@ def within_block(
     bits as in gla_scores_steep; and exp(upto) and exp(after). grad_scores is 0 on the
     diagonal and above (multiply_rows): a query with its own key has no decay, and comes
     as diagonal (R,1). total (1,BK): the sum of g (R,BK), not for STEEP. earlier (R,R): 1
-    where the column comes before the row, else 0; for bfloat16, not STEEP, only."""
-    i = tl.arange(0, q.shape[0])[:, None]
-    j = tl.arange(0, q.shape[0])[None, :]
+    where the column comes before the row, else 0, a table: made in registers it took a third
+    of the instructions; for bfloat16, not STEEP, only."""
     pairs = tl.zeros(q.shape, tl.float32)
     if STEEP:
+        i = tl.arange(0, q.shape[0])[:, None]
+        j = tl.arange(0, q.shape[0])[None, :]
         exp_upto, exp_after = decays_of_piece(g, 7, DOT)
         dq = diagonal * k
         dk = diagonal * q
@@ -1660,14 +1664,14 @@ def store_grad_decays(
     """dg_t: the pairs from t on, the writes before t, and around (BK,), which spans the
     whole block."""
     # A running sum less its last term would drown what is small, so earlier rows are a
-    # product. Later rows may be all rows less the earlier in bfloat16 where no decay is
-    # steep: there rows differ little in size.
+    # product. In bfloat16, where no decay is steep, later rows are all less the earlier:
+    # exact to 2^-16 of the largest.
     if STEEP or DOT is not None:
         dg = tl.cumsum(pairs, 0, reverse=True) + sum_rows(earlier, writes, DOT)
     else:  # one product
         dg = tl.sum(pairs, 0)[None, :] + sum_rows(earlier, writes - pairs, DOT)
     dg += around[None, :]
-    if STEEP:  # no other block has a g so low; loaded again, for to keep the mask takes registers
+    if STEEP:  # no other block has a g so low; loaded again, since a kept mask costs registers
         dg = tl.where(tl.load(g_ptr) > FORGOTTEN_32, dg, 0.0)
     tl.store(dg_ptr, dg)
 
@@ -1686,10 +1690,10 @@ def gla_grad_decays(
     PK: tl.constexpr, BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr,
 ):
     """dq, dk and dg. A second launch, STEEP, stores those of steep blocks over the first's.
-    One program owns PK channels of one block of one head. In the first it fills a processor,
-    where nothing else runs while it waits: so loads come first, and where PK > BK those of
-    the next BK channels before the work on these (num_stages)."""
-    program, rest = split(tl.program_id(0), K // PK)
+    One program owns PK channels of one block of one head. One of the first launch fills a
+    processor, where nothing else runs while it waits: so loads come first, and where PK > BK
+    those of the next BK channels before the work on these (num_stages)."""
+    k_block, rest = split(tl.program_id(0), K // PK)
     head, block, batch = split3(rest, H, n, L // R)
     of_block = ((batch * H + head) * n * (L // R) + block) * K
     if STEEP and not is_steep(block_decay_ptr + of_block, K, BK, DOT):
@@ -1702,7 +1706,7 @@ def gla_grad_decays(
     diagonal = tl.load(diagonal_ptr + (batch * H + head) * n * L + block * R + i)
     earlier = tl.load(earlier_ptr + i * R + j)
     for k0 in range(0, PK, BK):
-        channel = program * PK + k0 + tl.arange(0, BK)
+        channel = k_block * PK + k0 + tl.arange(0, BK)
         at = row * K + i * (H * K) + channel[None, :]
         g = tl.load(g_ptr + at)
         q = tl.load(q_ptr + at)
@@ -1711,7 +1715,7 @@ def gla_grad_decays(
         dk_end = tl.load(dk_end_ptr + at)
         total = tl.load(block_decay_ptr + of_block + channel)[None, :]
         around = tl.load(around_ptr + of_block + channel)
-        g = log2_decay(g)  # after these loads, for to convert is to wait
+        g = log2_decay(g)  # after these loads, since to convert is to wait for them
         q = q.to(tl.float32) * scale
         k = k.to(tl.float32)
         dq, dk, pairs, exp_upto, exp_after = within_block(
@@ -1737,8 +1741,8 @@ def gla_chunk(T, K, V, dtype):
 @functools.cache
 def gla_launches(K, V, states, whole, L, R, dtype):
     """The kernels with their tiles, the fastest measured on an H100 at the sizes of
-    layers(), for B H f `states` of K x V. Wide tiles of float32 are half as wide, for
-    they take twice the registers and shared memory. whole: a program of gla_grad_decays
+    layers(), for B H f `states` of K x V. Tiles of float32 are half as wide, for they take
+    twice the registers and shared memory. whole: a program of gla_grad_decays
     takes all channels of its block."""
     narrow = dtype == torch.bfloat16
     BK = power_of_two(K, 16, 64)
@@ -1746,7 +1750,7 @@ def gla_launches(K, V, states, whole, L, R, dtype):
     wide_k = power_of_two(K, 16, 128 if narrow else 64)
     wide_v = power_of_two(V, 16, 128 if narrow else 64)
     scan = dict(SCAN_TILES, BK=BK)
-    # of wide tiles; a large GPU has 132 processors
+    # the scan's, in tiles of BK x wide_v. A large GPU has 132 processors, for one to three each
     programs = K // BK * (V // wide_v) * states if narrow else 0
     if programs >= 1024 and L > R:
         scan |= dict(BK=wide_k, BV=wide_v, BT=32, num_warps=4, num_stages=6)
@@ -2186,7 +2190,7 @@ def ssd_grad_scores(
 ):
     """grad_scores_ij sums exp(cum_i - cum_j) dt_j (dy_i . x_j) over the group's heads.
     pairs_t: weight x gradient summed over the pairs with t as query, less those with t as
-    key.
+    key; in parts, by the block of the other token.
 
     One program owns R queries and R keys, no later, of one chunk of one group, its
     heads in turn."""
@@ -2223,7 +2227,7 @@ def ssd_grad_scores(
         cum_of_query = tl.load(cum_ptr + following + query)
         cum_of_key = tl.load(key_cum_ptr + following + key)
 
-        # sums over pairs_t nearly cancel: for float32 inputs they are float64
+        # their sums over t nearly cancel: for float32 inputs they are float64
         pairs = tl.where(below, grad * scores, 0.0).to(pairs_ptr.dtype.element_ty)
         of_query = (key_block * heads).to(tl.int64) * n * L + of_head + query
         of_key = (query_block * heads).to(tl.int64) * n * L + of_head + key
@@ -2331,8 +2335,8 @@ def ssd_grad_decays(
     H: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
     READS: tl.constexpr, PARTS: tl.constexpr,
 ):
-    """dg by the table above through_states, a chunk being one block; from it, as g = dt
-    A, the gradients of dt and A. READS and PARTS: parts of reads, of state_pairs. One
+    """dg by "The gradient of decays", a chunk being one block; from it, as g = dt A, the
+    gradients of dt and A. READS and PARTS: parts of reads, of state_pairs. One
     program owns one chunk of one head."""
     head, chunk, batch = split3(tl.program_id(0), H, n)
     i = tl.arange(0, L)
@@ -2349,8 +2353,8 @@ def ssd_grad_decays(
     for part in range(PARTS):
         around += tl.load(state_pairs_ptr + (part * heads + batch * H + head) * n + chunk)
     around *= tl.exp2(tl.load(decay_ptr + (batch * H + head) * n + chunk))
-    begun = tl.cumsum(tl.load(writes_ptr + mine - 1, i > 0, 0.0), 0)
-    dg = tl.cumsum(pairs, 0, reverse=True) + begun + around
+    earlier_writes = tl.cumsum(tl.load(writes_ptr + mine - 1, i > 0, 0.0), 0)
+    dg = tl.cumsum(pairs, 0, reverse=True) + earlier_writes + around
 
     token = batch * T + chunk * L + i
     dt = tl.load(dt_ptr + token * H + head)

@@ -525,6 +525,19 @@ def test_grad_decays_of_all_channels_in_one_program(decay, monkeypatch, interpre
 
 
 @needs_triton
+def test_bfloat16_rounds_to_nearest(interpreter):
+    """Factors cut off instead would make gradients of positive numbers smaller."""
+    q, k, v, g, _ = inputs("gla", 1, 64, 1, 1, 32, 32, dtype=torch.bfloat16, device=DEVICE)
+    args = [q.abs(), k.abs(), v.abs(), g]
+    gradients = []
+    for impl, dtype in (("triton", None), ("recurrent", torch.float64)):
+        args = [x.detach().to(dtype or x.dtype).requires_grad_() for x in args]
+        gradients.append(torch.autograd.grad(gla(*args, impl=impl)[0].sum(), args[:2]))
+    for ours, exact in zip(*gradients, strict=True):
+        assert abs((ours.double() / exact - 1).mean()) < 1e-3
+
+
+@needs_triton
 @pytest.mark.skipif(CUDA, reason="three products of tf32 drop as much")
 def test_float32_keeps_the_digits_of_small_steps():
     """dt is in the exponents of decays, where a large logarithm would take digits."""
