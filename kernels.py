@@ -1739,7 +1739,7 @@ def gla_chunk(T, K, V, dtype):
 
 
 @functools.cache
-def gla_launches(K, V, states, whole, L, R, dtype):
+def gla_launches(K, V, states, L, R, dtype, whole=False):
     """The kernels with their tiles, the fastest measured on an H100 at the sizes of
     layers(), for B H f `states` of K x V. Tiles of float32 are half as wide, for they take
     twice the registers and shared memory. whole: a program of gla_grad_decays
@@ -1822,8 +1822,7 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R, *,
     n = T // L
     if L == R:
         block_decay = decay
-    whole = False  # only gla_grad_decays asks
-    launches = gla_launches(K, V, B * H * f, whole, L, R, q.dtype)
+    launches = gla_launches(K, V, B * H * f, L, R, q.dtype)
     sizes = dict(n=n, H=H, L=L)
     DOT = product_precision(q)
     of_keys = dict(K=K, R=R, DOT=DOT, **sizes)
@@ -1865,7 +1864,7 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
     n = T // L
     # whole blocks, where there are enough for a large GPU
     whole = q.dtype == torch.bfloat16 and B * H * T // R >= 128
-    launches = gla_launches(K, V, B * H * f, whole, L, R, q.dtype)
+    launches = gla_launches(K, V, B * H * f, L, R, q.dtype, whole)
     sizes = dict(n=n, H=H, L=L)
     DOT = product_precision(q)
     grad_states = torch.empty_like(states)

@@ -518,8 +518,7 @@ def test_chunks_of_two_blocks(op, H, G, decay, dtype, monkeypatch, interpreter):
 def test_grad_decays_of_all_channels_in_one_program(decay, monkeypatch, interpreter):
     """As where blocks are many, in bfloat16 only; there are two tiles of channels."""
     launches = kernels.gla_launches
-    monkeypatch.setattr(kernels, "gla_launches", lambda K, V, states, whole, *rest: launches(
-        K, V, states, True, *rest))
+    monkeypatch.setattr(kernels, "gla_launches", lambda *sizes: launches(*sizes[:6], True))
     args = inputs("gla", 1, 35, 2, 2, 40, 16, dtype=torch.bfloat16, device=DEVICE, decay=decay)
     check_against("recurrent", "gla", args, "triton")
 
