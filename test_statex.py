@@ -3813,6 +3813,11 @@ def test_how_a_script_ends_where_nobody_listens():
     found = subprocess.run([sys.executable, "-c", stopped], text=True, capture_output=True,
                            cwd=HERE)
     assert (found.returncode, found.stdout, found.stderr) == (143, "cleared up\n", "")
+    # a forked worker, as of a library's pool, has the signal as ever
+    forked = ("from data.options import *\ndef main():\n"
+              " if os.fork(): sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+              " os._exit(signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL)\nrun_script(main)")
+    assert subprocess.run([sys.executable, "-c", forked], cwd=HERE).returncode == 0
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")

@@ -208,6 +208,10 @@ def run_script(main):
         sys.stdout.reconfigure(errors="replace")        # text that the terminal cannot show
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # half-written files go
+        # a library's forked workers end by this signal; one that waits for a lock would miss ours
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(
+                after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         main()
         sys.stdout.flush()
