@@ -1631,7 +1631,7 @@ def within_block(
     diagonal and above (multiply_rows): a query with its own key has no decay, and comes
     as diagonal (R,1). total (1,BK): the sum of g (R,BK), not for STEEP. earlier (R,R): 1
     where the column comes before the row, else 0, a table: made in registers it took a third
-    of the instructions; for bfloat16, not STEEP, only."""
+    of the instructions. (Used here in bfloat16, not STEEP, only.)"""
     pairs = tl.zeros(q.shape, tl.float32)
     if STEEP:
         i = tl.arange(0, q.shape[0])[:, None]
@@ -1742,15 +1742,15 @@ def gla_chunk(T, K, V, dtype):
 def gla_launches(K, V, states, L, R, dtype, whole=False):
     """The kernels with their tiles, the fastest measured on an H100 at the sizes of
     layers(), for B H f `states` of K x V. Tiles of float32 are half as wide, for they take
-    twice the registers and shared memory. whole: a program of gla_grad_decays
-    takes all channels of its block."""
+    twice the registers and shared memory. whole: a program of gla_grad_decays takes all
+    channels of its block."""
     narrow = dtype == torch.bfloat16
     BK = power_of_two(K, 16, 64)
     BV = power_of_two(V, 16, 64)
     wide_k = power_of_two(K, 16, 128 if narrow else 64)
     wide_v = power_of_two(V, 16, 128 if narrow else 64)
     scan = dict(SCAN_TILES, BK=BK)
-    # the scan's, in tiles of BK x wide_v. A large GPU has 132 processors, for one to three each
+    # of the scan, were its tiles BK x wide_v; a large GPU has 132 processors
     programs = K // BK * (V // wide_v) * states if narrow else 0
     if programs >= 1024 and L > R:
         scan |= dict(BK=wide_k, BV=wide_v, BT=32, num_warps=4, num_stages=6)
@@ -2335,8 +2335,8 @@ def ssd_grad_decays(
     READS: tl.constexpr, PARTS: tl.constexpr,
 ):
     """dg by "The gradient of decays", a chunk being one block; from it, as g = dt A, the
-    gradients of dt and A. READS and PARTS: parts of reads, of state_pairs. One
-    program owns one chunk of one head."""
+    gradients of dt and A. READS and PARTS: parts of reads, of state_pairs. One program
+    owns one chunk of one head."""
     head, chunk, batch = split3(tl.program_id(0), H, n)
     i = tl.arange(0, L)
     T = n * L
