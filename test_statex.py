@@ -7,7 +7,7 @@
 Public formats are tested against their own libraries where these are installed:
 pip install transformers safetensors flash-linear-attention "lm_eval[hf]"
 """
-from data.options import BadInput, command_line, one_line, run_script
+from data.options import BadInput, command_line, one_line, run_script, write_file
 
 import ast
 import base64
@@ -1961,8 +1961,9 @@ def test_what_cannot_be_written(tmp_path):
     for name, says in (("file", "exists"), ("full", "exists"), ("file/x", "cannot write")):
         with raises_one_line(says):
             write(small("mamba2"), tmp_path / name)
-    with full_disk(5000), raises_one_line("cannot write"):
-        write(small("mamba2"), tmp_path / "y")
+    for lm in (small("mamba2"), code_lm("mamba2")):             # the latter has a tokenizer
+        with full_disk(5000), raises_one_line("cannot write"):
+            write(lm, tmp_path / "y")
     assert write(small("mamba2"), tmp_path / "empty") == ["config.json", "model.safetensors"]
     assert sorted(os.listdir(tmp_path)) == ["empty", "file", "full"]
 
@@ -2092,9 +2093,10 @@ def test_exported_models_have_the_same_scores(block, changes, names, length, lm_
     save_checkpoint(f"{tmp_path}/x.pt", lm)
     write(lm, tmp_path / "public")
     tasks = task_files(tmp_path / "tasks", lm)
-    ran(harness, f"--ckpt={tmp_path}/x.pt", f"--tasks={','.join(names)}", f"--json={tmp_path}/ours",
-        f"--include_path={tasks}", f"--max_length={length}", f"--device={DEVICE}")
-    ours = json.loads((tmp_path / "ours").read_text())["results"]
+    ran(harness, f"--ckpt={tmp_path}/x.pt", f"--tasks={','.join(names)}",
+        f"--json={tmp_path}/ours.json", f"--include_path={tasks}", f"--max_length={length}",
+        f"--device={DEVICE}")
+    ours = json.loads((tmp_path / "ours.json").read_text())["results"]
     theirs = subprocess.run(
         [sys.executable, "-c", WITH_FLA + HARNESS if block == "gla" else HARNESS, "run",
          "--model", "hf", "--model_args", f"pretrained=public,max_length={length}",
@@ -2371,6 +2373,8 @@ def test_what_prepare_leaves_alone(tmp_path, monkeypatch):
     os.symlink(tmp_path / "text/0.txt", tmp_path / "text/link.txt")
     out = tmp_path / "out"
     once = prepared(tmp_path / "text", out)
+    with full_disk(100):
+        refused(prepare, tmp_path / "text", f"--out={out}", says="cannot write")
     assert prepared(tmp_path / "text", f"{tmp_path}/text/../text", out) == once
     fill(out, {"bigrams.npz.12.tmp": "half"})
     assert prepared(tmp_path / "text", out) == once
@@ -2966,6 +2970,9 @@ def test_the_report_pairs_the_arms_by_sequence(tmp_path, monkeypatch):
     library("matplotlib")
     assert "recipe.png" in ran(train_script, f"--plot={tmp_path}")
     assert (tmp_path / "recipe.png").stat().st_size > 1000
+    os.remove(tmp_path / "recipe.png")
+    (tmp_path / "recipe.png").mkdir()
+    refused(train_script, f"--plot={tmp_path}", says="recipe.png: it is a folder")
 
 
 # ---------------------------------------------------------------------------------------
@@ -3474,6 +3481,8 @@ def test_a_full_disk_loses_nothing(ckpt, corpus, tmp_path):
     with full_disk(30000):
         refused(*args, says="what was there is untouched")
     assert (tmp_path / "ckpt.pt").read_bytes() == before
+    with full_disk(30000), raises_one_line("the disk may be full"):         # NumPy's words
+        write_file(f"{tmp_path}/numbers", np.arange(1e6).tofile)
     assert not list(tmp_path.glob("*.tmp"))
     os.remove(tmp_path / "log.jsonl")
     os.symlink("/dev/full", tmp_path / "log.jsonl")
@@ -3645,6 +3654,8 @@ BAD = (
     (train_script, ("--device=cuda:99",), "GPUs that PyTorch can use"),
     (train_script, ("--device=meta",), "--device=meta cannot be used here"),
     (harness, ("--tasks=x",), "name a checkpoint and tasks"),
+    (harness, ("--ckpt={ckpt}", "--tasks=x", "--batch_size=0"), "must be at least 1"),
+    (harness, ("--ckpt={ckpt}", "--tasks=x", "--json={tmp}/none/x.json"), "no such folder"),
     # checkpoints
     (expand_script, ("--ckpt={tmp}/none.pt",), "no checkpoint at"),
     (model_script, ("--ckpt={tmp}/cut.pt",), "not a whole checkpoint"),
@@ -3654,6 +3665,8 @@ BAD = (
     (train_script, ("--ckpt=resume", "--out_dir={tmp}/none"), "no checkpoint at"),
     (train_script, ("--ckpt=resume", "--out_dir={tmp}/step"), "cannot be resumed"),
     (train_script, ("--ckpt=resume", "--out_dir={tmp}/optimizer", "--device=cpu"),
+     "cannot be resumed"),
+    (train_script, ("--ckpt=resume", "--out_dir={tmp}/evaluations", "--device=cpu"),
      "cannot be resumed"),
     (train_script, ("--ckpt=resume", "--out_dir={tmp}/seconds"), "its seconds is not of type"),
     (train_script, ("--ckpt=resume", "--out_dir={tmp}/tokens"), "after -5 tokens"),
@@ -3764,7 +3777,8 @@ def bad_files(ckpt, corpus, tmp_path_factory):
                "odd.tiktoken": "".join(f"{token} {i}\n" for token, i in pairs)})
     torch.save({"weights": torch.ones(3)}, tmp / "other.pt")
     entries = torch.load(ckpt)
-    for name, value in (("step", "two"), ("optimizer", {}), ("seconds", "ten"), ("tokens", -5)):
+    for name, value in (("step", "two"), ("optimizer", {}), ("seconds", "ten"), ("tokens", -5),
+                        ("evaluations", [[1]])):
         (tmp / name).mkdir()
         changed = entries["train"] | {name: value, "options": entries["train"]["options"] | {
             "steps": 3}}
@@ -3808,16 +3822,30 @@ def test_how_a_script_ends_where_nobody_listens():
                                env=os.environ | {"PYTHONUNBUFFERED": ""})
         assert found.returncode == status and says in found.stderr, (end, found)
         assert found.stderr.count("\n") == bool(says) and not found.stdout
-    stopped = ("from data.options import *\ntry: run_script(lambda: signal.raise_signal(15))\n"
-               "finally: print('cleared up')")
-    found = subprocess.run([sys.executable, "-c", stopped], text=True, capture_output=True,
-                           cwd=HERE)
-    assert (found.returncode, found.stdout, found.stderr) == (143, "cleared up\n", "")
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        stopped = (f"from data.options import *\nsignal.signal({number}, signal.SIG_DFL)\n"
+                   f"try: run_script(lambda: signal.raise_signal({number}))\n"
+                   "finally: print('cleared up')")
+        found = subprocess.run([sys.executable, "-c", stopped], text=True, capture_output=True,
+                               cwd=HERE)
+        assert (found.returncode, found.stdout, found.stderr) == (128 + number, "cleared up\n", "")
     # a forked worker, as of a library's pool, has the signal as ever
     forked = ("from data.options import *\ndef main():\n"
               " if os.fork(): sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
               " os._exit(signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL)\nrun_script(main)")
     assert subprocess.run([sys.executable, "-c", forked], cwd=HERE).returncode == 0
+
+
+def test_ctrl_c_while_a_script_is_imported(tmp_path):
+    """Nothing is printed; a program that imports us is interrupted as ever."""
+    fill(tmp_path, {"torch.py": "import signal; signal.raise_signal(signal.SIGINT)",
+                    "mine.py": "import expand"})
+    ours = ("kernels", "model", "expand", "train", "data/recall", "data/harness")
+    for script in (*(f"{HERE}/{name}.py" for name in ours), tmp_path / "mine.py"):
+        found = subprocess.run([sys.executable, script], text=True, capture_output=True,
+                               env=os.environ | {"PYTHONPATH": f"{tmp_path}:{HERE}"})
+        assert found.returncode == -signal.SIGINT
+        assert ("KeyboardInterrupt" in found.stderr) == ("mine" in str(script)), found.stderr
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")

@@ -646,14 +646,15 @@ def restore(run, held):
         run.start = held.get("start", "")
         run.tokens = held["tokens"]
         run.seconds = held["seconds"]
-        run.evaluations = list(held["evaluations"])
+        run.evaluations = [[tokens, text, asked] for tokens, text, asked in held["evaluations"]]
         carried = held["carried"]
+        if carried:
+            for k in range(passes(run.options, run.processes)):
+                rows = share(run, run.options.batch_size, k)
+                run.carried[k] = map_state(
+                    lambda t, rows=rows: t[rows].to(run.options.device), carried)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
         raise other_version(run.options.path, f"{type(e).__name__}: {one_line(e, 100)}") from e
-    if carried:
-        for k in range(passes(run.options, run.processes)):
-            rows = share(run, run.options.batch_size, k)
-            run.carried[k] = map_state(lambda t, rows=rows: t[rows].to(run.options.device), carried)
 
 
 def load_run(path):
@@ -1270,7 +1271,8 @@ def main(stop=None):
         if processes.size == 1:
             raise
         say(f"train.py: process {processes.rank} lost the others "
-            f"({one_line(e, 120)}); go on with --ckpt=resume")
+            f"({one_line(e, 120)}); they may have said why. If training had begun, go on with "
+            "--ckpt=resume")
         os._exit(1)
     if processes.size > 1:
         dist.destroy_process_group()

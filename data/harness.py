@@ -27,11 +27,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from data.options import (
     BadInput,
+    check_json,
     command_line,
     one_line,
     option,
     pick_device,
     run_script,
+    why,
     write_file,
 )
 
@@ -109,7 +111,10 @@ def evaluate(lm, options):
     if options.include_path and not os.path.isdir(options.include_path):
         raise BadInput(f"--include_path={options.include_path} is no folder")
     with tempfile.TemporaryDirectory() as folder:
-        end_of_text = write_tokenizer(lm.config.tokenizer, folder)
+        try:
+            end_of_text = write_tokenizer(lm.config.tokenizer, folder)
+        except OSError as e:
+            raise BadInput(f"cannot write the tokenizer into {folder}: {why(e)}") from e
         if end_of_text is None:
             raise BadInput(f"the tokenizer of {options.ckpt} is {lm.config.tokenizer!r}, which is "
                            "not to be had here; expected one that data/prepare.py can load")
@@ -151,6 +156,9 @@ def main():
     if not options.ckpt or not options.tasks:
         raise BadInput("name a checkpoint and tasks: --ckpt=out/recipe-gla/statex.pt "
                        "--tasks=swde,fda")
+    if not options.batch_size or not options.max_length:
+        raise BadInput("--batch_size and --max_length must be at least 1")
+    check_json(options.json)
     lm = LM.from_pretrained(options.ckpt).to(pick_device(options.device)).eval()
     results = evaluate(lm, options)
     from lm_eval.utils import make_table

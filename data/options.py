@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
 import math
 import os
 import signal
@@ -24,6 +25,17 @@ import sys
 # thread takes the core that the one it waits for needs: a run is then many times slower.
 # OpenMP reads this once, when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Until run_script takes over, Ctrl-C ends a script of ours silently: in the imports of torch,
+# which take seconds, Python would print where it was. Not where others import us.
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCRIPTS = [os.path.join(HERE, *name.split("/")) for name in (
+    "kernels.py", "model.py", "expand.py", "train.py", "data/prepare.py", "data/recall.py",
+    "data/harness.py")]
+started = getattr(sys.modules["__main__"], "__file__", None) or ""
+if os.path.abspath(started) in SCRIPTS:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class BadInput(ValueError):
@@ -160,13 +172,29 @@ def write_file(path, write):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as e:    # torch.save's RuntimeError may be a full disk
-        why = getattr(e, "strerror", None) or one_line(e)
-        if "inline_container" in why:                   # torch.save's words for it
-            why = f"the disk may be full ({why})"
-        raise BadInput(f"cannot write {path}: {why}; what was there is untouched") from e
+        raise BadInput(f"cannot write {path}: {why(e)}; what was there is untouched") from e
     finally:                                            # also after Ctrl-C
         with contextlib.suppress(OSError):
             os.remove(part)
+
+
+def check_json(path):
+    """Raises BadInput, before anything is computed, where --json=path could not be written."""
+    folder = os.path.dirname(path) or "."
+    if path and not os.path.isdir(folder):
+        raise BadInput(f"--json={path}: there is no such folder; make it first")
+    if os.path.isdir(path) or path and not path.endswith(".json"):
+        raise BadInput(f"--json={path}; expected a file's name, which ends in .json")
+    if path and not os.access(folder, os.W_OK):
+        raise BadInput(f"--json={path}: nobody may write in that folder")
+
+
+def why(error):
+    """Why a file could not be written, by the exception."""
+    said = getattr(error, "strerror", None) or one_line(error)
+    if "inline_container" in said or "requested and" in said:   # torch.save's, NumPy's words for it
+        said = f"the disk may be full ({said})"
+    return said
 
 
 def temporary_folder(place):
@@ -200,18 +228,23 @@ def out_of_memory(error):
 
 def run_script(main):
     """Run a script's main. What the user can mend ends it with one line and status 2,
-    Ctrl-C with 130, a reader that went away with 141, SIGTERM with 143."""
+    Ctrl-C with 130, a reader that went away with 141, a closed terminal with 129, SIGTERM
+    with 143."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:                  # closed, as by >&- or 2>&-
             setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # text that the terminal cannot show
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # half-written files go
-        # a library's forked workers end by this signal; one that waits for a lock would miss ours
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(
-                after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # KeyboardInterrupt, below
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # half-written files go
+            # a library's forked workers end by SIGTERM; one that waits for a lock would miss ours
+            if hasattr(os, "register_at_fork"):
+                os.register_at_fork(
+                    after_in_child=functools.partial(signal.signal, number, signal.SIG_DFL))
     try:
         main()
         sys.stdout.flush()

@@ -47,6 +47,7 @@ from data.options import (
     option,
     run_script,
     temporary_folder,
+    why,
     write_file,
 )
 
@@ -471,7 +472,7 @@ def write_corpus(documents, out, tokenizer, max_tokens=math.inf):
             flush(f)
         replace_folder(temporary, out)
     except OSError as e:
-        raise BadInput(f"cannot write {out}: {e.strerror or e}") from e
+        raise BadInput(f"cannot write {out}: {why(e)}") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return meta

@@ -608,15 +608,19 @@ def write_tokenizer(name, folder):
     """The files from which transformers.AutoTokenizer makes the tokenizer `name`, as
     load_tokenizer knows it: same text, same ids. Returns the id of end-of-text; None,
     and no files, where the tokenizer is not known or not to be had here. Raises
-    BadInput where the library that writes it is missing."""
+    BadInput where the library that writes it is missing, OSError where the disk is full."""
     try:
         tokenizer = load_tokenizer(name)
     except BadInput:                                       # no such name, or no files here
         return None
     if name.startswith("hf:"):
-        tokenizer.tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.tokenizer.save_pretrained(folder)
+        except Exception as e:                             # the tokenizers library has no other
+            raise OSError(one_line(e)) from e
         return tokenizer.eot_token
-    byte_pair_tokenizer(tokenizer).save(f"{folder}/tokenizer.json")
+    with open(f"{folder}/tokenizer.json", "w", encoding="utf-8") as file:
+        file.write(byte_pair_tokenizer(tokenizer).to_str(pretty=True))
     end = tokenizer.decode([tokenizer.eot_token])
     with open(f"{folder}/tokenizer_config.json", "w", encoding="utf-8") as file:
         json.dump({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end,

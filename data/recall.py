@@ -35,6 +35,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from data.options import (
     BadInput,
+    check_json,
     command_line,
     number_list,
     option,
@@ -581,10 +582,7 @@ def main():
     device = pick_device(options.device)
     if not options.ckpt:
         raise BadInput("name a checkpoint: --ckpt=out/recipe-gla/statex.pt")
-    if options.json and not os.path.isdir(os.path.dirname(options.json) or "."):
-        raise BadInput(f"--json={options.json}: there is no such folder; make it first")
-    if os.path.isdir(options.json) or options.json and not options.json.endswith(".json"):
-        raise BadInput(f"--json={options.json}; expected a file's name, which ends in .json")
+    check_json(options.json)
     if not options.n or not options.windows:
         raise BadInput("--n and --windows must be at least 1")
     lm, trained = read_checkpoint(options.ckpt)
@@ -735,7 +733,8 @@ def print_groups(groups, measures, sign=""):
 
 
 def print_gains(gains):
-    print("\nneedle gain, nats per digit (among the ten digits, of 2.303)")
+    if gains:
+        print("\nneedle gain, nats per digit (among the ten digits, of 2.303)")
     for length, gain in gains.items():
         print(f"  {length} tokens: {gain['gain']:+.4f} +- {error_text(gain['gain_se'])} "
               f"({gain['digits']:+.4f} +- {error_text(gain['digits_se'])})")

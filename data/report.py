@@ -33,6 +33,8 @@ def print_report(folder):
     try:
         print(f"\n{table(results)}\n\n{closing(results)}\n")
         print(f"{folder}/results.json{picture(results, f'{folder}/recipe.png')}")
+    except BadInput:                            # the picture cannot be written
+        raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
         raise BadInput(f"{folder}/results.json is not one of this version's, or report.py was "
                        f"changed ({type(e).__name__} {one_line(e, 60)}); without it the recipe "
