@@ -22,8 +22,6 @@ CPU it needs TRITON_INTERPRET=1 before the import, is slow, and right in float32
 Decays travel as natural logarithms g = log a <= 0. Any decay is safe: none (g = 0), all
 at once (g = -60), a reset (g = -inf; in ssd `first`) that keeps packed documents apart.
 """
-from __future__ import annotations  # tl.constexpr below works without Triton
-
 from data.options import BadInput, command_line, option, pick_device, run_script
 
 import contextlib
@@ -41,10 +39,12 @@ import torch.nn.functional as F
 try:
     import triton
     import triton.language as tl
+    from triton.language import constexpr
     from triton.tools.tensor_descriptor import TensorDescriptor  # since Triton 3.4
     triton_installed = True
 except ImportError:  # recurrent and chunked still work; jit does nothing
     triton = types.SimpleNamespace(jit=lambda f=None, **options: f or (lambda g: g))
+    constexpr = float
     triton_installed = False
 
 
@@ -130,43 +130,28 @@ def ask_the_group(q, gates):
 
 
 def gla_recurrent(q, k, v, g, scale, state):
-    """S_t = diag(exp g_t) S_{t-1} + k_t v_t^T, o_t = S_t^T (scale q_t), token by token.
-    A group's heads stand beside each other, (G, H/G), and its keys are (G, 1)."""
+    """S_t = diag(exp g_t) S_{t-1} + k_t v_t^T, o_t = S_t^T (scale q_t), token by token."""
     q, k, v, g, S = widen(q, k, v, g, state)
-    G = k.shape[2]
-    q = q.unflatten(2, (G, -1))
-    v = v.unflatten(2, (G, -1))
+    q, k, g = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k, g))
     if S is None:
         S = q.new_zeros(*q[:, 0].shape, v.shape[-1])
-    else:
-        S = S.unflatten(1, (G, -1))
     outputs = []
     for t in range(q.shape[1]):
-        decay = g[:, t, :, None, :, None].exp()
-        S = decay * S + k[:, t, :, None, :, None] * v[:, t, ..., None, :]
-        outputs.append(torch.einsum("bghkv,bghk->bghv", S, scale * q[:, t]))
-    return torch.stack(outputs, dim=1).flatten(2, 3), S.flatten(1, 2)
+        S = g[:, t, ..., None].exp() * S + k[:, t, ..., None] * v[:, t, :, None, :]
+        outputs.append(torch.einsum("bhkv,bhk->bhv", S, scale * q[:, t]))
+    return torch.stack(outputs, dim=1), S
 
 
 def ssd_recurrent(x, dt, A, B, C, D, state, first):
-    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t, token by
-    token."""
+    """The same with g = dt A, q = C, k = B and v = dt x, its state the other way round;
+    y_t = S_t C_t + D x_t."""
     x, dt, A, B, C, D, S = widen(x, dt, A, B, C, D, state)
-    H = x.shape[2]
-    G = B.shape[2]
-    if S is None:
-        S = x.new_zeros(*x[:, 0].shape, B.shape[-1])
-    y = []
-    for t in range(x.shape[1]):
-        decay = torch.exp(dt[:, t] * A)
-        if first is not None:
-            decay = decay.masked_fill(first[:, t, None], 0.0)
-        v = dt[:, t, :, None] * x[:, t]
-        write = v.unflatten(1, (G, -1))[..., None] * B[:, t, :, None, None, :]
-        S = decay[:, :, None, None] * S + write.flatten(1, 2)
-        y.append(torch.einsum("bghpn,bgn->bghp", S.unflatten(1, (G, -1)), C[:, t]).flatten(1, 2))
-    y = torch.stack(y, dim=1)
-    return y if D is None else y + D.view(H, -1) * x, S
+    g = dt * A
+    if first is not None:
+        g = g.masked_fill(first[..., None], -torch.inf)
+    v = dt[..., None] * x
+    y, S = gla_recurrent(C, B, v, g[..., None], 1.0, None if S is None else S.mT)
+    return y if D is None else y + D.view(x.shape[2], -1) * x, S.mT
 
 
 # --------------------------------------------------------------------------------------
@@ -491,8 +476,8 @@ def no_tokens(v, state, sizes, *others):
 # the fast path. Only test_the_first_kernels_are_the_definition calls them.
 
 
-# FORGOTTEN for float32. (Kernels may read no globals but tl.constexpr.)
-FORGOTTEN_32 = tl.constexpr(-200.0) if triton_installed else None
+# FORGOTTEN for float32. (Kernels may read no globals but constexpr.)
+FORGOTTEN_32 = constexpr(-200.0)
 
 
 @triton.jit
@@ -506,8 +491,7 @@ def gla_first(
     q_ptr, k_ptr, v_ptr, g_ptr,  # (B,T,H,K), (B,T,G,K), (B,T,H,V), (B,T,G,K)
     state_ptr, o_ptr, last_ptr,  # (B,H,K,V), (B,T,H,V), (B,H,K,V)
     scale, T,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    L: tl.constexpr, BV: tl.constexpr,
+    H: constexpr, G: constexpr, K: constexpr, V: constexpr, L: constexpr, BV: constexpr,
 ):
     """With c the running sum of g in a chunk of L tokens, o_i = S^T (q_i exp c_i) + sum
     over j <= i of (q_i . k_j exp(c_i - c_j)) v_j, and then S becomes exp(c_L) S + sum
@@ -556,7 +540,7 @@ def ssd_first(
     B_ptr, C_ptr,                # (B,T,G,N)
     state_ptr, y_ptr, last_ptr,  # (B,H,P,N), (B,T,H,P), (B,H,P,N)
     T,
-    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
+    H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr,
 ):
     """As gla_first, but with one decay per head exp(c_i - c_j) is a table of L x L,
     times C B^T. Without D and `first`; P, N and L are powers of two. One program owns
@@ -669,11 +653,11 @@ def ssd_first(
 # n and heads, for which Triton would by itself compile anew where they are 1 or
 # multiples of 16: so one compilation serves all T and B.
 chunk_kernel = triton.jit(do_not_specialize=["n", "heads"])
-LOG2E = tl.constexpr(1.4426950408889634) if triton_installed else None
+LOG2E = constexpr(1.4426950408889634)
 
 
 @triton.jit
-def split3(number, H, n, blocks: tl.constexpr = 1):
+def split3(number, H, n, blocks: constexpr = 1):
     """head, block and batch of number = head + H * (block + n * blocks * batch). The
     batch has 64 bits, since offsets may pass 2^31."""
     head, rest = split(number, H)
@@ -714,7 +698,7 @@ def round_bfloat16(x):
 
 
 @triton.jit
-def sum_rows(which, x, DOT: tl.constexpr):
+def sum_rows(which, x, DOT: constexpr):
     """For every row of which (R,R), of bool or ones and zeros, the sum of the rows of x
     (R,BK) that it names, as a matrix product. In bfloat16 x goes in as the sum of two
     bfloat16, which keeps 16 of its bits."""
@@ -726,7 +710,7 @@ def sum_rows(which, x, DOT: tl.constexpr):
 
 
 @triton.jit
-def load_gate(gates_ptr, channel, head, K: tl.constexpr, F: tl.constexpr):
+def load_gate(gates_ptr, channel, head, K: constexpr, F: constexpr):
     """gates_ij of a group (G,F,F): the gate by which `head`, its j-th, reads `channel`, one
     of the K that its F heads have side by side, the i-th head's. (A tile has channels of one
     head.) A gate below 1e-20 in size counts as 1e-20, so that one can divide by it."""
@@ -736,7 +720,7 @@ def load_gate(gates_ptr, channel, head, K: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def load_decay(decay_ptr, chunk, k, DECAYS: tl.constexpr):
+def load_decay(decay_ptr, chunk, k, DECAYS: constexpr):
     """A chunk's decay, log2: one (ssd), or where DECAYS = K / F > 1 that of each channel k,
     (BK,1). chunk: its number among those of all heads, in (B,H,n)."""
     if DECAYS == 1:
@@ -765,9 +749,9 @@ def scan_states(
     initial_ptr, final_ptr,  # (B,H,K,V)  S (dS) where the scan begins and ends, or None
     states_ptr,              # (B,H,n,K,V)
     n,
-    H: tl.constexpr, HX: tl.constexpr, HY: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    L: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, DOT: tl.constexpr,
+    H: constexpr, HX: constexpr, HY: constexpr, K: constexpr, V: constexpr,
+    L: constexpr, BT: constexpr, BK: constexpr, BV: constexpr,
+    REVERSE: constexpr, DOT: constexpr,
 ):
     """S = decay S + sum of weight_t x_t y_t^T over a chunk's tokens, chunk after chunk;
     dS the same in REVERSE. Stored are S before, dS after every chunk. One program owns
@@ -780,7 +764,7 @@ def scan_states(
     k = k_block * BK + tl.arange(0, BK)
     v = v_block * BV + tl.arange(0, BV)
     mine = k[:, None] * V + v[None, :]
-    F: tl.constexpr = H // HX
+    F: constexpr = H // HX
     x_column = head // F * K + k_block * BK
     y_column = head // (H // HY) * V + v_block * BV
     states_ptr += (batch * H + head) * n * K * V
@@ -792,9 +776,9 @@ def scan_states(
     state = tl.zeros((BK, BV), tl.float32)
     if initial_ptr is not None:
         state += tl.load(initial_ptr + (batch * H + head) * K * V + mine) / gate
-    DECAYS: tl.constexpr = K // F if weight_ptr is None else 1
+    DECAYS: constexpr = K // F if weight_ptr is None else 1
     decay = load_decay(decay_ptr, key_head * n + (n - 1 if REVERSE else 0), k, DECAYS)
-    PIECES: tl.constexpr = L // BT  # per chunk
+    PIECES: constexpr = L // BT  # per chunk
     for step in range(n * PIECES):
         piece = n * PIECES - 1 - step if REVERSE else step
         chunk = (piece // PIECES).to(tl.int64)
@@ -824,8 +808,7 @@ def step_state(
     state_ptr, new_ptr,    # (B,H,K,V), for ssd (B,H,V,K)
     out_ptr,               # (B,H,V)
     scale,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    H: constexpr, G: constexpr, K: constexpr, V: constexpr, BK: constexpr, BV: constexpr,
 ):
     """One token of either recurrence. For ssd q is C, k is B, v is x: K is N and V is P,
     the other way round than in scan_states.
@@ -874,8 +857,7 @@ def multiply_rows(
     scores_ptr,    # (B,T,H,L)
     diagonal_ptr,  # (B,H,T) or None
     n,
-    H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    BK: tl.constexpr, DOT: tl.constexpr,
+    H: constexpr, K: constexpr, L: constexpr, R: constexpr, BK: constexpr, DOT: constexpr,
 ):
     """scores_ij = x_i . y_j, in blocks of keys no later than queries. For ssd C . B,
     shared by the heads of a group: their decays, 0 for j > i, come later. For gla
@@ -914,8 +896,6 @@ def multiply_rows(
 gla_scan_states = ssd_scan_states = scan_states
 gla_step_state = ssd_step_state = step_state
 gla_grad_scores = ssd_scores = multiply_rows
-# For Launch, the same in both: which sizes the scan's tiles cut, and those of x and y.
-SCAN_TILES = dict(cut={"BK": "K", "BV": "V"}, tables=(("BT", "BK"), ("BT", "BV")))
 
 
 # --------------------------------------------------------------------------------------
@@ -923,46 +903,39 @@ SCAN_TILES = dict(cut={"BK": "K", "BV": "V"}, tables=(("BT", "BK"), ("BT", "BV")
 
 
 class Launch:
-    """A kernel with its tile. A call launches `programs` programs, times the number of
-    tiles in each size that `cut` names: {"BV": "HP"} is one for every BV of H P channels.
-    tables: for each of the first arguments, those that the kernel reads through a
-    descriptor, the names of its tile's rows and columns. Hopper's tensor memory
-    accelerator (TMA) then computes the addresses, on older GPUs threads do, as for
-    pointers. A descriptor takes the host 4 microseconds.
+    """A kernel with its sizes and its tile. A call launches `programs` programs, times the
+    number of tiles in each size of `cut`: {"BV": H * P} is one for every BV of H P channels.
+    tables: for each of the first arguments, those (B,T,H,K) that the kernel reads as a table
+    of B T rows and H K columns, the name of its tile's columns; BT is that of the rows.
+    Hopper's tensor memory accelerator (TMA) then computes the addresses, on older GPUs
+    threads do, as for pointers. Such a descriptor takes the host 4 microseconds.
 
     Where the GPU's shared memory does not hold num_stages stages of the pipeline, it
     takes fewer from then on: gla_launches and ssd_launches are cached."""
 
     def __init__(self, kernel, cut=None, tables=(), **options):
         self.kernel = kernel
-        self.cut = cut or {}
         self.tables = tables
         self.options = options
+        self.tiles = math.prod(-(-size // options[tile]) for tile, size in (cut or {}).items())
 
-    def __call__(self, programs, *pointers, **named):
+    def __call__(self, programs, *pointers, **numbers):
         options = self.options
         pointers = list(pointers)
-        for number, (rows, columns) in enumerate(self.tables):
-            pointers[number] = table(pointers[number], [options[rows], options[columns]])
-        for tile, sizes in self.cut.items():
-            total = math.prod(named[size] for size in sizes)
-            programs *= -(-total // options[tile])
+        for position, columns in enumerate(self.tables):
+            x = pointers[position]
+            B, T, H, K = x.shape
+            if x.data_ptr() % 16:  # no address for a descriptor
+                x = x.clone()
+            tile = [options["BT"], options[columns]]
+            pointers[position] = TensorDescriptor(x, [B * T, H * K], [H * K, 1], tile)
         while True:
             try:  # all on the grid's first axis: the others end at 65,535
-                return self.kernel[(programs,)](*pointers, **named, **options)
+                return self.kernel[(programs * self.tiles,)](*pointers, **numbers, **options)
             except triton.OutOfResources:
                 if options.get("num_stages", 1) == 1:
                     raise
                 options["num_stages"] -= 1
-
-
-def table(x, tile):
-    """x (B,T,H,K), contiguous, as a table of B T rows and H K columns, to be loaded in tiles
-    of this size."""
-    B, T, H, K = x.shape
-    if x.data_ptr() % 16:  # no address for a descriptor
-        x = x.clone()
-    return TensorDescriptor(x, [B * T, H * K], [H * K, 1], tile)
 
 
 def power_of_two(x, low, high=1 << 30):
@@ -983,6 +956,15 @@ def pad(x, multiples):
     return F.pad(x, ends).contiguous() if any(ends) else x.contiguous()
 
 
+def chunk_lengths(T, R, large):
+    """L and R: tokens of a chunk, and of its blocks; R is the most that a block has. Chunks
+    are longer where states are large, which halves what is kept of them."""
+    if T <= 32:
+        L = power_of_two(T, 16)
+        return L, L
+    return 256 if large and T > 128 else 128, R
+
+
 def tile_multiple(channels, x):
     """Channels are padded to a multiple of this; less in the slow interpreter."""
     return power_of_two(channels, 64 if x.is_cuda else 16, 128)
@@ -992,32 +974,28 @@ def needs_grad(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-# What operators take: tensors, but for these.
-TYPES = {"scale": "float", "L": "int", "R": "int", "has_state": "bool"} | dict.fromkeys(
-    ("gates", "state", "D", "first", "dlast", "bias", "document"), "Tensor?")
+# What operators take: tensors or None, but for these.
+TYPES = {"scale": "float", "L": "int", "R": "int"}
 
 
 def operator(results):
-    """Makes launch(*arguments, *, filled) a PyTorch operator, whole to torch.compile.
-    results allocates what launch fills, in its order, from the arguments that it names.
-    `.plain` is the same function without PyTorch's dispatcher, which takes long."""
+    """Makes launch, a generator, a PyTorch operator, whole to torch.compile. It allocates its
+    results, so many tensors, yields them, and goes on to fill them; torch.compile, which asks
+    for their shapes only, runs it up to the yield. `.plain` is the same function without
+    PyTorch's dispatcher, which takes long."""
     def make(launch):
-        spec = inspect.getfullargspec(launch)
-        arguments = ", ".join(f"{TYPES.get(name, 'Tensor')} {name}" for name in spec.args)
-        schema = f"({arguments}) -> ({', '.join(['Tensor'] * len(spec.kwonlyargs))})"
-
-        def allocate(*arguments):
-            return results(**dict(zip(spec.args, arguments, strict=True)))
+        names = inspect.signature(launch).parameters
+        arguments = ", ".join(f"{TYPES.get(name, 'Tensor?')} {name}" for name in names)
+        schema = f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
 
         def call(*arguments):
-            out = allocate(*arguments)
-            filled = out if isinstance(out, tuple) else (out,)
             with on_device(arguments[0]):
-                launch(*arguments, **dict(zip(spec.kwonlyargs, filled, strict=True)))
+                [out] = launch(*arguments)  # runs it to its end
             return out
+
         op = torch.library.custom_op(
             f"statex::{launch.__name__}", call, mutates_args=(), schema=schema)
-        op.register_fake(allocate)
+        op.register_fake(lambda *arguments: next(launch(*arguments)))
         op.plain = call
         return op
     return make
@@ -1041,28 +1019,28 @@ def one_step(kernel, q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None,
     return out, new
 
 
-class FirstDerivativeOnly(torch.autograd.Function):
-    """Hands on the first n tensors, gradients that a backward pass made of the others,
-    and refuses to differentiate them. (PyTorch's once_differentiable refuses only where
-    the incoming gradient depends on something, and is silently wrong elsewhere.)"""
+def differentiable(forward, backward):
+    """Two operators as one differentiable function: as they are for torch.compile, else plain.
+    forward takes tensors (or None), then numbers. backward takes the tensors, all results but
+    the first two, the gradients of those two (or None), and the numbers. It makes the
+    gradients of the first tensors, empty where there is none."""
+    def save(ctx, inputs, output):
+        tensors = [x for x in inputs if x is None or isinstance(x, torch.Tensor)]
+        ctx.numbers = inputs[len(tensors):]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output[2:])
 
-    @staticmethod
-    def forward(ctx, n, *tensors):
-        return tuple(t if t is None else t.detach() for t in tensors[:n])
+    def chain(backward, ctx, *gradients):
+        saved = ctx.saved_tensors
+        made = backward(*saved, *gradients[:2], *ctx.numbers)
+        made = [None if x is None else dx for x, dx in zip(saved, made, strict=False)]
+        return (*made, None, None, None)  # of scale or first, L and R
 
-    @staticmethod
-    def backward(ctx, *gradients):
+    def refuse(ctx, *gradients):
         raise RuntimeError("the Triton kernels have no second derivative; use impl='chunked'")
 
-
-def differentiable(forward, save, backward, chain):
-    """Two operators as one differentiable function: as they are for torch.compile, else
-    plain. save(ctx, inputs, output) keeps what chain(backward, ctx, saved, *gradients)
-    needs; saved are the saved tensors, which torch.utils.checkpoint gives out once."""
-    def compiled_backward(ctx, *gradients):
-        return chain(backward, ctx, ctx.saved_tensors, *gradients)
-
-    forward.register_autograd(compiled_backward, setup_context=save)
+    forward.register_autograd(functools.partial(chain, backward), setup_context=save)
+    backward.register_autograd(refuse)
 
     class Plain(torch.autograd.Function):
         @staticmethod
@@ -1073,12 +1051,8 @@ def differentiable(forward, save, backward, chain):
 
         @staticmethod
         def backward(ctx, *gradients):
-            saved = ctx.saved_tensors
-            with torch.no_grad():
-                results = chain(backward.plain, ctx, saved, *gradients)
-            if not torch.is_grad_enabled():
-                return results
-            return FirstDerivativeOnly.apply(len(results), *results, *saved, *gradients)
+            run = backward if torch.is_grad_enabled() else backward.plain  # which refuses nothing
+            return chain(run, ctx, *gradients)
 
     def call(*inputs):
         return forward(*inputs) if torch.compiler.is_compiling() else Plain.apply(*inputs)
@@ -1090,12 +1064,12 @@ def differentiable(forward, save, backward, chain):
 
 
 @triton.jit
-def is_steep(decay_ptr, K: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
+def is_steep(decay_ptr, K: constexpr, BK: constexpr, DOT: constexpr):
     """Whether a channel of a block decays by more than 2 HALF bits. Up to that the
     factors of gla_scores, exp2(-HALF) to exp2(HALF), are exact enough: bfloat16 ends at
     2^126, so 2^36 are left to q and k; float32 rounds a sum near 30 by 2e-6, which is
     then the result's error."""
-    HALF: tl.constexpr = 90.0 if DOT is None else 30.0
+    HALF: constexpr = 90.0 if DOT is None else 30.0
     lowest = tl.zeros((BK,), tl.float32)
     for k0 in range(0, K, BK):
         lowest = tl.minimum(lowest, tl.load(decay_ptr + k0 + tl.arange(0, BK)))
@@ -1103,7 +1077,7 @@ def is_steep(decay_ptr, K: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
 
 
 @triton.jit
-def decays_of_piece(g, bit, DOT: tl.constexpr):
+def decays_of_piece(g, bit, DOT: constexpr):
     """exp(upto) and exp(after) of g (R,BK), of every row in its piece of 2^bit rows."""
     i = tl.arange(0, g.shape[0])[:, None]
     j = tl.arange(0, g.shape[0])[None, :]
@@ -1116,7 +1090,7 @@ def decays_of_piece(g, bit, DOT: tl.constexpr):
 @triton.jit
 def where_to(
     q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, n,
-    H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    H: constexpr, K: constexpr, L: constexpr, R: constexpr,
 ):
     """Where a block's q exp(upto) and k exp(after) go: to q_start and k_end. Where they
     have yet to cross the chunk's other block, to q_seam (the second block's) and k_seam
@@ -1141,8 +1115,7 @@ def gla_scores(
     block_decay_ptr,         # (B,H,T/R,K)  log2
     scores_ptr,              # (B,T,H,L)    of each query with the keys of its chunk
     scale, n,
-    H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    BK: tl.constexpr, DOT: tl.constexpr,
+    H: constexpr, K: constexpr, L: constexpr, R: constexpr, BK: constexpr, DOT: constexpr,
 ):
     """scores_ij = scale sum_k q_ik k_jk exp(c_ik - c_jk) for j <= i, c the running sum
     of g.
@@ -1201,8 +1174,7 @@ def gla_scores_steep(
     block_decay_ptr,
     scores_ptr,
     scale, n,
-    H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    BK: tl.constexpr, DOT: tl.constexpr,
+    H: constexpr, K: constexpr, L: constexpr, R: constexpr, BK: constexpr, DOT: constexpr,
 ):
     """Of steep blocks stores again what gla_scores did, but for the diagonal and the
     decay; the programs of others, nearly all in a GLA model, return at once.
@@ -1251,8 +1223,7 @@ def gla_scores_across(
     decay_ptr,               # (B,H,n,K)    out: of the chunk
     scores_ptr,              # (B,T,H,L)
     n,
-    H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    BK: tl.constexpr, DOT: tl.constexpr,
+    H: constexpr, K: constexpr, L: constexpr, R: constexpr, BK: constexpr, DOT: constexpr,
 ):
     """Of a chunk of two blocks, the scores of the second one's queries with the first
     one's keys: their decay splits at the seam. Also the second block's q_start and the
@@ -1291,7 +1262,7 @@ def gla_scores_across(
 @triton.jit
 def tile_of_group(
     start, element, heads,
-    H: tl.constexpr, F: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    H: constexpr, F: constexpr, L: constexpr, R: constexpr,
 ):
     """Offsets, for each of these heads, of elements of a BT x L table of scores, and
     which were stored (see load_scores). Rows are queries, from the chunk's token
@@ -1308,8 +1279,8 @@ def gla_mix_scores(
     gates_ptr,   # (G,F,F)
     mixed_ptr,   # (B,T,H,L)  of its queries to all keys of its group
     n,
-    H: tl.constexpr, F: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    BT: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr, DOT: tl.constexpr,
+    H: constexpr, F: constexpr, L: constexpr, R: constexpr,
+    BT: constexpr, BE: constexpr, BF: constexpr, DOT: constexpr,
 ):
     """mixed_j = sum of gates_ij scores_i over the heads i of j's group.
 
@@ -1331,7 +1302,7 @@ def gla_mix_scores(
 
 @triton.jit
 def load_scores(
-    scores_ptr, query, key, H: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
+    scores_ptr, query, key, H: constexpr, L: constexpr, R: constexpr,
 ):
     """A tile of the scores of a chunk of one head. Those of the first block's queries
     with the second block's keys are 0 and were never stored."""
@@ -1349,8 +1320,8 @@ def gla_outputs(
     scores_ptr,    # (B,T,H,L)    with scale and decays; 0 for keys after the query
     v_ptr, o_ptr,  # (B,T,H,V)
     n,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    H: constexpr, G: constexpr, K: constexpr, V: constexpr,
+    L: constexpr, R: constexpr, BK: constexpr, BV: constexpr, DOT: constexpr,
 ):
     """o_i = S^T q_start_i + sum over j <= i in its chunk of scores_ij v_j.
 
@@ -1386,7 +1357,7 @@ def gla_outputs(
         o *= gate
 
     # and from the keys of their chunk, BJ at a time
-    BJ: tl.constexpr = min(L, 64)
+    BJ: constexpr = min(L, 64)
     for j0 in range(0, L, BJ):
         j = j0 + tl.arange(0, BJ)
         scores = load_scores(scores_ptr, i, j, H, L, R)
@@ -1402,8 +1373,8 @@ def gla_grad_values(
     scores_ptr,       # (B,T,H,L)
     do_ptr, dv_ptr,   # (B,T,H,V)
     n,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    H: constexpr, G: constexpr, K: constexpr, V: constexpr,
+    L: constexpr, R: constexpr, BK: constexpr, BV: constexpr, DOT: constexpr,
 ):
     """dv_j = dS^T k_end_j + sum over i >= j in its chunk of scores_ij do_i.
 
@@ -1428,7 +1399,7 @@ def gla_grad_values(
         dv = tl.dot(keys, ds, dv, input_precision=DOT)
 
     # and what the queries of their chunk read, BI at a time
-    BI: tl.constexpr = min(L, 64)
+    BI: constexpr = min(L, 64)
     for i0 in range(0, L, BI):
         i = i0 + tl.arange(0, BI)
         scores = load_scores(scores_ptr, i, j, H, L, R)
@@ -1443,8 +1414,8 @@ def gla_grad_mix_scores(
     grad_scores_ptr, diagonal_ptr,  # (B,T,H,L), (B,H,T)  in: of mixed; out, in place: of scores
     dgates_ptr,                     # (B,T/BT,G,F,F)      a part of each program
     n,
-    H: tl.constexpr, F: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    BT: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr, DOT: tl.constexpr,
+    H: constexpr, F: constexpr, L: constexpr, R: constexpr,
+    BT: constexpr, BE: constexpr, BF: constexpr, DOT: constexpr,
 ):
     """grad_scores_i = sum of gates_ij grad_mixed_j over the heads j, and dgates_ij = sum
     of scores_i grad_mixed_j over all pairs of tokens. Programs as in gla_mix_scores."""
@@ -1501,7 +1472,7 @@ def gla_grad_mix_scores(
 @triton.jit
 def through_states(
     do_ptr, v_ptr, states_ptr, grad_states_ptr, k, dk, state_pairs,
-    H: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    H: constexpr, V: constexpr, R: constexpr, BV: constexpr, DOT: constexpr,
 ):
     """One head's dq = S do (R,BK). Its dS v is added to dk (R,BK), and its S dS, summed
     over V, to state_pairs (BK,), both for all heads of a group. k: numbers of the
@@ -1524,7 +1495,7 @@ def through_states(
 @triton.jit
 def across_blocks(
     dq, dk, other_decay_ptr, second, grad_scores_ptr, q_seam_ptr, k_seam_ptr,
-    ROW: tl.constexpr, DOT: tl.constexpr,
+    ROW: constexpr, DOT: constexpr,
 ):
     """Takes the dq of a chunk's second block (where `second`), the dk of its first, to the
     seam, as gradients of q_seam and k_seam: times the other block's decay, plus what comes
@@ -1553,15 +1524,15 @@ def gla_grad_queries_keys(
     block_decay_ptr, decay_ptr,   # (B,H,T/R,K/F), (B,H,n,K/F)  log2
     grad_scores_ptr, around_ptr,  # (B,T,H,L), (B,H,T/R,K/F)
     n,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    L: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    H: constexpr, G: constexpr, K: constexpr, V: constexpr,
+    L: constexpr, R: constexpr, BK: constexpr, BV: constexpr, DOT: constexpr,
 ):
     """dq_i = S do_i and dk_j = dS v_j, of q_start and k_end, sums over the heads that read
     these channels. dgates: what the states give, q_start . S do, a part of each program. Of two
     blocks the second's dq and the first's dk go on to the seam. around is stored for the block
     that its pairs span, the other if there are two: S dS exp(decay), and k_end dk (from the
     first) or q_start dq (from the second). One program owns BK channels of one block."""
-    F: tl.constexpr = H // G
+    F: constexpr = H // G
     k_block, rest = split(tl.program_id(0), K // BK)
     group, block, batch = split3(rest, G, n, L // R)
     token = batch * n * L + block * R
@@ -1606,7 +1577,7 @@ def gla_grad_queries_keys(
 
 
 @triton.jit
-def meet(q, k, to_q, to_k, grad_scores, pairs, DOT: tl.constexpr):
+def meet(q, k, to_q, to_k, grad_scores, pairs, DOT: constexpr):
     """dq and dk by the gradient of the scores (q to_q) (k to_k)^T: to_q and to_k decay
     both to where they meet. pairs: each pair's weight x gradient, added at its query's
     row and taken off at its key's. Summed from row t on, pairs wholly after t cancel,
@@ -1624,7 +1595,7 @@ def meet(q, k, to_q, to_k, grad_scores, pairs, DOT: tl.constexpr):
 
 @triton.jit
 def within_block(
-    q, k, g, total, grad_scores, diagonal, earlier, STEEP: tl.constexpr, DOT: tl.constexpr,
+    q, k, g, total, grad_scores, diagonal, earlier, STEEP: constexpr, DOT: constexpr,
 ):
     """dq, dk and `pairs` (see meet) inside one block, at once as in gla_scores, or by
     bits as in gla_scores_steep; and exp(upto) and exp(after). grad_scores is 0 on the
@@ -1659,7 +1630,7 @@ def within_block(
 
 @triton.jit
 def store_grad_decays(
-    dg_ptr, g_ptr, pairs, writes, around, earlier, STEEP: tl.constexpr, DOT: tl.constexpr,
+    dg_ptr, g_ptr, pairs, writes, around, earlier, STEEP: constexpr, DOT: constexpr,
 ):
     """dg_t: the pairs from t on, the writes before t, and around (BK,), which spans the
     whole block."""
@@ -1686,8 +1657,8 @@ def gla_grad_decays(
     around_ptr,                     # (B,H,T/R,K)
     dq_ptr, dk_ptr, dg_ptr,         # (B,T,H,K)
     scale, n,
-    H: tl.constexpr, K: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    PK: tl.constexpr, BK: tl.constexpr, STEEP: tl.constexpr, DOT: tl.constexpr,
+    H: constexpr, K: constexpr, L: constexpr, R: constexpr,
+    PK: constexpr, BK: constexpr, STEEP: constexpr, DOT: constexpr,
 ):
     """dq, dk and dg. A second launch, STEEP, stores those of steep blocks over the first's.
     One program owns PK channels of one block of one head. One of the first launch fills a
@@ -1728,28 +1699,23 @@ def gla_grad_decays(
         store_grad_decays(dg_ptr + at, g_ptr + at, pairs, k * dk_after, around, earlier, STEEP, DOT)
 
 
-def gla_chunk(T, K, V, dtype):
-    """L and R: tokens of a chunk, and of its one or two blocks. A block has at most
-    128, since its scores are a tile of R x R in registers; a chunk has two where states
-    (K x V) are large, from gla-1.3b's on, which halves what is kept of them."""
-    if T <= 32:
-        L = power_of_two(T, 16)
-        return L, L
-    return (256, 128) if dtype == torch.bfloat16 and K * V >= 1 << 17 and T > 128 else (128, 128)
+MIX_TOKENS = 16  # divides every chunk, and is the least that a product can sum over
 
 
 @functools.cache
-def gla_launches(K, V, states, L, R, dtype, whole=False):
-    """The kernels with their tiles, the fastest measured on an H100 at the sizes of
+def gla_launches(H, f, K, V, L, R, dtype, states, whole=False):
+    """The kernels with their sizes and tiles, the fastest measured on an H100 at the sizes of
     layers(), for B H f `states` of K x V. Tiles of float32 are half as wide, for they take
     twice the registers and shared memory. whole: a program of gla_grad_decays takes all
     channels of its block."""
     narrow = dtype == torch.bfloat16
+    of_keys = dict(H=H, K=K, L=L, R=R, DOT=None if narrow else "tf32x3")
+    of_states = of_keys | dict(G=H // f, K=f * K, V=V)
     BK = power_of_two(K, 16, 64)
     BV = power_of_two(V, 16, 64)
     wide_k = power_of_two(K, 16, 128 if narrow else 64)
     wide_v = power_of_two(V, 16, 128 if narrow else 64)
-    scan = dict(SCAN_TILES, BK=BK)
+    scan = dict(H=H, HX=H // f, HY=H, K=f * K, V=V, L=L, BK=BK, DOT=of_keys["DOT"])
     # of the scan, were its tiles BK x wide_v; a large GPU has 132 processors
     programs = K // BK * (V // wide_v) * states if narrow else 0
     if programs >= 1024 and L > R:
@@ -1760,113 +1726,95 @@ def gla_launches(K, V, states, L, R, dtype, whole=False):
         scan |= dict(BV=wide_v, BT=R, num_warps=8, num_stages=2)
     else:
         scan |= dict(BV=BV, BT=R, num_warps=4, num_stages=3)
-    rows = dict(BK=BK, BV=wide_v)
+    scan |= dict(cut={"BK": f * K, "BV": V}, tables=("BK", "BV"))
+    BF = power_of_two(f, 16)  # the least that a matrix product takes
+    BE = power_of_two((2048 if narrow else 1024) // BF, 16)
+    # tf32 holds a bfloat16, and of a gate 11 bits
+    mix = dict(H=H, F=f, L=L, R=R, BT=MIX_TOKENS, BE=BE, BF=BF, num_warps=1, num_stages=1)
+    mix |= dict(DOT="tf32" if narrow else "tf32x3")
+    rows = dict(of_states, cut={"BV": V}, BK=BK, BV=wide_v)
     rows |= dict(num_warps=8, num_stages=4) if L > R else dict(num_warps=4, num_stages=3)
     few_k = power_of_two(K, 16, 32)  # where many tiles are in registers at once
-    of_decays = dict(cut={"PK": "K"}, PK=K if whole else few_k, BK=few_k, num_warps=8)
+    of_decays = dict(of_keys, cut={"PK": K}, PK=K if whole else few_k, BK=few_k, num_warps=8)
     return types.SimpleNamespace(
-        scores=Launch(gla_scores, BK=BK, num_warps=8, num_stages=1),
-        scores_steep=Launch(gla_scores_steep, BK=few_k, num_warps=8, num_stages=1),
-        scores_across=Launch(gla_scores_across, BK=wide_k, num_warps=8, num_stages=3),
-        scan=Launch(gla_scan_states, **scan),
-        mix_scores=Launch(gla_mix_scores, num_warps=1, num_stages=1),
-        outputs=Launch(gla_outputs, cut={"BV": "V"}, **rows),
-        grad_values=Launch(gla_grad_values, cut={"BV": "V"}, **rows),
-        grad_scores=Launch(gla_grad_scores, BK=BV, num_warps=8, num_stages=3),
-        grad_mix_scores=Launch(gla_grad_mix_scores, num_warps=1, num_stages=1),
+        scores=Launch(gla_scores, BK=BK, num_warps=8, num_stages=1, **of_keys),
+        scores_steep=Launch(gla_scores_steep, BK=few_k, num_warps=8, num_stages=1, **of_keys),
+        scores_across=Launch(gla_scores_across, BK=wide_k, num_warps=8, num_stages=3, **of_keys),
+        scan=Launch(gla_scan_states, REVERSE=False, **scan),
+        scan_back=Launch(gla_scan_states, REVERSE=True, **scan),
+        mix_scores=Launch(gla_mix_scores, **mix),
+        outputs=Launch(gla_outputs, **rows),
+        grad_values=Launch(gla_grad_values, **rows),
+        grad_scores=Launch(
+            gla_grad_scores, BK=BV, num_warps=8, num_stages=3, **(of_keys | dict(K=V))),
+        grad_mix_scores=Launch(gla_grad_mix_scores, **mix),
         grad_queries_keys=Launch(
-            gla_grad_queries_keys, cut={"BK": "K"}, BK=wide_k, BV=BV, num_warps=8, num_stages=3),
-        grad_decays=Launch(gla_grad_decays, num_stages=3 if whole else 1, **of_decays),
+            gla_grad_queries_keys, cut={"BK": f * K}, BK=wide_k, BV=BV, num_warps=8, num_stages=3,
+            **of_states),
+        grad_decays=Launch(
+            gla_grad_decays, STEEP=False, num_stages=3 if whole else 1, **of_decays),
         # programs that return at once: two of them fit a processor
-        grad_decays_steep=Launch(gla_grad_decays, num_stages=1, maxnreg=128, **of_decays),
+        grad_decays_steep=Launch(
+            gla_grad_decays, STEEP=True, num_stages=1, maxnreg=128, **of_decays),
     )
 
 
-def product_precision(x):
-    """tl.dot's input_precision: three products of tf32 have nearly float32's digits."""
-    return "tf32x3" if x.dtype == torch.float32 else None
-
-
-MIX_TOKENS = 16  # divides every chunk, and is the least that a product can sum over
-
-
-def mixing(f, DOT):
-    """Tiles of the kernels that mix scores, with BE elements of BF heads at once. (tf32
-    holds a bfloat16, and of a gate 11 bits.)"""
-    BF = power_of_two(f, 16)  # the least that a matrix product takes
-    BE = power_of_two((1024 if DOT else 2048) // BF, 16)
-    return dict(F=f, BT=MIX_TOKENS, BE=BE, BF=BF, DOT=DOT or "tf32")
-
-
-def gla_results(q, k, v, g, gates, L, R, **others):
-    """What gla_forward fills; no seams where a chunk is one block."""
+@operator(results=11)
+def gla_forward(q, k, v, g, gates, state, scale, L, R):
+    """q, k, g (B,T,H,K): every head has keys of its own. T is a multiple of L; K and V
+    multiples of 128, or powers of two from 16. No seams where a chunk is one block."""
     B, T, H, K = q.shape
     V = v.shape[3]
     f = 1 if gates is None else gates.shape[1]
     n = T // L
     seams = n if L > R else 0
-    return (torch.empty_like(v), g.new_empty(B, H, f * K, V), torch.empty_like(q),
-            torch.empty_like(k), q.new_empty(B, seams, R, H, K), k.new_empty(B, seams, R, H, K),
-            g.new_empty(B, H, seams, 2, K), g.new_empty(B, H, n, K), q.new_empty(B, T, H, L),
-            q.new_empty(B, 0 if gates is None else T, H, L), v.new_empty(B, H, n, f * K, V))
-
-
-@operator(gla_results)
-def gla_forward(q, k, v, g, gates, state, scale, L, R, *,
-                o, last, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, mixed, states):
-    """q, k, g (B,T,H,K): every head has keys of its own. T is a multiple of L; K and V
-    multiples of 128, or powers of two from 16."""
-    B, T, H, K = q.shape
-    V = v.shape[3]
-    f = 1 if gates is None else gates.shape[1]
-    n = T // L
+    o = torch.empty_like(v)
+    last = g.new_empty(B, H, f * K, V)
+    q_start = torch.empty_like(q)
+    k_end = torch.empty_like(k)
+    q_seam = q.new_empty(B, seams, R, H, K)
+    k_seam = torch.empty_like(q_seam)
+    block_decay = g.new_empty(B, H, seams, 2, K)
+    decay = g.new_empty(B, H, n, K)
+    scores = q.new_empty(B, T, H, L)
+    mixed = q.new_empty(B, 0 if gates is None else T, H, L)
+    states = v.new_empty(B, H, n, f * K, V)
+    yield o, last, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, mixed, states
     if L == R:
         block_decay = decay
-    launches = gla_launches(K, V, B * H * f, L, R, q.dtype)
-    sizes = dict(n=n, H=H, L=L)
-    DOT = product_precision(q)
-    of_keys = dict(K=K, R=R, DOT=DOT, **sizes)
+    launches = gla_launches(H, f, K, V, L, R, q.dtype, B * H * f)
     for launch in (launches.scores, launches.scores_steep):
         launch(B * H * T // R, q, k, g, q_start, k_end, q_seam, k_seam, block_decay, scores,
-               scale=scale, **of_keys)
+               scale=scale, n=n)
     if L > R:
         launches.scores_across(
-            B * H * n, q_seam, k_seam, block_decay, q_start, k_end, decay, scores, **of_keys)
+            B * H * n, q_seam, k_seam, block_decay, q_start, k_end, decay, scores, n=n)
     if gates is None:
         mixed = scores
     else:
-        launches.mix_scores(
-            B * H // f * T // MIX_TOKENS, scores, gates, mixed, R=R, **mixing(f, DOT), **sizes)
-    of_states = dict(K=f * K, V=V, DOT=DOT, **sizes)
-    launches.scan(
-        B * H, k_end, v, None, None, decay, state, last, states,
-        HX=H // f, HY=H, REVERSE=False, **of_states)
-    launches.outputs(
-        B * H * n, q_start, gates, states, mixed, v, o, G=H // f, R=R, **of_states)
+        launches.mix_scores(B * H // f * T // MIX_TOKENS, scores, gates, mixed, n=n)
+    launches.scan(B * H, k_end, v, None, None, decay, state, last, states, n=n)
+    launches.outputs(B * H * n, q_start, gates, states, mixed, v, o, n=n)
 
 
-def gla_gradients(q, k, v, g, gates, states, has_state, **others):
-    """What gla_backward fills; dgates and dstate are empty without them."""
-    dgates = g.new_empty(0 if gates is None else gates.shape)
-    dstate = g.new_empty(states[:, :, 0].shape if has_state else 0)
-    return (*(torch.empty_like(x) for x in (q, k, v, g)), dgates, dstate)
-
-
-@operator(gla_gradients)
-def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay, decay, scores,
-                 mixed, states, do, dlast, scale, L, R, has_state, *,
-                 dq, dk, dv, dg, dgates, dstate):
+@operator(results=6)
+def gla_backward(q, k, v, g, gates, state, q_start, k_end, q_seam, k_seam, block_decay, decay,
+                 scores, mixed, states, do, dlast, scale, L, R):
     """The launches of the table under "Triton, the fast path", in its order. Tensors as in
     gla_forward; do as o, dlast as last, or None."""
     B, T, H, K = q.shape
     V = v.shape[3]
     f = 1 if gates is None else gates.shape[1]
     n = T // L
+    dq, dk, dv, dg = (torch.empty_like(x) for x in (q, k, v, g))
+    dgates = g.new_empty(0) if gates is None else torch.empty_like(gates)
+    dstate = g.new_empty(0) if state is None else torch.empty_like(state)
+    yield dq, dk, dv, dg, dgates, dstate
+    do = torch.zeros_like(v) if do is None else do.contiguous()
+    dlast = None if dlast is None else dlast.contiguous()
     # whole blocks, where there are enough for a large GPU
     whole = q.dtype == torch.bfloat16 and B * H * T // R >= 128
-    launches = gla_launches(K, V, B * H * f, L, R, q.dtype, whole)
-    sizes = dict(n=n, H=H, L=L)
-    DOT = product_precision(q)
+    launches = gla_launches(H, f, K, V, L, R, q.dtype, B * H * f, whole)
     grad_states = torch.empty_like(states)
     grad_scores = torch.empty_like(scores)
     diagonal = g.new_empty(B, H, T)
@@ -1877,55 +1825,30 @@ def gla_backward(q, k, v, g, gates, q_start, k_end, q_seam, k_seam, block_decay,
     around = torch.empty_like(block_decay)
     if gates is None:
         mixed = scores
-    of_states = dict(K=f * K, V=V, DOT=DOT, **sizes)
-    launches.scan(
-        B * H, q_start, do, None, gates, decay, dlast,
-        dstate if has_state else None, grad_states,
-        HX=H // f, HY=H, REVERSE=True, **of_states)
-    launches.grad_values(
-        B * H * n, k_end, grad_states, mixed, do, dv, G=H // f, R=R, **of_states)
-    launches.grad_scores(
-        B * H * n * (L // R) ** 2, do, v, grad_scores, diagonal, K=V, R=R, DOT=DOT, **sizes)
+    launches.scan_back(
+        B * H, q_start, do, None, gates, decay, dlast, None if state is None else dstate,
+        grad_states, n=n)
+    launches.grad_values(B * H * n, k_end, grad_states, mixed, do, dv, n=n)
+    launches.grad_scores(B * H * n * (L // R) ** 2, do, v, grad_scores, diagonal, n=n)
     of_reading = None
     if gates is not None:
         tile = launches.grad_queries_keys.options["BK"]
         of_mixing = g.new_empty(B * T // MIX_TOKENS, *gates.shape)
         of_reading = g.new_empty(B * T // R, H // f, f, K // tile, f)
         launches.grad_mix_scores(
-            B * H // f * T // MIX_TOKENS, scores, gates, grad_scores, diagonal, of_mixing, R=R,
-            **mixing(f, DOT), **sizes)
+            B * H // f * T // MIX_TOKENS, scores, gates, grad_scores, diagonal, of_mixing, n=n)
     launches.grad_queries_keys(
         B * H // f * T // R, do, v, states, grad_states, gates, of_reading, q_start, k_end,
-        dq_start, dk_end, q_seam, k_seam, block_decay, decay, grad_scores, around,
-        G=H // f, R=R, **of_states)
+        dq_start, dk_end, q_seam, k_seam, block_decay, decay, grad_scores, around, n=n)
     if gates is not None:
         dgates.copy_(of_mixing.sum(0) + of_reading.sum((0, 3)))
     earlier = torch.ones(R, R, dtype=q.dtype, device=q.device).tril_(-1)
-    pointers = (q, k, g, earlier, block_decay, grad_scores, diagonal, dq_start, dk_end, around,
-                dq, dk, dg)
-    of_keys = dict(scale=scale, K=K, R=R, DOT=DOT, **sizes)
-    launches.grad_decays(B * H * T // R, *pointers, STEEP=False, **of_keys)
-    launches.grad_decays_steep(B * H * T // R, *pointers, STEEP=True, **of_keys)
+    for launch in (launches.grad_decays, launches.grad_decays_steep):
+        launch(B * H * T // R, q, k, g, earlier, block_decay, grad_scores, diagonal, dq_start,
+               dk_end, around, dq, dk, dg, scale=scale, n=n)
 
 
-def gla_save(ctx, inputs, output):
-    q, k, v, g, gates, state, ctx.scale, ctx.L, ctx.R = inputs
-    ctx.has_state = state is not None
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, g, gates, *output[2:])  # all but o and last
-
-
-def gla_chain(backward, ctx, saved, do, dlast, *_):
-    _, _, v, _, gates, *_ = saved
-    do = torch.zeros_like(v) if do is None else do.contiguous()
-    dlast = None if dlast is None else dlast.contiguous()
-    *gradients, dgates, dstate = backward(
-        *saved, do, dlast, ctx.scale, ctx.L, ctx.R, ctx.has_state)
-    return (*gradients, None if gates is None else dgates, dstate if ctx.has_state else None,
-            None, None, None)
-
-
-gla_kernels = differentiable(gla_forward, gla_save, gla_backward, gla_chain)
+gla_kernels = differentiable(gla_forward, gla_backward)
 
 
 def gla_triton(q, k, v, g, scale, state, gates):
@@ -1937,7 +1860,8 @@ def gla_triton(q, k, v, g, scale, state, gates):
         return one_step(gla_step_state, q, k, v, state, 64, 64, scale, g=g)
     narrow = q.dtype == k.dtype == v.dtype == torch.bfloat16
     dtype = torch.bfloat16 if narrow else torch.float32
-    L, R = gla_chunk(T, k.shape[3], V, dtype)
+    # a block's scores are R x R in registers; states are large from gla-1.3b's on
+    L, R = chunk_lengths(T, 128, narrow and k.shape[3] * V >= 1 << 17)
     BK = tile_multiple(K, q)
     BV = tile_multiple(V, q)
     if gates is not None:
@@ -1974,7 +1898,7 @@ def decay_table(cum_of_query, cum_of_key, query, key):
 
 
 @triton.jit
-def load_A(A_ptr, head, H: tl.constexpr):
+def load_A(A_ptr, head, H: constexpr):
     """A of head, one or several; -inf as -1e30, for 0 (the padding's dt) * -inf is no number."""
     return tl.maximum(tl.load(A_ptr + head, head < H, 0.0), -1e30)
 
@@ -1987,7 +1911,7 @@ def ssd_decays(
     write_weight_ptr,          # (B,H,T)  exp(after) dt
     decay_ptr,                 # (B,H,n)  of a chunk, log2
     n,
-    H: tl.constexpr, L: tl.constexpr, BH: tl.constexpr,
+    H: constexpr, L: constexpr, BH: constexpr,
 ):
     """Sums of g = dt A in a chunk. For float32 inputs cum and key_cum are float64, so that
     differences of large sums keep the digits of small decays. One program owns one chunk
@@ -2027,8 +1951,8 @@ def ssd_read_states(
     states_ptr,  # (B,H,n,P,N)  S, or dS
     read_ptr,    # (B,T,H,P)    the result
     n,
-    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
-    BV: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    H: constexpr, G: constexpr, P: constexpr, N: constexpr, L: constexpr,
+    BV: constexpr, BN: constexpr, DOT: constexpr,
 ):
     """read = S c, where N > READ_APART; neighbouring heads of a group share c's tile.
 
@@ -2049,7 +1973,7 @@ def ssd_read_states(
 @triton.jit
 def read_rows(
     read_ptr, of_rows, mine, c_ptr, states_ptr, token, rows,
-    G: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    G: constexpr, N: constexpr, BN: constexpr, DOT: constexpr,
 ):
     """S c for these tokens and rows of S (their offsets): where ssd_read_states made it loaded
     from read_ptr + of_rows (the chunk's and head's) + mine (the tile's), else made here."""
@@ -2073,8 +1997,8 @@ def ssd_outputs(
     cum_ptr, key_cum_ptr,  # (B,H,T)
     y_ptr,                 # (B,T,H,P)
     n,
-    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    H: constexpr, G: constexpr, P: constexpr, N: constexpr,
+    L: constexpr, R: constexpr, BN: constexpr, DOT: constexpr,
 ):
     """y_i = exp(cum_i) S C_i + D x_i
            + sum over j <= i of scores_ij exp(cum_i - cum_j) dt_j x_j.
@@ -2125,8 +2049,8 @@ def ssd_grad_values(
     dx_ptr, ddt_of_x_ptr,           # (B,T,H,P), (B,H,T)  dt's gradient as x's factor
     writes_ptr, reads_ptr, dD_ptr,  # (B,H,T) twice, see "The gradient of decays"; (B,H,T/R)
     n,
-    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    L: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    H: constexpr, G: constexpr, P: constexpr, N: constexpr,
+    L: constexpr, R: constexpr, BN: constexpr, DOT: constexpr,
 ):
     """With v = dt x: dv_j = exp(after_j) dS B_j
            + sum over i >= j of scores_ij exp(cum_i - cum_j) dy_i; dx = dt dv + D dy,
@@ -2184,8 +2108,7 @@ def ssd_grad_scores(
     scores_ptr, grad_scores_ptr,  # (B,T,G,L)
     pairs_ptr,                    # (L/R,B,H,T)  by the block of the other token
     n, heads,
-    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    DOT: tl.constexpr,
+    H: constexpr, G: constexpr, P: constexpr, L: constexpr, R: constexpr, DOT: constexpr,
 ):
     """grad_scores_ij sums exp(cum_i - cum_j) dt_j (dy_i . x_j) over the group's heads.
     pairs_t: weight x gradient summed over the pairs with t as query, less those with t as
@@ -2241,7 +2164,7 @@ def ssd_grad_scores(
 @triton.jit
 def through_scores(
     grad_scores_ptr, B_ptr, C_ptr, token, channel,
-    G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, DOT: tl.constexpr,
+    G: constexpr, N: constexpr, L: constexpr, R: constexpr, DOT: constexpr,
 ):
     """What tokens (BR,) of a chunk get through its scores, on channels (BN,): for dC_i the
     sum over keys j <= i of grad_scores_ij B_j, for dB_j that over queries i >= j of
@@ -2269,8 +2192,8 @@ def ssd_grad_queries_keys(
     reads_ptr,                    # (N/BN,B,H,T)  parts; None if ssd_grad_values stored it
     state_pairs_ptr,              # (N/BN,B,H,n)  parts of the sum of S dS
     n, heads,
-    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    L: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    H: constexpr, G: constexpr, P: constexpr, N: constexpr,
+    L: constexpr, R: constexpr, BR: constexpr, BN: constexpr, DOT: constexpr,
 ):
     """dC_i sums exp(cum_i) dy_i S over heads, dB_j exp(after_j) dt_j x_j dS; to both is
     added what comes through the scores. reads_i, per head: C_i . its exp(cum_i) dy_i S.
@@ -2331,8 +2254,7 @@ def ssd_grad_decays(
     ddt_of_x_ptr,                # (B,H,T)
     ddt_ptr, dA_ptr,             # (B,T,H), (B,H,n)
     n, heads,
-    H: tl.constexpr, L: tl.constexpr, R: tl.constexpr,
-    READS: tl.constexpr, PARTS: tl.constexpr,
+    H: constexpr, L: constexpr, R: constexpr, READS: constexpr, PARTS: constexpr,
 ):
     """dg by "The gradient of decays", a chunk being one block; from it, as g = dt A, the
     gradients of dt and A. READS and PARTS: parts of reads, of state_pairs. One program
@@ -2365,20 +2287,13 @@ def ssd_grad_decays(
     tl.store(dA_ptr + (batch * H + head) * n + chunk, tl.sum(dg * dt, axis=0))
 
 
-def ssd_chunk(T, N, dtype):
-    """L and R: tokens of a chunk, and of its blocks. Chunks are longer where states are
-    large, as in gla_chunk."""
-    if T <= 32:
-        L = power_of_two(T, 16)
-        return L, L
-    return (256, 64) if dtype == torch.bfloat16 and N > READ_APART and T > 128 else (128, 64)
-
-
 @functools.cache
-def ssd_launches(P, N, heads, shared, L, R, dtype):
-    """The kernels with their tiles; heads: B H, shared: heads of a group."""
+def ssd_launches(H, G, P, N, L, R, dtype, heads):
+    """The kernels with their sizes and tiles; heads: B H."""
     narrow = dtype == torch.bfloat16
     apart = N > READ_APART
+    DOT = None if narrow else "tf32x3"
+    of_heads = dict(H=H, G=G, P=P, N=N, L=L, R=R, DOT=DOT)
     BN = power_of_two(N, 16, 64)
     # small tiles where others are too few for a large GPU's processors
     scan_n = power_of_two(N, 16, 128)
@@ -2386,12 +2301,13 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
         scan_n = min(scan_n, 64)
     if N // scan_n * heads < 128:
         scan_n = min(scan_n, 32)
-    width = 128 if narrow and shared * P % 128 == 0 else P  # of heads of one group
+    width = 128 if narrow and H // G * P % 128 == 0 else P  # of heads of one group
     if narrow and L >= 128:
         through = dict(BR=128, BN=128 if apart else BN, num_warps=8, num_stages=3)
     else:
         through = dict(BR=R, BN=BN, num_warps=4, num_stages=3)
-    scan = dict(SCAN_TILES, BK=P, BV=scan_n, num_warps=4)
+    scan = dict(H=H, HX=H, HY=G, K=P, V=N, L=L, BK=P, BV=scan_n, DOT=DOT, num_warps=4)
+    scan |= dict(cut={"BK": P, "BV": N}, tables=("BK", "BV"))
     if narrow and apart:
         scan |= dict(BT=min(L, 128), num_stages=2)
     elif scan_n > 64:
@@ -2399,18 +2315,24 @@ def ssd_launches(P, N, heads, shared, L, R, dtype):
     else:
         scan |= dict(BT=min(L, 128), num_stages=3)
     # maxnreg, a thread's registers: at 128 four programs fit a processor
-    rows = dict(BN=BN, num_warps=4, maxnreg=128 if narrow else None)
+    rows = dict(of_heads, BN=BN, num_warps=4, maxnreg=128 if narrow else None)
+    parts = N // through["BN"]
     return types.SimpleNamespace(
-        decays=Launch(ssd_decays, cut={"BH": "H"}, BH=8, num_warps=4),
-        scores=Launch(ssd_scores, BK=BN, num_warps=4),
-        scan=Launch(ssd_scan_states, **scan),
-        read=Launch(ssd_read_states, cut={"BV": "HP"}, BV=width, BN=BN, num_warps=8,
-                    num_stages=3 if L <= 128 else 4),
+        decays=Launch(ssd_decays, cut={"BH": H}, H=H, L=L, BH=8, num_warps=4),
+        scores=Launch(ssd_scores, H=G, K=N, L=L, R=R, BK=BN, DOT=DOT, num_warps=4),
+        scan=Launch(ssd_scan_states, REVERSE=False, **scan),
+        scan_back=Launch(ssd_scan_states, REVERSE=True, **scan),
+        read=Launch(
+            ssd_read_states, cut={"BV": H * P}, H=H, G=G, P=P, N=N, L=L, BV=width, BN=BN, DOT=DOT,
+            num_warps=8, num_stages=3 if L <= 128 else 4),
         outputs=Launch(ssd_outputs, num_stages=3, **rows),
         grad_values=Launch(ssd_grad_values, num_stages=2, **rows),
-        grad_scores=Launch(ssd_grad_scores, num_warps=4, num_stages=3),
-        grad_queries_keys=Launch(ssd_grad_queries_keys, cut={"BN": "N", "BR": "L"}, **through),
-        grad_decays=Launch(ssd_grad_decays, num_warps=4),
+        grad_scores=Launch(
+            ssd_grad_scores, H=H, G=G, P=P, L=L, R=R, DOT=DOT, num_warps=4, num_stages=3),
+        grad_queries_keys=Launch(
+            ssd_grad_queries_keys, cut={"BN": N, "BR": L}, **of_heads, **through),
+        grad_decays=Launch(
+            ssd_grad_decays, H=H, L=L, R=R, READS=1 if apart else parts, PARTS=parts, num_warps=4),
     )
 
 
@@ -2419,62 +2341,51 @@ def exact_sums(x):
     return torch.float64 if x.dtype == torch.float32 else torch.float32
 
 
-def ssd_results(x, dt, B, L, **others):
-    """What ssd_forward fills; state_read is empty for N <= READ_APART."""
-    batch, T, H, P = x.shape
-    G, N = B.shape[2:]
-    weights = dt.new_empty(batch, H, T)
-    cum = torch.empty_like(weights, dtype=exact_sums(x))
-    return (torch.empty_like(x), dt.new_empty(batch, H, P, N), cum, torch.empty_like(cum),
-            weights, torch.empty_like(weights), dt.new_empty(batch, H, T // L),
-            x.new_empty(batch, T, G, L), x.new_empty(batch, H, T // L, P, N),
-            x.new_empty(batch if N > READ_APART else 0, T, H, P))
-
-
-@operator(ssd_results)
-def ssd_forward(x, dt, A, B, C, D, state, first, L, R, *, y, last,
-                cum, key_cum, read_weight, write_weight, decay, scores, states, state_read):
-    """T is a multiple of L; P 16, 32 or 64; N as K in gla_forward."""
+@operator(results=10)
+def ssd_forward(x, dt, A, B, C, D, state, first, L, R):
+    """T is a multiple of L; P 16, 32 or 64; N as K in gla_forward. state_read is empty for
+    N <= READ_APART."""
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
     n = T // L
-    launches = ssd_launches(P, N, batch * H, H // G, L, R, x.dtype)
-    sizes = dict(n=n, L=L, DOT=product_precision(x))
+    y = torch.empty_like(x)
+    last = dt.new_empty(batch, H, P, N)
+    cum, key_cum = (dt.new_empty(batch, H, T, dtype=exact_sums(x)) for _ in range(2))
+    read_weight, write_weight = (dt.new_empty(batch, H, T) for _ in range(2))
+    decay = dt.new_empty(batch, H, n)
+    scores = x.new_empty(batch, T, G, L)
+    states = x.new_empty(batch, H, n, P, N)
+    state_read = x.new_empty(batch if N > READ_APART else 0, T, H, P)
+    yield y, last, cum, key_cum, read_weight, write_weight, decay, scores, states, state_read
+    launches = ssd_launches(H, G, P, N, L, R, x.dtype, batch * H)
     launches.decays(
-        batch * n, dt, A, first, cum, key_cum, read_weight, write_weight, decay, n=n, H=H, L=L)
-    launches.scores(
-        batch * n * G * (L // R) ** 2, C, B, scores, None, H=G, K=N, R=R, **sizes)
-    launches.scan(
-        batch * H, x, B, write_weight, None, decay, state, last, states,
-        H=H, HX=H, HY=G, K=P, V=N, REVERSE=False, **sizes)
+        batch * n, dt, A, first, cum, key_cum, read_weight, write_weight, decay, n=n)
+    launches.scores(batch * n * G * (L // R) ** 2, C, B, scores, None, n=n)
+    launches.scan(batch * H, x, B, write_weight, None, decay, state, last, states, n=n)
     if N > READ_APART:
-        launches.read(batch * n, C, states, state_read, H=H, G=G, P=P, N=N, **sizes)
+        launches.read(batch * n, C, states, state_read, n=n)
     launches.outputs(
         batch * H * T // R, C, states, state_read if N > READ_APART else None, scores, x, D,
-        cum, key_cum, y, H=H, G=G, P=P, N=N, R=R, **sizes)
+        cum, key_cum, y, n=n)
 
 
-def ssd_gradients(x, dt, A, B, C, D, has_state, **others):
-    """What ssd_backward fills; dD and dstate empty without D or state."""
-    batch, _, H, P = x.shape
-    dD = torch.empty_like(A) if D is not None else A.new_empty(0)
-    dstate = dt.new_empty(batch, H, P, B.shape[3]) if has_state else dt.new_empty(0)
-    return (*(torch.empty_like(t) for t in (x, dt, A, B, C)), dD, dstate)
-
-
-@operator(ssd_gradients)
-def ssd_backward(x, dt, A, B, C, D, first, cum, key_cum, read_weight, write_weight, decay, scores,
-                 states, state_read, dy, dlast, L, R, has_state, *,
-                 dx, ddt, dA, dB, dC, dD, dstate):
+@operator(results=7)
+def ssd_backward(x, dt, A, B, C, D, state, first, cum, key_cum, read_weight, write_weight, decay,
+                 scores, states, state_read, dy, dlast, L, R):
     """As gla_backward, for ssd_forward; dy as y."""
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
     n = T // L
+    dx, ddt, dA, dB, dC = (torch.empty_like(t) for t in (x, dt, A, B, C))
+    dD = A.new_empty(0) if D is None else torch.empty_like(D)
+    dstate = dt.new_empty(0) if state is None else torch.empty_like(state)
+    yield dx, ddt, dA, dB, dC, dD, dstate
+    dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+    dlast = None if dlast is None else dlast.contiguous()
     heads = batch * H
     apart = N > READ_APART
-    launches = ssd_launches(P, N, heads, H // G, L, R, x.dtype)
-    sizes = dict(n=n, H=H, L=L, DOT=product_precision(x))
-    parts = N // launches.grad_queries_keys.options["BN"]
+    launches = ssd_launches(H, G, P, N, L, R, x.dtype, heads)
+    parts = launches.grad_decays.options["PARTS"]
     grad_states = torch.empty_like(states)
     grad_scores = torch.empty_like(scores)
     ddt_of_x = torch.empty_like(read_weight)
@@ -2484,47 +2395,29 @@ def ssd_backward(x, dt, A, B, C, D, first, cum, key_cum, read_weight, write_weig
     state_pairs = dt.new_empty(parts, batch, H, n)
     dA_parts = dt.new_empty(batch, H, n)
     dD_parts = dt.new_empty(batch, H, T // R)
-    launches.scan(
-        heads, dy, C, read_weight, None, decay, dlast, dstate if has_state else None, grad_states,
-        HX=H, HY=G, K=P, V=N, REVERSE=True, **sizes)
+    launches.scan_back(
+        heads, dy, C, read_weight, None, decay, dlast, None if state is None else dstate,
+        grad_states, n=n)
     if apart:
-        launches.read(batch * n, B, grad_states, dx, G=G, P=P, N=N, **sizes)
+        launches.read(batch * n, B, grad_states, dx, n=n)
     launches.grad_values(
         heads * T // R, B, grad_states, dx if apart else None, state_read if apart else None,
-        scores, x, dy, dt, D, cum, write_weight, dx, ddt_of_x, writes, reads, dD_parts,
-        G=G, P=P, N=N, R=R, **sizes)
+        scores, x, dy, dt, D, cum, write_weight, dx, ddt_of_x, writes, reads, dD_parts, n=n)
     launches.grad_scores(
-        batch * n * G * (L // R) ** 2, x, dy, cum, key_cum, scores, grad_scores, pairs,
-        heads=heads, G=G, P=P, R=R, **sizes)
+        batch * n * G * (L // R) ** 2, x, dy, cum, key_cum, scores, grad_scores, pairs, n=n,
+        heads=heads)
     launches.grad_queries_keys(
         batch * G * n, B, C, x, dy, read_weight, write_weight, states, grad_states, grad_scores,
-        dB, dC, None if apart else reads, state_pairs,
-        heads=heads, G=G, P=P, N=N, R=R, **sizes)
+        dB, dC, None if apart else reads, state_pairs, n=n, heads=heads)
     launches.grad_decays(
         heads * n, reads, writes, pairs, state_pairs, decay, dt, A, first, ddt_of_x, ddt, dA_parts,
-        n=n, heads=heads, H=H, L=L, R=R, READS=len(reads), PARTS=parts)
+        n=n, heads=heads)
     torch.sum(dA_parts, (0, 2), out=dA)
     if D is not None:
         torch.sum(dD_parts, (0, 2), out=dD)
 
 
-def ssd_save(ctx, inputs, output):
-    x, dt, A, B, C, D, state, first, ctx.L, ctx.R = inputs
-    ctx.has_state = state is not None
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, dt, A, B, C, D, first, *output[2:])  # all but y and last
-
-
-def ssd_chain(backward, ctx, saved, dy, dlast, *_):
-    x, _, _, _, _, D, *_ = saved
-    dy = torch.zeros_like(x) if dy is None else dy.contiguous()
-    dlast = None if dlast is None else dlast.contiguous()
-    *gradients, dD, dstate = backward(*saved, dy, dlast, ctx.L, ctx.R, ctx.has_state)
-    return (*gradients, None if D is None else dD, dstate if ctx.has_state else None,
-            None, None, None)
-
-
-ssd_kernels = differentiable(ssd_forward, ssd_save, ssd_backward, ssd_chain)
+ssd_kernels = differentiable(ssd_forward, ssd_backward)
 
 
 def ssd_triton(x, dt, A, B, C, D, state, first):
@@ -2541,7 +2434,7 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
     dtype = torch.bfloat16 if narrow else torch.float32
     # A tile has all channels of a head, at most 64: a wider head becomes several.
     parts = -(-P // 64)
-    L, R = ssd_chunk(T, N, dtype)
+    L, R = chunk_lengths(T, 64, narrow and N > READ_APART)
     BP = tile_multiple(min(P, 64), x)
     BN = tile_multiple(N, x)
     x = pad(x.to(dtype), {1: L, 3: parts * BP})
@@ -2572,7 +2465,7 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
 
 @triton.jit
 def load_shifted(
-    x_ptr, document_ptr, other, token, channel, batch, T, ROW: tl.constexpr, D: tl.constexpr,
+    x_ptr, document_ptr, other, token, channel, batch, T, ROW: constexpr, D: constexpr,
 ):
     """Rows `other` of x, 0 outside 0 to T and in other documents than that of `token`."""
     seen = (other >= 0) & (other < T)
@@ -2591,8 +2484,8 @@ def convolve(
     document_ptr,                 # (B,T) int32 or None
     y_ptr,                        # (B,T,D)
     T,
-    ROW: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    REVERSE: tl.constexpr,
+    ROW: constexpr, D: constexpr, TAPS: constexpr, BT: constexpr, BD: constexpr,
+    REVERSE: constexpr,
 ):
     """y = silu(pre); in reverse, of dpre, dx_t = sum over i of weight_i dpre_{t + taps - 1 - i}.
 
@@ -2624,8 +2517,7 @@ def conv_gradients(
     dpre_ptr,                # (B,T,D)
     dweight_ptr, dbias_ptr,  # (B parts,D,TAPS), (B parts,D)  float32
     T, STEPS,
-    ROW: tl.constexpr, DY_ROW: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr,
+    ROW: constexpr, DY_ROW: constexpr, D: constexpr, TAPS: constexpr, BT: constexpr, BD: constexpr,
 ):
     """dpre = dy silu'(pre), pre computed again; dweight_i sums dpre_t times the element
     of x that weight_i met in pre_t, dbias sums dpre.
@@ -2680,25 +2572,25 @@ def conv_tile(x):
     return power_of_two(x.shape[1], 4, 32), power_of_two(x.shape[2], 4, 32)
 
 
-@operator(lambda x, **others: x.new_empty(x.shape))
-def conv_forward(x, weight, bias, document, *, y):
+@operator(results=1)
+def conv_forward(x, weight, bias, document):
     """short_conv with weight (D,taps) and x as rows_apart gives it."""
     B, T, D = x.shape
     BT, BD = conv_tile(x)
+    y = x.new_empty(x.shape)
+    yield y
     convolve[(-(-T // BT), -(-D // BD), B)](
         x, weight, bias, document, y, T=T, ROW=x.stride(1), D=D, TAPS=weight.shape[1],
         BT=BT, BD=BD, REVERSE=False, num_warps=4)
 
 
-def conv_results(x, weight, bias, **others):
-    """What conv_backward fills; dbias is empty without a bias."""
-    dbias = weight.new_empty(len(weight) if bias is not None else 0)
-    return x.new_empty(x.shape), torch.empty_like(weight), dbias
-
-
-@operator(conv_results)
-def conv_backward(x, weight, bias, document, dy, *, dx, dweight, dbias):
+@operator(results=3)
+def conv_backward(x, weight, bias, document, dy):
     B, T, D = x.shape
+    dx = x.new_empty(x.shape)
+    dweight = torch.empty_like(weight)
+    dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
+    yield dx, dweight, dbias
     taps = weight.shape[1]
     BT, BD = conv_tile(x)
     columns = -(-D // BD)
@@ -2942,15 +2834,15 @@ def time_kernels(step, bandwidth):
     launched = []
     launch = Launch.__call__
 
-    def record(self, *args, **named):
-        launched.append((self, args, named))
-        launch(self, *args, **named)
+    def record(self, *args):
+        launched.append((self, args))
+        launch(self, *args)
 
     with unittest.mock.patch.object(Launch, "__call__", record):
         step()
     total = 0.0
-    for self, args, named in launched:
-        ms = median_ms(lambda s=self, a=args, n=named: s(*a, **n))
+    for self, args in launched:
+        ms = median_ms(lambda s=self, a=args: s(*a))
         total += ms
         tensors = {a.data_ptr(): a.nbytes for a in args if isinstance(a, torch.Tensor)}
         floor = sum(tensors.values()) / bandwidth * 1e3

@@ -507,7 +507,7 @@ def test_chunks_of_two_blocks(op, H, G, decay, dtype, monkeypatch, interpreter):
     if op == "gates" and not CUDA and (G == 1 or dtype == torch.bfloat16):
         pytest.skip("half a minute in the interpreter")
     L = 256 if op == "gla" or CUDA else 32
-    monkeypatch.setattr(kernels, "gla_chunk", lambda *sizes: (L, L // 2))
+    monkeypatch.setattr(kernels, "chunk_lengths", lambda *sizes: (L, L // 2))
     batch = 2 if decay is None and dtype == torch.float32 else 1
     args = inputs(op, batch, L + 27, H, G, 16, 16, dtype=dtype, device=DEVICE, decay=decay)
     check_against("recurrent", op, args, "triton")
@@ -518,7 +518,7 @@ def test_chunks_of_two_blocks(op, H, G, decay, dtype, monkeypatch, interpreter):
 def test_grad_decays_of_all_channels_in_one_program(decay, monkeypatch, interpreter):
     """As where blocks are many, in bfloat16 only; there are two tiles of channels."""
     launches = kernels.gla_launches
-    monkeypatch.setattr(kernels, "gla_launches", lambda *sizes: launches(*sizes[:6], True))
+    monkeypatch.setattr(kernels, "gla_launches", lambda *sizes: launches(*sizes[:8], True))
     args = inputs("gla", 1, 35, 2, 2, 40, 16, dtype=torch.bfloat16, device=DEVICE, decay=decay)
     check_against("recurrent", "gla", args, "triton")
 
