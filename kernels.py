@@ -2834,17 +2834,17 @@ def time_kernels(step, bandwidth):
     launched = []
     launch = Launch.__call__
 
-    def record(self, *args):
-        launched.append((self, args))
-        launch(self, *args)
+    def record(self, *pointers, **numbers):
+        launched.append((self, pointers, numbers))
+        launch(self, *pointers, **numbers)
 
     with unittest.mock.patch.object(Launch, "__call__", record):
         step()
     total = 0.0
-    for self, args in launched:
-        ms = median_ms(lambda s=self, a=args: s(*a))
+    for self, pointers, numbers in launched:
+        ms = median_ms(lambda s=self, p=pointers, n=numbers: s(*p, **n))
         total += ms
-        tensors = {a.data_ptr(): a.nbytes for a in args if isinstance(a, torch.Tensor)}
+        tensors = {p.data_ptr(): p.nbytes for p in pointers if isinstance(p, torch.Tensor)}
         floor = sum(tensors.values()) / bandwidth * 1e3
         print(f"    {self.kernel.fn.__name__:24s} {ms:7.3f} {ms / floor:5.1f} x floor", flush=True)
     print(f"    {'together':24s} {total:7.3f}", flush=True)
