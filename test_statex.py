@@ -3842,8 +3842,10 @@ def test_ctrl_c_while_a_script_is_imported(tmp_path):
                     "mine.py": "import expand"})
     ours = ("kernels", "model", "expand", "train", "data/recall", "data/harness")
     for script in (*(f"{HERE}/{name}.py" for name in ours), tmp_path / "mine.py"):
-        found = subprocess.run([sys.executable, script], text=True, capture_output=True,
-                               env=os.environ | {"PYTHONPATH": f"{tmp_path}:{HERE}"})
+        found = subprocess.run(         # where this test runs in the background Ctrl-C is ignored
+            [sys.executable, script], text=True, capture_output=True,
+            env=os.environ | {"PYTHONPATH": f"{tmp_path}:{HERE}"},
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
         assert found.returncode == -signal.SIGINT
         assert ("KeyboardInterrupt" in found.stderr) == ("mine" in str(script)), found.stderr
 
