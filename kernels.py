@@ -911,16 +911,21 @@ class Launch:
     threads do, as for pointers. Such a descriptor takes the host 4 microseconds.
 
     Where the GPU's shared memory does not hold num_stages stages of the pipeline, it
-    takes fewer from then on: gla_launches and ssd_launches are cached."""
+    takes fewer from then on: gla_launches and ssd_launches are cached. For the same reason
+    Triton is asked for the compiled kernel once per kind of arguments, since it looks at
+    all of them, which takes it longer than to launch."""
 
     def __init__(self, kernel, cut=None, tables=(), **options):
         self.kernel = kernel
         self.tables = tables
         self.options = options
         self.tiles = math.prod(-(-size // options[tile]) for tile, size in (cut or {}).items())
+        self.compiled = {}  # by the kind of arguments
 
     def __call__(self, programs, *pointers, **numbers):
         options = self.options
+        grid = (programs * self.tiles, 1, 1)  # the other axes end at 65,535
+        kind = self.kind(pointers, numbers)
         pointers = list(pointers)
         for position, columns in enumerate(self.tables):
             x = pointers[position]
@@ -929,13 +934,29 @@ class Launch:
                 x = x.clone()
             tile = [options["BT"], options[columns]]
             pointers[position] = TensorDescriptor(x, [B * T, H * K], [H * K, 1], tile)
+        compiled = self.compiled.get(kind)
+        if compiled is None:  # in the interpreter always
+            self.compiled[kind] = self.compile(grid, pointers, numbers)
+            return
+        named = options | numbers
+        names = self.kernel.arg_names[len(pointers):]
+        compiled[grid](*pointers, *[named[name] for name in names])
+
+    def kind(self, pointers, numbers):
+        """What a kernel is compiled for: whether a pointer is None, its type, and whether its
+        address is a multiple of 16."""
+        tensors = [x if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in pointers]
+        return pointers[0].device, *tensors, *numbers.values()
+
+    def compile(self, grid, pointers, numbers):
+        """The compiled kernel, which has been launched, too."""
         while True:
-            try:  # all on the grid's first axis: the others end at 65,535
-                return self.kernel[(programs * self.tiles,)](*pointers, **numbers, **options)
+            try:
+                return self.kernel[grid](*pointers, **numbers, **self.options)
             except triton.OutOfResources:
-                if options.get("num_stages", 1) == 1:
+                if self.options.get("num_stages", 1) == 1:
                     raise
-                options["num_stages"] -= 1
+                self.options["num_stages"] -= 1
 
 
 def power_of_two(x, low, high=1 << 30):
