@@ -1022,12 +1022,13 @@ def overwrites(ttgir):
 
 def compile_for_an_absent_gpu(capability, shared, dtype, layers):
     """Forward and backward of these layers, compiled but not launched. -> what was compiled:
-    (name, shared memory that it asks for, whether it overwrites)"""
+    (name, shared memory that it asks for, whether it overwrites). A second step, by what Launch
+    kept, launches the same."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime import driver
     make_ttgir = CUDABackend.make_ttgir
-    made, overwritten = [], []
+    made, overwritten, launched = [], [], []
 
     def checked(module, *args):
         module = make_ttgir(module, *args)
@@ -1036,7 +1037,11 @@ def compile_for_an_absent_gpu(capability, shared, dtype, layers):
 
     def launcher(source, metadata):
         made.append((metadata.name, metadata.shared, overwritten[-1]))
-        return lambda *args: None
+
+        def launch(*args):
+            shapes = [tuple(getattr(arg, "shape", [arg])) for arg in args[9:]]
+            launched.append((metadata.name, args[:3], shapes))
+        return launch
 
     driver.set_active(SimpleNamespace(
         utils=SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": shared},
@@ -1051,8 +1056,13 @@ def compile_for_an_absent_gpu(capability, shared, dtype, layers):
             op, *sizes = kernels.layers()[layer]
             args = inputs(op, 1, T, *sizes, dtype=dtype)
             args = [torch.empty_like(a).requires_grad_() for a in args]
-            results = run(op, args, "triton")
-            torch.autograd.grad(results, args, results)
+            steps = []
+            for _ in range(2):
+                results = run(op, args, "triton")
+                torch.autograd.grad(results, args, results)
+                steps.append(launched[:])
+                launched.clear()
+            assert steps[0] == steps[1]
         CUDABackend.make_ttgir = None                       # one length has compiled for all
     return made
 
