@@ -125,13 +125,14 @@ def ask_the_group(q, gates):
     """q (B,T,H,K), gates (G,f,f) -> (B,T,H,f K), the query of every head to its group's
     keys: head j gets gates[:,0,j] q_0, ..., gates[:,f-1,j] q_{f-1} side by side."""
     G, f, _ = gates.shape
-    q = q.unflatten(2, (G, 1, f))  # (B,T,G,1,i,K)
+    q = q.unflatten(2, (G, 1, f))  # (B,T,G,1,f,K)
     return (q * gates.mT[..., None]).flatten(-2).flatten(2, 3)
 
 
 def gla_recurrent(q, k, v, g, scale, state):
     """S_t = diag(exp g_t) S_{t-1} + k_t v_t^T, o_t = S_t^T (scale q_t), token by token."""
     q, k, v, g, S = widen(q, k, v, g, state)
+    # per group: k and g, or ssd's q (C), too
     q, k, g = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k, g))
     if S is None:
         S = q.new_zeros(*q[:, 0].shape, v.shape[-1])
@@ -197,7 +198,7 @@ def gla_chunked(q, k, v, g, scale, state):
     L = min(16, 1 << (T - 1).bit_length())
 
     q, k, v, g = (chunks(x, G, L) for x in (q * scale, k, v, g.clamp_min(FORGOTTEN)))
-    no_values = torch.compiler.is_compiling() or g.is_meta  # to decide by
+    no_values = torch.compiler.is_compiling() or g.is_meta  # that one could look at
     steep = no_values or bool((g.sum(4) < -MAX_EXPONENT).any())
     read_chunk = gla_inside_steep if steep else gla_inside
     o, v, q_start, k_end, decay = read_chunk(q, k, v, g)
@@ -355,7 +356,7 @@ def broadcast(op, **tensors):
             known, source = sizes.setdefault(letter, (size, name))
             if size == 0 and letter not in "BT":
                 raise misfit(name, f", {letter} at least 1")
-            if size != known and (letter == "T" or 1 not in (size, known)):  # 1 gives way
+            if size != known and (letter in "Tf" or 1 not in (size, known)):  # 1 gives way
                 raise misfit(name, f", {letter} = {known} as {source}")
             if known == 1:
                 sizes[letter] = (size, name)
@@ -427,7 +428,7 @@ def triton_supports(device):
 
 @functools.cache
 def capability(device):
-    """(major, minor) of a GPU. Warns once on Hopper (9.x), where Triton before 3.9 may
+    """(major, minor) of a GPU. Warns, once, on Hopper (9.x), where Triton before 3.9 may
     make wrong code: issues 9433 (see waited_for) and 11047 (a wait did not span warp
     groups), and ptxas 12.8 (of Triton 3.6) may read a register that nothing has set. Our
     kernels, as Triton 3.6 makes them, had none of these (data/results/README.md)."""
@@ -629,8 +630,9 @@ def ssd_first(
 #   BK, BV, BN        channels of a tile; PK: of a program with several tiles
 #   BT, BR, BI, BJ    tokens of a tile
 #   BE, BF, BH        scores of a tile, F up to a power of two, heads of a program
-#   DOT               tl.dot's input_precision: None for bfloat16, "tf32x3" for float32;
-#                     "tf32" where float32 gates mix bfloat16 scores
+#   DOT               tl.dot's input_precision: None for bfloat16, and kernels take None to
+#                     say so; "tf32x3" for float32; "tf32" where float32 gates mix
+#                     bfloat16 scores
 #   upto (c, cum)     sum of g from the start of a chunk or block up to a token
 #   key_cum           upto - log dt (ssd): in place of a key's upto it multiplies the
 #                     decays from that key by its dt
@@ -642,7 +644,7 @@ def ssd_first(
 #   dx, grad_x        the gradient of x; S is a state, dS its gradient
 #   row               token * H + head
 #   x_table           x (B,T,H,K) as B T rows of H K channels, read in tiles: see Launch
-#   mine, at_, of_    offsets in elements
+#   mine, at_, of_    offsets in elements (of_ also what something is the gradient of)
 #   processor         one of the GPU's multiprocessors
 #
 # tl.store rounds to the type of what its pointer points to.
@@ -674,7 +676,8 @@ def log2_decay(g):
 @triton.jit
 def waited_for(x):
     """x, a sum of matrix products, waited for by adding 0 (no compiler drops the addition,
-    since -0.0 + 0.0 is 0.0). ssd_outputs waits for speed; two kinds of loops need it:
+    since -0.0 + 0.0 is 0.0). The first wait of ssd_outputs is for speed; two kinds of loops
+    need it:
 
     - Where both registers and a product still under way read a tile: Triton's pipeliner
       counts too few buffers for it, and the next fetch may write over it
@@ -711,9 +714,9 @@ def sum_rows(which, x, DOT: constexpr):
 
 @triton.jit
 def load_gate(gates_ptr, channel, head, K: constexpr, F: constexpr):
-    """gates_ij of a group (G,F,F): the gate by which `head`, its j-th, reads `channel`, one
-    of the K that its F heads have side by side, the i-th head's. (A tile has channels of one
-    head.) A gate below 1e-20 in size counts as 1e-20, so that one can divide by it."""
+    """Of gates (G,F,F) the one by which `head` reads `channel`, one of the K that its group's
+    F heads have side by side. (A tile has channels of one head.) A gate below 1e-20 in size
+    counts as 1e-20, so that one can divide by it."""
     of_keys = channel // (K // F)
     gate = tl.load(gates_ptr + (head // F * F + of_keys) * F + head % F)
     return tl.where(tl.abs(gate) < 1e-20, 1e-20, gate)
@@ -891,8 +894,8 @@ def multiply_rows(
     tl.store(scores_ptr + at, scores)
 
 
-# Each family launches them by names of its own: a search for gla_ or ssd_ finds all its
-# kernels.
+# Each family launches these three by names of its own: a search for gla_ or ssd_ finds all
+# its kernels.
 gla_scan_states = ssd_scan_states = scan_states
 gla_step_state = ssd_step_state = step_state
 gla_grad_scores = ssd_scores = multiply_rows
@@ -905,15 +908,15 @@ gla_grad_scores = ssd_scores = multiply_rows
 class Launch:
     """A kernel with its sizes and its tile. A call launches `programs` programs, times the
     number of tiles in each size of `cut`: {"BV": H * P} is one for every BV of H P channels.
-    tables: for each of the first arguments, those (B,T,H,K) that the kernel reads as a table
-    of B T rows and H K columns, the name of its tile's columns; BT is that of the rows.
-    Hopper's tensor memory accelerator (TMA) then computes the addresses, on older GPUs
-    threads do, as for pointers. Such a descriptor takes the host 4 microseconds.
+    tables: the kernel reads its first arguments (B,T,H,K) as tables of B T rows and H K
+    columns, in tiles of BT rows; the names are those of the tiles' columns. Hopper's tensor
+    memory accelerator (TMA) then computes the addresses, on older GPUs threads do, as for
+    pointers. Such a descriptor takes the host 4 microseconds.
 
-    Where the GPU's shared memory does not hold num_stages stages of the pipeline, it
-    takes fewer from then on: gla_launches and ssd_launches are cached. For the same reason
-    Triton is asked for the compiled kernel once per kind of arguments, since it looks at
-    all of them, which takes it longer than to launch."""
+    gla_launches and ssd_launches are cached, so that a Launch learns: where the GPU's shared
+    memory does not hold num_stages stages of the pipeline, it takes fewer from then on; and
+    it keeps compiled kernels, by the kind of their arguments. Triton looks at every
+    argument to find one, which takes longer than to launch it."""
 
     def __init__(self, kernel, cut=None, tables=(), **options):
         self.kernel = kernel
@@ -943,8 +946,8 @@ class Launch:
         compiled[grid](*pointers, *[named[name] for name in names])
 
     def kind(self, pointers, numbers):
-        """What a kernel is compiled for: whether a pointer is None, its type, and whether its
-        address is a multiple of 16."""
+        """What Triton may compile a kernel for: the device, whether a pointer is None, its type,
+        whether its address is a multiple of 16, and numbers (not those of chunk_kernel)."""
         tensors = [x if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in pointers]
         return pointers[0].device, *tensors, *numbers.values()
 
@@ -954,9 +957,10 @@ class Launch:
             try:
                 return self.kernel[grid](*pointers, **numbers, **self.options)
             except triton.OutOfResources:
-                if self.options.get("num_stages", 1) == 1:
+                stages = self.options.get("num_stages", 3)  # Triton's default
+                if stages == 1:
                     raise
-                self.options["num_stages"] -= 1
+                self.options["num_stages"] = stages - 1
 
 
 def power_of_two(x, low, high=1 << 30):
@@ -995,36 +999,36 @@ def needs_grad(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-# What operators take: tensors or None, but for these.
+# What operators take: tensors or None, but for these; a number of your own goes here, too.
 TYPES = {"scale": "float", "L": "int", "R": "int"}
 
 
 def operator(results):
-    """Makes launch, a generator, a PyTorch operator, whole to torch.compile. It allocates its
-    results, so many tensors, yields them, and goes on to fill them; torch.compile, which asks
-    for their shapes only, runs it up to the yield. `.plain` is the same function without
-    PyTorch's dispatcher, which takes long."""
-    def make(launch):
-        names = inspect.signature(launch).parameters
+    """Makes steps, a generator, a PyTorch operator, whole to torch.compile. It allocates
+    its results, that many tensors, yields them, and goes on to fill them; torch.compile,
+    which asks for their shapes only, runs it up to the yield. `.plain` is the same function
+    without PyTorch's dispatcher, which takes long."""
+    def make(steps):
+        names = inspect.signature(steps).parameters
         arguments = ", ".join(f"{TYPES.get(name, 'Tensor?')} {name}" for name in names)
         schema = f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
 
         def call(*arguments):
             with on_device(arguments[0]):
-                [out] = launch(*arguments)  # runs it to its end
+                [out] = steps(*arguments)  # runs it to its end
             return out
 
         op = torch.library.custom_op(
-            f"statex::{launch.__name__}", call, mutates_args=(), schema=schema)
-        op.register_fake(lambda *arguments: next(launch(*arguments)))
+            f"statex::{steps.__name__}", call, mutates_args=(), schema=schema)
+        op.register_fake(lambda *arguments: next(steps(*arguments)))
         op.plain = call
         return op
     return make
 
 
 def one_step(kernel, q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None, D=None):
-    """The output and the new state of one token, by step_state under either name, whose
-    arguments these are, in tiles of BK x BV at most."""
+    """The output and the new state of one token, by step_state, whose arguments these are, in
+    tiles of BK x BV at most. kernel: its name in the family."""
     g, dt, A, D, state = (
         None if t is None else t.float().contiguous() for t in (g, dt, A, D, state))
     q, k, v = (t.contiguous() for t in (q, k, v))
@@ -1040,14 +1044,15 @@ def one_step(kernel, q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None,
     return out, new
 
 
-def differentiable(forward, backward):
+def differentiable(forward_operator, backward_operator):
     """Two operators as one differentiable function: as they are for torch.compile, else plain.
-    forward takes tensors (or None), then numbers. backward takes the tensors, all results but
-    the first two, the gradients of those two (or None), and the numbers. It makes the
-    gradients of the first tensors, empty where there is none."""
+    The first takes tensors (or None), then numbers. The second takes the tensors, all results
+    but the first two, the gradients of those two (or None), and the numbers. It makes the
+    gradients of the tensors in turn, empty where there is none."""
     def save(ctx, inputs, output):
         tensors = [x for x in inputs if x is None or isinstance(x, torch.Tensor)]
         ctx.numbers = inputs[len(tensors):]
+        ctx.inputs = len(inputs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output[2:])
 
@@ -1055,28 +1060,30 @@ def differentiable(forward, backward):
         saved = ctx.saved_tensors
         made = backward(*saved, *gradients[:2], *ctx.numbers)
         made = [None if x is None else dx for x, dx in zip(saved, made, strict=False)]
-        return (*made, None, None, None)  # of scale or first, L and R
+        return (*made, *[None] * (ctx.inputs - len(made)))
 
     def refuse(ctx, *gradients):
         raise RuntimeError("the Triton kernels have no second derivative; use impl='chunked'")
 
-    forward.register_autograd(functools.partial(chain, backward), setup_context=save)
-    backward.register_autograd(refuse)
+    forward_operator.register_autograd(
+        functools.partial(chain, backward_operator), setup_context=save)
+    backward_operator.register_autograd(refuse)
 
     class Plain(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            output = forward.plain(*inputs)
+            output = forward_operator.plain(*inputs)
             save(ctx, inputs, output)
             return output
 
         @staticmethod
         def backward(ctx, *gradients):
-            run = backward if torch.is_grad_enabled() else backward.plain  # which refuses nothing
-            return chain(run, ctx, *gradients)
+            again = torch.is_grad_enabled()  # the gradients may be differentiated: to be refused
+            return chain(backward_operator if again else backward_operator.plain, ctx, *gradients)
 
     def call(*inputs):
-        return forward(*inputs) if torch.compiler.is_compiling() else Plain.apply(*inputs)
+        run = forward_operator if torch.compiler.is_compiling() else Plain.apply
+        return run(*inputs)
     return call
 
 
@@ -1088,7 +1095,7 @@ def differentiable(forward, backward):
 def is_steep(decay_ptr, K: constexpr, BK: constexpr, DOT: constexpr):
     """Whether a channel of a block decays by more than 2 HALF bits. Up to that the
     factors of gla_scores, exp2(-HALF) to exp2(HALF), are exact enough: bfloat16 ends at
-    2^126, so 2^36 are left to q and k; float32 rounds a sum near 30 by 2e-6, which is
+    2^126, so 2^36 are left to q and k; float32 rounds a sum near 30 by 1e-6, which is
     then the result's error."""
     HALF: constexpr = 90.0 if DOT is None else 30.0
     lowest = tl.zeros((BK,), tl.float32)
@@ -1508,6 +1515,7 @@ def through_states(
         v = tl.load(v_ptr + (at_v + channel))
         dq = tl.dot(do, tl.trans(s), dq, input_precision=DOT)
         dk = tl.dot(v, tl.trans(ds), dk, input_precision=DOT)
+        # never in a branch: of that ptxas 12.8 made wrong code (data/results/README.md)
         state_pairs += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
         dk = waited_for(dk)  # products end in turn: so dq's has, too
     return dq, dk, state_pairs
@@ -1579,9 +1587,9 @@ def gla_grad_queries_keys(
         dq += dq_of_head
     key_head = group * F + k_block * BK // (K // F)
     of_head = (batch * H + key_head) * n
-    k %= K // F
-    around = state_pairs * tl.exp2(tl.load(decay_ptr + (of_head + chunk) * (K // F) + k))
-    of_spanned = (of_head * (L // R) + (block ^ (L // R - 1))) * (K // F) + k
+    k_of_head = k % (K // F)
+    around = state_pairs * tl.exp2(tl.load(decay_ptr + (of_head + chunk) * (K // F) + k_of_head))
+    of_spanned = (of_head * (L // R) + (block ^ (L // R - 1))) * (K // F) + k_of_head
     if L > R:
         if block % 2 == 0:
             around += tl.sum(tl.load(k_end_ptr + at).to(tl.float32) * dk, axis=0)
@@ -1623,7 +1631,7 @@ def within_block(
     diagonal and above (multiply_rows): a query with its own key has no decay, and comes
     as diagonal (R,1). total (1,BK): the sum of g (R,BK), not for STEEP. earlier (R,R): 1
     where the column comes before the row, else 0, a table: made in registers it took a third
-    of the instructions. (Used here in bfloat16, not STEEP, only.)"""
+    of the instructions. (Used here in bfloat16, not STEEP, only.) R is at most 2^7."""
     pairs = tl.zeros(q.shape, tl.float32)
     if STEEP:
         i = tl.arange(0, q.shape[0])[:, None]
@@ -1663,7 +1671,8 @@ def store_grad_decays(
     else:  # one product
         dg = tl.sum(pairs, 0)[None, :] + sum_rows(earlier, writes - pairs, DOT)
     dg += around[None, :]
-    if STEEP:  # no other block has a g so low; loaded again, since a kept mask costs registers
+    if STEEP:  # what log2_decay raised has no gradient; it makes its block steep (288 > 180 bits)
+        # loaded again, since a kept mask costs registers
         dg = tl.where(tl.load(g_ptr) > FORGOTTEN_32, dg, 0.0)
     tl.store(dg_ptr, dg)
 
@@ -1738,7 +1747,9 @@ def gla_launches(H, f, K, V, L, R, dtype, states, whole=False):
     wide_v = power_of_two(V, 16, 128 if narrow else 64)
     scan = dict(H=H, HX=H // f, HY=H, K=f * K, V=V, L=L, BK=BK, DOT=of_keys["DOT"])
     # of the scan, were its tiles BK x wide_v; a large GPU has 132 processors
-    programs = K // BK * (V // wide_v) * states if narrow else 0
+    programs = K // BK * (V // wide_v) * states
+    if not narrow:
+        programs = 0  # its small tiles, below
     if programs >= 1024 and L > R:
         scan |= dict(BK=wide_k, BV=wide_v, BT=32, num_warps=4, num_stages=6)
     elif programs >= 128 and L > R:
@@ -1801,6 +1812,7 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R):
     mixed = q.new_empty(B, 0 if gates is None else T, H, L)
     states = v.new_empty(B, H, n, f * K, V)
     yield o, last, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, mixed, states
+    # an operator may not return a tensor twice: of these only one was needed
     if L == R:
         block_decay = decay
     launches = gla_launches(H, f, K, V, L, R, q.dtype, B * H * f)
@@ -2638,13 +2650,16 @@ def conv_chain(ctx, dy):
     return dx, dweight, None if saved[2] is None else dbias, None
 
 
+# not by `differentiable`: that is of two results and more
 conv_forward.register_autograd(
     conv_chain, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def rows_apart(x):
-    """x (B,T,D), or a copy, with all tokens x.stride(1) elements apart."""
-    apart = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
+    """x (B,T,D), or a copy, with all tokens x.stride(1) elements apart, a sequence within
+    2^31."""
+    row = x.stride(1)
+    apart = x.stride(2) == 1 and x.stride(0) == x.shape[1] * row and x.shape[1] * row < 2**31
     return x if apart else x.contiguous()
 
 

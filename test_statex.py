@@ -684,6 +684,9 @@ def test_what_the_definition_refuses_is_refused(op, name, value):
 def test_groups_that_do_not_divide_the_heads_are_refused():
     with raises_one_line("G a divisor of the 4 heads of q"):
         run("gla", inputs("gla", 1, 3, 4, 3, 2, 2), "auto")
+    *others, gates, state = inputs("gates", 1, 3, 4, 2, 2, 2)
+    with raises_one_line("gates has shape (2, 1, 2)"):
+        run("gates", [*others, gates[:, :1], state], "auto")
 
 
 def test_no_channels_are_refused_where_all_arguments_agree():
