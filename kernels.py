@@ -198,7 +198,7 @@ def gla_chunked(q, k, v, g, scale, state):
     L = min(16, 1 << (T - 1).bit_length())
 
     q, k, v, g = (chunks(x, G, L) for x in (q * scale, k, v, g.clamp_min(FORGOTTEN)))
-    no_values = torch.compiler.is_compiling() or g.is_meta  # that one could look at
+    no_values = torch.compiler.is_compiling() or g.is_meta  # so nothing says whether it is steep
     steep = no_values or bool((g.sum(4) < -MAX_EXPONENT).any())
     read_chunk = gla_inside_steep if steep else gla_inside
     o, v, q_start, k_end, decay = read_chunk(q, k, v, g)
@@ -947,7 +947,7 @@ class Launch:
 
     def kind(self, pointers, numbers):
         """What Triton may compile a kernel for: the device, whether a pointer is None, its type,
-        whether its address is a multiple of 16, and numbers (not those of chunk_kernel)."""
+        whether its address is a multiple of 16, and numbers (chunk_kernel excepts its own)."""
         tensors = [x if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in pointers]
         return pointers[0].device, *tensors, *numbers.values()
 
@@ -1671,8 +1671,9 @@ def store_grad_decays(
     else:  # one product
         dg = tl.sum(pairs, 0)[None, :] + sum_rows(earlier, writes - pairs, DOT)
     dg += around[None, :]
-    if STEEP:  # what log2_decay raised has no gradient; it makes its block steep (288 > 180 bits)
-        # loaded again, since a kept mask costs registers
+    if STEEP:
+        # What log2_decay raised has no gradient. Only steep blocks have such a g (288 bits are
+        # more than is_steep's 180). Loaded again, since a kept mask costs registers.
         dg = tl.where(tl.load(g_ptr) > FORGOTTEN_32, dg, 0.0)
     tl.store(dg_ptr, dg)
 
@@ -1812,7 +1813,7 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R):
     mixed = q.new_empty(B, 0 if gates is None else T, H, L)
     states = v.new_empty(B, H, n, f * K, V)
     yield o, last, q_start, k_end, q_seam, k_seam, block_decay, decay, scores, mixed, states
-    # an operator may not return a tensor twice: of these only one was needed
+    # an operator may not return one tensor as two results
     if L == R:
         block_decay = decay
     launches = gla_launches(H, f, K, V, L, R, q.dtype, B * H * f)

@@ -3849,6 +3849,7 @@ def test_how_a_script_ends_where_nobody_listens():
     assert subprocess.run([sys.executable, "-c", forked], cwd=HERE).returncode == 0
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_ctrl_c_while_a_script_is_imported(tmp_path):
     """Nothing is printed; a program that imports us is interrupted as ever."""
     fill(tmp_path, {"torch.py": "import signal; signal.raise_signal(signal.SIGINT)",

@@ -32,10 +32,9 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = [os.path.join(HERE, *name.split("/")) for name in (
     "kernels.py", "model.py", "expand.py", "train.py", "data/prepare.py", "data/recall.py",
     "data/harness.py")]
-started = getattr(sys.modules["__main__"], "__file__", None) or ""
-if os.path.abspath(started) in SCRIPTS:
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+started = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
+if started in SCRIPTS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class BadInput(ValueError):
@@ -186,7 +185,7 @@ def check_json(path):
     if os.path.isdir(path) or path and not path.endswith(".json"):
         raise BadInput(f"--json={path}; expected a file's name, which ends in .json")
     if path and not os.access(folder, os.W_OK):
-        raise BadInput(f"--json={path}: nobody may write in that folder")
+        raise BadInput(f"--json={path}: its folder cannot be written in")
 
 
 def why(error):
