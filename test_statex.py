@@ -3726,6 +3726,7 @@ BAD = (
     (recall, ("--data={corpus}",), "name a checkpoint"),
     (recall, ("--ckpt={tmp}/public.pt", *RECALL[1:]), "with --tokenizer=hf:someone/else"),
     (recall, ("--ckpt={tmp}/few.pt", *RECALL[1:]), "4096 token ids, the model 300"),
+    (recall, ("--ckpt={tmp}/nan.pt", *RECALL[1:], "--n=1"), "on this text is nan"),
     (recall, (*RECALL, "--pairs=4,x"), "--pairs=4,x is not a list"),
     (recall, (*RECALL, "--pairs=4,4"), "no two alike"),
     (recall, (*RECALL, "--pairs=1000"), "1000 pairs need 2000 symbols"),
@@ -3804,6 +3805,9 @@ def bad_files(ckpt, corpus, tmp_path_factory):
         save_checkpoint(tmp / f"{name}.pt",
                         small("gla", vocab_size=vocab_size, tokenizer=tokenizer))
     save_checkpoint(tmp / "mamba.pt", small("mamba2"))
+    lm = small("gla", vocab_size=4096, tokenizer="code4096")
+    lm.norm.weight.data.fill_(math.nan)
+    save_checkpoint(tmp / "nan.pt", lm)
     token_files(tmp / "nine", [0] * 2000, [0] * 200, vocab_size=9)
     token_files(tmp / "held", [0] * 2000, [0] * 63, vocab_size=50)
     return {"tmp": tmp, "ckpt": ckpt, "corpus": corpus}

@@ -615,6 +615,9 @@ def main():
         print("(the checkpoint does not say in which windows it was trained; --T does)")
     with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
         result = score(lm, text, tokenizer, **sizes)
+        if not math.isfinite(result["val_loss"]):
+            raise BadInput(f"the loss of {options.ckpt} on this text is {result['val_loss']}, as "
+                           "after a run that diverged; score an earlier checkpoint")
         print_scores(result, sizes["T"])
         if control:
             result["more"] = differences(result, score(control, text, tokenizer, **sizes))
