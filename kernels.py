@@ -22,6 +22,7 @@ CPU it needs TRITON_INTERPRET=1 before the import, is slow, and right in float32
 Decays travel as natural logarithms g = log a <= 0. Any decay is safe: none (g = 0), all
 at once (g = -60), a reset (g = -inf; in ssd `first`) that keeps packed documents apart.
 """
+# first: it sets how the CPU's threads wait, which torch reads when it is loaded
 from data.options import BadInput, command_line, option, pick_device, run_script
 
 import contextlib
@@ -42,7 +43,7 @@ try:
     from triton.language import constexpr
     from triton.tools.tensor_descriptor import TensorDescriptor  # since Triton 3.4
     triton_installed = True
-except ImportError:  # recurrent and chunked still work; jit does nothing
+except ImportError:  # recurrent and chunked still work; with these stand-ins the file loads
     triton = types.SimpleNamespace(jit=lambda f=None, **options: f or (lambda g: g))
     constexpr = float
     triton_installed = False
@@ -144,8 +145,7 @@ def gla_recurrent(q, k, v, g, scale, state):
 
 
 def ssd_recurrent(x, dt, A, B, C, D, state, first):
-    """The same with g = dt A, q = C, k = B and v = dt x, its state the other way round;
-    y_t = S_t C_t + D x_t."""
+    """The same with g = dt A, q = C, k = B and v = dt x, its state the other way round."""
     x, dt, A, B, C, D, S = widen(x, dt, A, B, C, D, state)
     g = dt * A
     if first is not None:
@@ -198,10 +198,10 @@ def gla_chunked(q, k, v, g, scale, state):
     L = min(16, 1 << (T - 1).bit_length())
 
     q, k, v, g = (chunks(x, G, L) for x in (q * scale, k, v, g.clamp_min(FORGOTTEN)))
-    no_values = torch.compiler.is_compiling() or g.is_meta  # so nothing says whether it is steep
-    steep = no_values or bool((g.sum(4) < -MAX_EXPONENT).any())
+    unknown = torch.compiler.is_compiling() or g.is_meta  # no values to look at
+    steep = unknown or bool((g.sum(4) < -MAX_EXPONENT).any())
     read_chunk = gla_inside_steep if steep else gla_inside
-    o, v, q_start, k_end, decay = read_chunk(q, k, v, g)
+    o, q_start, k_end, decay = read_chunk(q, k, v, g)
 
     # S is (B,G,K,heads V), a group's states side by side, so that one product makes what
     # a chunk adds to all of them
@@ -224,7 +224,7 @@ def gla_inside(q, k, v, g):
     key j to query i is exp(upto_i) exp(-upto_j), upto_i = g_1 + ... + g_i, which is at
     least -MAX_EXPONENT.
 
-    Arguments as chunks makes them. Returns o and v (B,G,n,heads,L,V), the queries with
+    Arguments as chunks makes them. Returns o (B,G,n,heads,L,V), the queries with
     the decay since the chunk began (B,G,n,heads,L,K), the keys with that to its end
     (B,G,n,L,K), and the decay of whole chunks (B,G,n,K,1)."""
     # A token's own key has no decay, and stays out of the product: there the gradients
@@ -239,7 +239,7 @@ def gla_inside(q, k, v, g):
     # the queries of a group's heads are rows of one product with its keys
     scores = q_start.flatten(3, 4) @ (k * (-upto).exp()).mT
     o = o + scores.unflatten(3, o.shape[3:5]).tril(-1) @ v
-    return o, v, q_start, k * after.exp(), upto[..., -1, :, None].exp()
+    return o, q_start, k * after.exp(), upto[..., -1, :, None].exp()
 
 
 def gla_inside_steep(q, k, v, g):
@@ -270,7 +270,7 @@ def gla_inside_steep(q, k, v, g):
         after = torch.cat((after0 + upto1[..., -1:, :], after1), dim=-2)
         q, k, v = merge(q), merge(k), merge(v)
     decay = upto.squeeze(3)[..., -1, :, None].exp()
-    return o, v, q * upto.exp(), (k * after.exp()).squeeze(3), decay
+    return o, q * upto.exp(), (k * after.exp()).squeeze(3), decay
 
 
 def ssd_chunked(x, dt, A, B, C, D, state, first):
@@ -292,7 +292,7 @@ def ssd_chunked(x, dt, A, B, C, D, state, first):
     g = chunks(g[..., None], G, L).squeeze(5)  # (B,G,n,heads,L)
     g = g.double().contiguous().clamp_min(FORGOTTEN)
     upto = g.cumsum(-1)
-    to_end = F.pad(g[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+    after = F.pad(g[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
     v = chunks(x * dt[..., None], G, L)  # (B,G,n,heads,L,P)
     B, C = (chunks(t, G, L).squeeze(3) for t in (B, C))  # (B,G,n,L,N)
     n = v.shape[2]
@@ -303,7 +303,7 @@ def ssd_chunked(x, dt, A, B, C, D, state, first):
     scores = (C @ B.mT).unsqueeze(3) * between.exp()
     y = scores @ v + (C * B).sum(-1)[:, :, :, None, :, None] * v  # (B,G,n,heads,L,P)
 
-    rows = (to_end.to(x.dtype).exp()[..., None] * v).transpose(3, 4)
+    rows = (after.to(x.dtype).exp()[..., None] * v).transpose(3, 4)
     rows = rows.reshape(batch, G, n, L, heads * P)
     writes = (rows.mT @ B).view(batch, G, n, heads, P, N)
     decay = upto[..., -1].to(x.dtype).exp()[..., None, None]  # (B,G,n,heads,1,1)
@@ -431,13 +431,14 @@ def capability(device):
     """(major, minor) of a GPU. Warns, once, on Hopper (9.x), where Triton before 3.9 may
     make wrong code: issues 9433 (see waited_for) and 11047 (a wait did not span warp
     groups), and ptxas 12.8 (of Triton 3.6) may read a register that nothing has set. Our
-    kernels, as Triton 3.6 makes them, had none of these (data/results/README.md)."""
+    kernels, thanks to waited_for and as Triton 3.6 makes them, had none of these
+    (data/results/README.md)."""
     found = torch.cuda.get_device_capability(device)
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if found[0] == 9 and version < (3, 9):
         warnings.warn(
             f"Triton {triton.__version__} may miscompile for this GPU (triton-lang/triton issues "
-            "9433, 11047); `python kernels.py` checks, Triton 3.9 has them mended", stacklevel=2)
+            "9433, 11047); `python kernels.py` checks, Triton 3.9 has fixed them", stacklevel=2)
     return found
 
 
@@ -464,9 +465,9 @@ def widen(*tensors):
 
 def no_tokens(v, state, sizes, *others):
     """The results where T or B is 0: no output, the state as it came or zeros of these
-    sizes, and, by sums that are zero, every argument in the graph."""
+    sizes, and, by sums over nothing, every argument in the graph."""
     dtype = wide_dtype((v, state, *others))
-    nothing = sum(t.to(dtype).sum() * 0 for t in (v, *others) if t is not None)
+    nothing = sum(t.to(dtype).flatten()[:0].sum() for t in (v, *others) if t is not None)
     if state is None:
         state = v.new_zeros(sizes, dtype=dtype)
     return (v + nothing).to(v.dtype), state.to(dtype) + nothing
@@ -477,13 +478,13 @@ def no_tokens(v, state, sizes, *others):
 # the fast path. Only test_the_first_kernels_are_the_definition calls them.
 
 
-# FORGOTTEN for float32. (Kernels may read no globals but constexpr.)
+# FORGOTTEN for float32, where exp(-200) is 0. (Kernels may read no globals but constexpr.)
 FORGOTTEN_32 = constexpr(-200.0)
 
 
 @triton.jit
 def split(number, size):
-    """inner and outer of number = inner + size * outer."""
+    """inner and outer of number = inner + size * outer (divmod has them the other way)."""
     return number % size, number // size
 
 
@@ -587,22 +588,17 @@ def ssd_first(
 #                        split into a factor for each of the two
 #   long chunks          a stored state costs K V / L elements per token, most of the
 #                        traffic: 256 tokens where states are large and bfloat16, else
-#                        128
+#                        128, of short sequences fewer
 #   small tiles          a state is split among programs, which fetch its factors ahead
 #   gradients by hand    from the stored states; only factors are computed again
 #
-# Measured on an H100, batch 4, 8192 tokens, bfloat16, forward and backward: long chunks
-# take gla-340m with one head from 1.49 to 1.41 ms and from 0.89 to 0.69 GB, Mamba2-1.3b
-# with d_state 512 from 2.9 to 2.0 GB in the same 4.8 ms; both scans of gla-1.3b with one
-# head took 2.36 ms in tiles of 128 x 256, 0.95 in those of 64 x 128. (Since then the loop
-# has less to do, and they take 0.63, of 2.9 for the whole pass, in tiles of 128 x 128.)
+# What each buys in ms and GB: data/results/README.md, "Speed of the kernels".
 #
 # In gla every head has keys of its own here: gla_triton copies shared ones, and with
 # gates cuts a group's f K channels into f heads of K. Without gates f is 1. With gates
 # gla_mix_scores makes every head's scores from those of its group's heads with their
-# own keys. For states nothing is copied: (B,T,H,K) is also (B,T,G,f K) in memory.
-# Kernels that touch states are given f K as K, and G = H / f (HX of the scan); the
-# others are given K and H.
+# own keys. For states nothing is copied: (B,T,H,K) is also (B,T,G,W) in memory, W = f K.
+# Kernels that touch states are given W and G = H / f (HX of the scan), the others K and H.
 #
 #   launch             gla (with gates)              ssd (where N > READ_APART)
 #   decays             in gla_scores                 ssd_decays
@@ -625,7 +621,7 @@ def ssd_first(
 #                     gla: L is R or 2 R; `block` counts from the sequence's start
 #                     ssd: L is R, 2 R or 4 R; `block` counts from the chunk's start
 #                     A program of BT or BR tokens counts in these.
-#   F                 heads of a group in gla, f above
+#   F, W              heads of a group in gla, f above; the f K channels that they share
 #   heads             as a number B H; as a vector the heads of a group
 #   BK, BV, BN        channels of a tile; PK: of a program with several tiles
 #   BT, BR, BI, BJ    tokens of a tile
@@ -644,9 +640,13 @@ def ssd_first(
 #   dx, grad_x        the gradient of x; S is a state, dS its gradient
 #   row               token * H + head
 #   x_table           x (B,T,H,K) as B T rows of H K channels, read in tiles: see Launch
-#   mine, at_, of_    offsets in elements (of_ also what something is the gradient of)
+#   mine, at_, of_    offsets in elements: a scalar of 64 bits for the program, and tiles
+#                     of 32 bits, added last, since a tile of 64 bits costs instructions
 #   processor         one of the GPU's multiprocessors
 #
+# A program of gla's outputs and gradient of values takes all tokens of a chunk, so that a
+# state is read once; ssd's take a block, for which they make a table of decays. A head's
+# P channels, at most 64, are never cut: ssd_triton cuts wider heads into several.
 # tl.store rounds to the type of what its pointer points to.
 # Programs next to each other read the same tiles, while these are in the cache.
 
@@ -675,9 +675,9 @@ def log2_decay(g):
 
 @triton.jit
 def waited_for(x):
-    """x, a sum of matrix products, waited for by adding 0 (no compiler drops the addition,
-    since -0.0 + 0.0 is 0.0). The first wait of ssd_outputs is for speed; two kinds of loops
-    need it:
+    """x, a sum of matrix products, waited for by adding 0 (no compiler drops the
+    addition, since -0.0 + 0.0 is 0.0). The first wait of ssd_outputs is for speed; two
+    kinds of loops need it:
 
     - Where both registers and a product still under way read a tile: Triton's pipeliner
       counts too few buffers for it, and the next fetch may write over it
@@ -686,16 +686,17 @@ def waited_for(x):
       others while the product still reads them (issue 9433; Triton 3.9 brings 13.4).
 
     Not where a turn itself uses its product (gla_grad_decays) or may use the sum, in a
-    branch (scan_states), nor with num_stages=1 (gla_scores): no product is then under way
-    when the next turn begins."""
+    branch (scan_states), nor with num_stages=1 (gla_scores): no product is then under
+    way when the next turn begins."""
     return x + 0.0
 
 
 @triton.jit
 def round_bfloat16(x):
-    """x rounded to a bfloat16's digits, still float32; halves go away from 0. By integers: where
-    a conversion's result is needed as float32, too, the GPU converts one number at a time, which
-    takes long. (A NaN that the GPU made becomes -0.0; what forward made of it is NaN still.)"""
+    """x rounded to a bfloat16's digits, still float32; ties go away from 0. By integers:
+    where a conversion's result is needed as float32, too, the GPU converts one number at a
+    time, which takes long. (A NaN that the GPU made becomes -0.0; what forward made of it
+    is NaN still.)"""
     bits = x.to(tl.int32, bitcast=True) + 0x8000
     return (bits & -0x10000).to(tl.float32, bitcast=True)
 
@@ -713,19 +714,19 @@ def sum_rows(which, x, DOT: constexpr):
 
 
 @triton.jit
-def load_gate(gates_ptr, channel, head, K: constexpr, F: constexpr):
-    """Of gates (G,F,F) the one by which `head` reads `channel`, one of the K that its group's
-    F heads have side by side. (A tile has channels of one head.) A gate below 1e-20 in size
-    counts as 1e-20, so that one can divide by it."""
-    of_keys = channel // (K // F)
-    gate = tl.load(gates_ptr + (head // F * F + of_keys) * F + head % F)
+def load_gate(gates_ptr, channel, head, W: constexpr, F: constexpr):
+    """Of gates (G,F,F) the one by which `head` reads `channel`, one of its group's W. (A
+    tile has channels of one head.) A gate below 1e-20 in size counts as 1e-20, so that one
+    can divide by it."""
+    key_head = head // F * F + channel // (W // F)
+    gate = tl.load(gates_ptr + key_head * F + head % F)
     return tl.where(tl.abs(gate) < 1e-20, 1e-20, gate)
 
 
 @triton.jit
 def load_decay(decay_ptr, chunk, k, DECAYS: constexpr):
-    """A chunk's decay, log2: one (ssd), or where DECAYS = K / F > 1 that of each channel k,
-    (BK,1). chunk: its number among those of all heads, in (B,H,n)."""
+    """A chunk's decay, log2: one (ssd), or where DECAYS = W / F > 1 that of each channel
+    k, (BK,1). chunk: its number among those of all heads, in (B,H,n)."""
     if DECAYS == 1:
         decay = tl.load(decay_ptr + chunk)
     else:
@@ -733,33 +734,34 @@ def load_decay(decay_ptr, chunk, k, DECAYS: constexpr):
     return decay
 
 
-# What scan_states adds up. With gates K is f K, and q_start has no gates in it: so in
-# reverse registers hold dS / gate, and what is stored is multiplied by the gate with
-# which the head reads the tile's channels.
+# What scan_states adds up. q_start, with gates, has no gates in it, and goes from memory
+# straight into the product: so in reverse registers hold dS / gate, and what is stored is
+# multiplied by the gate with which the head reads the tile's channels.
 #
-#                  x        y   weight         S (K x V)
-#     gla          k_end    v   None           K x V
-#     gla reverse  q_start  do  None           K x V
+#                  x        y   weight         W x V
+#     gla          k_end    v   None           W x V
+#     gla reverse  q_start  do  None           W x V
 #     ssd          x        B   exp(after) dt  P x N
 #     ssd reverse  dy       C   exp(upto)      P x N
 
 
 @chunk_kernel
 def scan_states(
-    x_table, y_table,        # (B T,HX K), (B T,HY V): F = H / HX heads share x, H / HY share y
+    x_table, y_table,        # (B T,HX W), (B T,HY V): F = H / HX heads share x, H / HY y
     weight_ptr, gates_ptr,   # (B,H,T), ssd only; (HX,F,F), in reverse only; or None
-    decay_ptr,               # (B,H,n,K/F), for ssd (B,H,n): of a whole chunk, log2
-    initial_ptr, final_ptr,  # (B,H,K,V)  S (dS) where the scan begins and ends, or None
-    states_ptr,              # (B,H,n,K,V)
+    decay_ptr,               # (B,H,n,W/F), for ssd (B,H,n): of a whole chunk, log2
+    initial_ptr, final_ptr,  # (B,H,W,V)  S (dS) where the scan begins and ends, or None
+    states_ptr,              # (B,H,n,W,V)
     n,
-    H: constexpr, HX: constexpr, HY: constexpr, K: constexpr, V: constexpr,
+    H: constexpr, HX: constexpr, HY: constexpr, W: constexpr, V: constexpr,
     L: constexpr, BT: constexpr, BK: constexpr, BV: constexpr,
     REVERSE: constexpr, DOT: constexpr,
 ):
     """S = decay S + sum of weight_t x_t y_t^T over a chunk's tokens, chunk after chunk;
-    dS the same in REVERSE. Stored are S before, dS after every chunk. One program owns
-    BK x BV elements of a head's S, in registers, and adds BT tokens (a piece) at a time."""
-    k_block, rest = split(tl.program_id(0), K // BK)
+    dS the same in REVERSE. Stored are S before, dS after every chunk. (In ssd W is P and
+    V is N.) One program owns BK x BV elements of a head's S, in registers, and adds BT
+    tokens (a piece) at a time."""
+    k_block, rest = split(tl.program_id(0), W // BK)
     v_block, rest = split(rest, V // BV)
     head, batch = split(rest, H)
     batch = batch.to(tl.int64)
@@ -768,18 +770,18 @@ def scan_states(
     v = v_block * BV + tl.arange(0, BV)
     mine = k[:, None] * V + v[None, :]
     F: constexpr = H // HX
-    x_column = head // F * K + k_block * BK
+    x_column = head // F * W + k_block * BK
     y_column = head // (H // HY) * V + v_block * BV
-    states_ptr += (batch * H + head) * n * K * V
+    states_ptr += (batch * H + head) * n * W * V
     # the head whose keys and decays the tile's channels belong to
-    key_head = batch * H + head // F * F + k_block * BK // (K // F)
+    key_head = batch * H + head // F * F + k_block * BK // (W // F)
     gate = 1.0
     if gates_ptr is not None:
-        gate = load_gate(gates_ptr, k_block * BK, head, K, F)
+        gate = load_gate(gates_ptr, k_block * BK, head, W, F)
     state = tl.zeros((BK, BV), tl.float32)
     if initial_ptr is not None:
-        state += tl.load(initial_ptr + (batch * H + head) * K * V + mine) / gate
-    DECAYS: constexpr = K // F if weight_ptr is None else 1
+        state += tl.load(initial_ptr + (batch * H + head) * W * V + mine) / gate
+    DECAYS: constexpr = W // F if weight_ptr is None else 1
     decay = load_decay(decay_ptr, key_head * n + (n - 1 if REVERSE else 0), k, DECAYS)
     PIECES: constexpr = L // BT  # per chunk
     for step in range(n * PIECES):
@@ -787,12 +789,13 @@ def scan_states(
         chunk = (piece // PIECES).to(tl.int64)
         # Forget once, on entering the chunk: x or weight has the decays inside it.
         if step % PIECES == 0:
-            tl.store(states_ptr + chunk * K * V + mine, state * gate)
+            tl.store(states_ptr + chunk * W * V + mine, state * gate)
             state *= tl.exp2(decay)
         token = (batch * n * L + piece * BT).to(tl.int32)  # what a table takes
         x = x_table.load([token, x_column])  # (BT,BK)
         y = y_table.load([token, y_column])
-        # the next chunk's decay, already now: Triton itself fetches ahead only factors of products
+        # The next chunk's decay, already now: Triton itself fetches ahead only factors of
+        # products. At every piece: once per chunk would take a branch more.
         following = tl.maximum(chunk - 1, 0) if REVERSE else tl.minimum(chunk + 1, n - 1)
         decay = load_decay(decay_ptr, key_head * n + following, k, DECAYS)
         if weight_ptr is not None:
@@ -800,7 +803,7 @@ def scan_states(
             x = (x.to(tl.float32) * weight[:, None]).to(y.dtype)
         state = tl.dot(tl.trans(x), y, state, input_precision=DOT)
     if final_ptr is not None:
-        tl.store(final_ptr + (batch * H + head) * K * V + mine, state * gate)
+        tl.store(final_ptr + (batch * H + head) * W * V + mine, state * gate)
 
 
 @triton.jit
@@ -906,17 +909,18 @@ gla_grad_scores = ssd_scores = multiply_rows
 
 
 class Launch:
-    """A kernel with its sizes and its tile. A call launches `programs` programs, times the
-    number of tiles in each size of `cut`: {"BV": H * P} is one for every BV of H P channels.
-    tables: the kernel reads its first arguments (B,T,H,K) as tables of B T rows and H K
-    columns, in tiles of BT rows; the names are those of the tiles' columns. Hopper's tensor
-    memory accelerator (TMA) then computes the addresses, on older GPUs threads do, as for
-    pointers. Such a descriptor takes the host 4 microseconds.
+    """A kernel with its sizes and its tile. A call launches `programs` programs, times
+    the number of tiles in each size of `cut`: {"BV": H * P} is one for every BV of H P
+    channels. tables: the kernel reads its first arguments (B,T,H,K) as tables of B T rows
+    and H K columns, in tiles of BT rows; the names are those of the tiles' columns.
+    Hopper's tensor memory accelerator (TMA) then computes the addresses, on older GPUs
+    threads do, as for pointers. Such a descriptor takes the host 4 microseconds.
 
-    gla_launches and ssd_launches are cached, so that a Launch learns: where the GPU's shared
-    memory does not hold num_stages stages of the pipeline, it takes fewer from then on; and
-    it keeps compiled kernels, by the kind of their arguments. Triton looks at every
-    argument to find one, which takes longer than to launch it."""
+    gla_launches and ssd_launches are cached (one set per batch size), so that a Launch
+    learns: where the GPU's shared memory does not hold num_stages stages of the pipeline,
+    it takes fewer from then on; and it keeps compiled kernels, by the kind of their
+    arguments. Triton looks at every argument to find one, which takes longer than to
+    launch it."""
 
     def __init__(self, kernel, cut=None, tables=(), **options):
         self.kernel = kernel
@@ -928,7 +932,7 @@ class Launch:
     def __call__(self, programs, *pointers, **numbers):
         options = self.options
         grid = (programs * self.tiles, 1, 1)  # the other axes end at 65,535
-        kind = self.kind(pointers, numbers)
+        kind = self.kind(pointers)
         pointers = list(pointers)
         for position, columns in enumerate(self.tables):
             x = pointers[position]
@@ -945,11 +949,12 @@ class Launch:
         names = self.kernel.arg_names[len(pointers):]
         compiled[grid](*pointers, *[named[name] for name in names])
 
-    def kind(self, pointers, numbers):
-        """What Triton may compile a kernel for: the device, whether a pointer is None, its type,
-        whether its address is a multiple of 16, and numbers (chunk_kernel excepts its own)."""
+    def kind(self, pointers):
+        """What Triton compiles a kernel for: the device, which pointers are None, their
+        types, and whether their addresses are multiples of 16. No numbers: see
+        chunk_kernel."""
         tensors = [x if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in pointers]
-        return pointers[0].device, *tensors, *numbers.values()
+        return pointers[0].device, *tensors
 
     def compile(self, grid, pointers, numbers):
         """The compiled kernel, which has been launched, too."""
@@ -1027,8 +1032,8 @@ def operator(results):
 
 
 def one_step(kernel, q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None, D=None):
-    """The output and the new state of one token, by step_state, whose arguments these are, in
-    tiles of BK x BV at most. kernel: its name in the family."""
+    """The output and the new state of one token, by step_state, whose arguments these are,
+    in tiles of BK x BV at most. kernel: its name in the family."""
     g, dt, A, D, state = (
         None if t is None else t.float().contiguous() for t in (g, dt, A, D, state))
     q, k, v = (t.contiguous() for t in (q, k, v))
@@ -1045,10 +1050,10 @@ def one_step(kernel, q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None,
 
 
 def differentiable(forward_operator, backward_operator):
-    """Two operators as one differentiable function: as they are for torch.compile, else plain.
-    The first takes tensors (or None), then numbers. The second takes the tensors, all results
-    but the first two, the gradients of those two (or None), and the numbers. It makes the
-    gradients of the tensors in turn, empty where there is none."""
+    """Two operators as one differentiable function: as they are for torch.compile, else
+    plain. The first takes tensors (or None), then numbers. The second takes the tensors,
+    all results but the first two, the gradients of those two (or None), and the numbers.
+    It makes the gradients of the tensors in turn, empty where there is none."""
     def save(ctx, inputs, output):
         tensors = [x for x in inputs if x is None or isinstance(x, torch.Tensor)]
         ctx.numbers = inputs[len(tensors):]
@@ -1094,9 +1099,9 @@ def differentiable(forward_operator, backward_operator):
 @triton.jit
 def is_steep(decay_ptr, K: constexpr, BK: constexpr, DOT: constexpr):
     """Whether a channel of a block decays by more than 2 HALF bits. Up to that the
-    factors of gla_scores, exp2(-HALF) to exp2(HALF), are exact enough: bfloat16 ends at
-    2^126, so 2^36 are left to q and k; float32 rounds a sum near 30 by 1e-6, which is
-    then the result's error."""
+    factors of gla_scores, exp2(-HALF) to exp2(HALF), are exact enough: a bfloat16 may be
+    2^-126 to 2^127, so 2^36 either way are left to q and k; float32 rounds a sum near 30
+    by 1e-6, which is then the result's error."""
     HALF: constexpr = 90.0 if DOT is None else 30.0
     lowest = tl.zeros((BK,), tl.float32)
     for k0 in range(0, K, BK):
@@ -1105,8 +1110,8 @@ def is_steep(decay_ptr, K: constexpr, BK: constexpr, DOT: constexpr):
 
 
 @triton.jit
-def decays_of_piece(g, bit, DOT: constexpr):
-    """exp(upto) and exp(after) of g (R,BK), of every row in its piece of 2^bit rows."""
+def decays_of_part(g, bit, DOT: constexpr):
+    """exp(upto) and exp(after) of g (R,BK), of every row in its part of 2^bit rows."""
     i = tl.arange(0, g.shape[0])[:, None]
     j = tl.arange(0, g.shape[0])[None, :]
     same = (i ^ j) >> bit == 0
@@ -1116,7 +1121,7 @@ def decays_of_piece(g, bit, DOT: constexpr):
 
 
 @triton.jit
-def where_to(
+def where_ends_go(
     q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, n,
     H: constexpr, K: constexpr, L: constexpr, R: constexpr,
 ):
@@ -1161,7 +1166,7 @@ def gla_scores(
     g_ptr += row * K
     scores_ptr += row * L + block % (L // R) * R
     block_decay_ptr += ((batch * H + head) * n * (L // R) + block) * K
-    q_start_ptr, k_end_ptr = where_to(
+    q_start_ptr, k_end_ptr = where_ends_go(
         q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, n, H, K, L, R)
 
     scores = tl.zeros((R, R), tl.float32)
@@ -1207,7 +1212,7 @@ def gla_scores_steep(
     """Of steep blocks stores again what gla_scores did, but for the diagonal and the
     decay; the programs of others, nearly all in a GLA model, return at once.
 
-    Pieces of 2^bit tokens meet in pairs, as in gla_inside_steep: tokens j < i meet at
+    Parts of 2^bit tokens meet in pairs, as in gla_inside_steep: tokens j < i meet at
     the highest bit in which they differ. Each bit is one matrix product, of which that
     bit's pairs are stored."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
@@ -1221,17 +1226,17 @@ def gla_scores_steep(
     k_ptr += row * K
     g_ptr += row * K
     scores_ptr += row * L + block % (L // R) * R
-    q_start_ptr, k_end_ptr = where_to(
+    q_start_ptr, k_end_ptr = where_ends_go(
         q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, n, H, K, L, R)
 
     dtype = q_ptr.dtype.element_ty
-    # R is at most 2^7: at bit 7 a piece is the whole block, as for q_start and k_end
+    # R is at most 2^7: at bit 7 a part is the whole block, as for q_start and k_end
     for bit in range(8):
         scores = tl.zeros((R, R), tl.float32)
         for k0 in range(0, K, BK):
             at = i * (H * K) + k0 + tl.arange(0, BK)[None, :]
             g = log2_decay(tl.load(g_ptr + at))
-            to_q, to_k = decays_of_piece(g, bit, DOT)
+            to_q, to_k = decays_of_part(g, bit, DOT)
             q = tl.load(q_ptr + at).to(tl.float32) * scale * to_q
             k = tl.load(k_ptr + at).to(tl.float32) * to_k
             if bit < 7:
@@ -1342,50 +1347,51 @@ def load_scores(
 
 @chunk_kernel
 def gla_outputs(
-    q_start_ptr,   # (B,T,G,K)   queries, scaled, decayed from the chunk's start
-    gates_ptr,     # (G,F,F) or None  F = H / G, 1 without gates
-    states_ptr,    # (B,H,n,K,V)  S before each chunk
+    q_start_ptr,   # (B,T,G,W)    queries, scaled, decayed from the chunk's start
+    gates_ptr,     # (G,F,F) or None: F = H / G, 1 without gates
+    states_ptr,    # (B,H,n,W,V)  S before each chunk
     scores_ptr,    # (B,T,H,L)    with scale and decays; 0 for keys after the query
     v_ptr, o_ptr,  # (B,T,H,V)
     n,
-    H: constexpr, G: constexpr, K: constexpr, V: constexpr,
-    L: constexpr, R: constexpr, BK: constexpr, BV: constexpr, DOT: constexpr,
+    H: constexpr, G: constexpr, W: constexpr, V: constexpr, L: constexpr, R: constexpr,
+    BK: constexpr, BV: constexpr, BJ: constexpr, DOT: constexpr,
 ):
     """o_i = S^T q_start_i + sum over j <= i in its chunk of scores_ij v_j.
 
-    With gates S has K / F rows per head h of the group, and S^T q_start is the sum of
-    gate_h S_h^T q_h. To need one accumulator only, o is kept divided by the gate of the
-    head being added: the next head multiplies it by previous / gate.
+    With gates S has W / F rows per head h of the group, and S^T q_start is the sum of
+    gate_h S_h^T q_h. q goes from memory straight into the product, and there is one sum
+    for all h: so o is kept divided by the gate of the head being added, and the next head
+    multiplies it by previous / gate.
     One program owns BV channels of the L tokens of one chunk of one head."""
     v_block, rest = split(tl.program_id(0), V // BV)
     head, chunk, batch = split3(rest, H, n)
     i = tl.arange(0, L)
     token = batch * n * L + chunk * L
-    q_start_ptr += (token * G + head // (H // G)) * K
+    F: constexpr = H // G
+    q_start_ptr += (token * G + head // F) * W
     scores_ptr += (token * H + head) * L
     v_ptr += (token * H + head) * V + v_block * BV
     o_ptr += (token * H + head) * V + v_block * BV
-    states_ptr += ((batch * H + head) * n + chunk) * K * V + v_block * BV
+    states_ptr += ((batch * H + head) * n + chunk) * W * V + v_block * BV
     channel = tl.arange(0, BV)
 
     # what queries read from the state
     o = tl.zeros((L, BV), tl.float32)
     gate = 1.0  # any number: o is 0 when the first gate is loaded
-    for k0 in range(0, K, BK):
+    for k0 in range(0, W, BK):
         k = k0 + tl.arange(0, BK)
-        q = tl.load(q_start_ptr + i[:, None] * (G * K) + k[None, :])
+        q = tl.load(q_start_ptr + i[:, None] * (G * W) + k[None, :])
         s = tl.load(states_ptr + k[:, None] * V + channel[None, :])
         if gates_ptr is not None:
-            if k0 % (K // (H // G)) == 0:
+            if k0 % (W // F) == 0:
                 previous = gate
-                gate = load_gate(gates_ptr, k0, head, K, H // G)
+                gate = load_gate(gates_ptr, k0, head, W, F)
                 o *= previous / gate
         o = tl.dot(q, s, o, input_precision=DOT)
     if gates_ptr is not None:
         o *= gate
 
     # and from the keys of their chunk, BJ at a time
-    BJ: constexpr = min(L, 64)
     for j0 in range(0, L, BJ):
         j = j0 + tl.arange(0, BJ)
         scores = load_scores(scores_ptr, i, j, H, L, R)
@@ -1396,40 +1402,39 @@ def gla_outputs(
 
 @chunk_kernel
 def gla_grad_values(
-    k_end_ptr,        # (B,T,G,K)
-    grad_states_ptr,  # (B,H,n,K,V)  dS after each chunk
+    k_end_ptr,        # (B,T,G,W)
+    grad_states_ptr,  # (B,H,n,W,V)  dS after each chunk
     scores_ptr,       # (B,T,H,L)
     do_ptr, dv_ptr,   # (B,T,H,V)
     n,
-    H: constexpr, G: constexpr, K: constexpr, V: constexpr,
-    L: constexpr, R: constexpr, BK: constexpr, BV: constexpr, DOT: constexpr,
+    H: constexpr, G: constexpr, W: constexpr, V: constexpr, L: constexpr, R: constexpr,
+    BK: constexpr, BV: constexpr, BJ: constexpr, DOT: constexpr,
 ):
     """dv_j = dS^T k_end_j + sum over i >= j in its chunk of scores_ij do_i.
 
-    One program owns BV channels of one chunk of one head."""
+    One program owns BV channels of the L tokens of one chunk of one head."""
     v_block, rest = split(tl.program_id(0), V // BV)
     head, chunk, batch = split3(rest, H, n)
     j = tl.arange(0, L)
     token = batch * n * L + chunk * L
-    k_end_ptr += (token * G + head // (H // G)) * K
+    k_end_ptr += (token * G + head // (H // G)) * W
     scores_ptr += (token * H + head) * L
     do_ptr += (token * H + head) * V + v_block * BV
     dv_ptr += (token * H + head) * V + v_block * BV
-    grad_states_ptr += ((batch * H + head) * n + chunk) * K * V + v_block * BV
+    grad_states_ptr += ((batch * H + head) * n + chunk) * W * V + v_block * BV
     channel = tl.arange(0, BV)
 
     # what keys write to the state
     dv = tl.zeros((L, BV), tl.float32)
-    for k0 in range(0, K, BK):
+    for k0 in range(0, W, BK):
         k = k0 + tl.arange(0, BK)
-        keys = tl.load(k_end_ptr + j[:, None] * (G * K) + k[None, :])
+        keys = tl.load(k_end_ptr + j[:, None] * (G * W) + k[None, :])
         ds = tl.load(grad_states_ptr + k[:, None] * V + channel[None, :])
         dv = tl.dot(keys, ds, dv, input_precision=DOT)
 
-    # and what the queries of their chunk read, BI at a time
-    BI: constexpr = min(L, 64)
-    for i0 in range(0, L, BI):
-        i = i0 + tl.arange(0, BI)
+    # and what the queries of their chunk read, BJ at a time
+    for i0 in range(0, L, BJ):
+        i = i0 + tl.arange(0, BJ)
         scores = load_scores(scores_ptr, i, j, H, L, R)
         do = tl.load(do_ptr + i[:, None] * (H * V) + channel[None, :])
         dv = tl.dot(tl.trans(scores), do, dv, input_precision=DOT)
@@ -1480,9 +1485,9 @@ def gla_grad_mix_scores(
 
 
 # The gradient of decays. The score of query i with key j has the factor exp(g_{j+1} +
-# ... + g_i). So dg_t sums "weight x gradient", the score (in gla a channel's part of
-# it) times its gradient, over all pairs that span t, j < t <= i. For a token t of a
-# block (in ssd: of a chunk) these are, with the variables that hold them,
+# ... + g_i). So dg_t sums "score x gradient", the score (in gla a channel's part of it)
+# times its gradient, over all pairs that span t, j < t <= i. For a token t of a block
+# (in ssd: of a chunk) these are, with the variables that hold them,
 #
 #   key      query     which                          gla                    ssd
 #   inside   inside    i >= t, less those of j >= t   pairs                  pairs
@@ -1490,8 +1495,11 @@ def gla_grad_mix_scores(
 #   inside   after     j < t                          k dk_after: writes     writes
 #   before   after     all                            around                 around
 #
-# where "before" and "after" may be in the same chunk, in its other block.
-# Summed over a query's pairs weight x gradient is q dq, channel by channel, where dq is
+# where "before" and "after" may be in the same chunk, in its other block. (The pairs of
+# j >= t are among those of i >= t.) pairs and writes are the sums of single tokens: of
+# these, those from t on and those before t are added up at last, in the two kernels of
+# the decays.
+# Summed over a query's pairs score x gradient is q dq, channel by channel, where dq is
 # what these pairs add to its gradient; over a key's pairs it is k dk. A query with its
 # own key spans nothing: it would cancel but for rounding, which may drown small
 # gradients, and is left out.
@@ -1503,8 +1511,8 @@ def through_states(
     H: constexpr, V: constexpr, R: constexpr, BV: constexpr, DOT: constexpr,
 ):
     """One head's dq = S do (R,BK). Its dS v is added to dk (R,BK), and its S dS, summed
-    over V, to state_pairs (BK,), both for all heads of a group. k: numbers of the
-    channels."""
+    over V, to state_pairs (BK,): these two are sums over the heads of a group. k: numbers
+    of the channels."""
     at_v = tl.arange(0, R)[:, None] * (H * V)
     dq = tl.zeros(dk.shape, tl.float32)
     for v0 in range(0, V, BV):
@@ -1523,84 +1531,86 @@ def through_states(
 
 @triton.jit
 def across_blocks(
-    dq, dk, other_decay_ptr, second, grad_scores_ptr, q_seam_ptr, k_seam_ptr,
-    ROW: constexpr, DOT: constexpr,
+    dq, dk, around, second, q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, other_decay_ptr,
+    grad_scores_ptr, ROW: constexpr, DOT: constexpr,
 ):
-    """Takes the dq of a chunk's second block (where `second`), the dk of its first, to the
-    seam, as gradients of q_seam and k_seam: times the other block's decay, plus what comes
-    through the scores of the second's queries with the first's keys. The other of dq and dk is
-    as it came. The pointers are tiles, (BK,) and (R,BK), but for grad_scores_ptr: the score of
-    the block's first token with the chunk's first key, ROW elements before the next token's."""
+    """Of a chunk's two blocks, takes the dq of the second (where `second`) or the dk of
+    the first to the seam, as gradient of q_seam or k_seam: times the other block's decay,
+    plus what comes through the scores of the second's queries with the first's keys. Adds
+    what jumps over the other block to around (BK,). The pointers are tiles, (R,BK) and
+    (BK,), but for grad_scores_ptr: the score of the block's first token with the chunk's
+    first key, ROW elements before the next token's."""
     other = tl.exp2(tl.load(other_decay_ptr))[None, :]
     i = tl.arange(0, dq.shape[0])
     grad_scores_ptr += i[:, None] * ROW + i[None, :]
     if second:
+        around += tl.sum(tl.load(q_start_ptr).to(tl.float32) * dq, axis=0)
         scores = tl.load(grad_scores_ptr)
         dq = tl.dot(scores, tl.load(k_seam_ptr), dq * other, input_precision=DOT)
     else:
+        around += tl.sum(tl.load(k_end_ptr).to(tl.float32) * dk, axis=0)
         scores = tl.load(grad_scores_ptr + dq.shape[0] * ROW)
         dk = tl.dot(tl.trans(scores), tl.load(q_seam_ptr), dk * other, input_precision=DOT)
-    return dq, dk
+    return dq, dk, around
 
 
 @chunk_kernel
 def gla_grad_queries_keys(
     do_ptr, v_ptr,                # (B,T,H,V)
-    states_ptr, grad_states_ptr,  # (B,H,n,K,V)
-    gates_ptr, dgates_ptr,        # (G,F,F), (B,T/R,G,K/BK,F)  or None: F = H / G
-    q_start_ptr, k_end_ptr, dq_start_ptr, dk_end_ptr,  # (B,T,G,K)
-    q_seam_ptr, k_seam_ptr,       # (B,n,R,G,K), or empty: one block a chunk
-    block_decay_ptr, decay_ptr,   # (B,H,T/R,K/F), (B,H,n,K/F)  log2
-    grad_scores_ptr, around_ptr,  # (B,T,H,L), (B,H,T/R,K/F)
+    states_ptr, grad_states_ptr,  # (B,H,n,W,V)
+    gates_ptr, dgates_ptr,        # (G,F,F), (B,T/R,G,W/BK,F)  or None: F = H / G
+    q_start_ptr, k_end_ptr, dq_start_ptr, dk_end_ptr,  # (B,T,G,W)
+    q_seam_ptr, k_seam_ptr,       # (B,n,R,G,W), or empty: one block a chunk
+    block_decay_ptr, decay_ptr,   # (B,H,T/R,W/F), (B,H,n,W/F)  log2
+    grad_scores_ptr, around_ptr,  # (B,T,H,L), (B,H,T/R,W/F)
     n,
-    H: constexpr, G: constexpr, K: constexpr, V: constexpr,
+    H: constexpr, G: constexpr, W: constexpr, V: constexpr,
     L: constexpr, R: constexpr, BK: constexpr, BV: constexpr, DOT: constexpr,
 ):
-    """dq_i = S do_i and dk_j = dS v_j, of q_start and k_end, sums over the heads that read
-    these channels. dgates: what the states give, q_start . S do, a part of each program. Of two
-    blocks the second's dq and the first's dk go on to the seam. around is stored for the block
-    that its pairs span, the other if there are two: S dS exp(decay), and k_end dk (from the
-    first) or q_start dq (from the second). One program owns BK channels of one block."""
+    """dq_i = S do_i and dk_j = dS v_j, of q_start and k_end, sums over the heads that
+    read these channels. dgates: q_start . S do, a part of each program.
+
+    around, for pairs that jump over a block: S dS exp(decay) jumps over both of a chunk,
+    what the second reads from S (q_start dq) over the first, and what the first writes to
+    dS (k_end dk) over the second. So a program stores it for the other block, if there
+    are two. One program owns BK channels of one block."""
     F: constexpr = H // G
-    k_block, rest = split(tl.program_id(0), K // BK)
+    k_block, rest = split(tl.program_id(0), W // BK)
     group, block, batch = split3(rest, G, n, L // R)
     token = batch * n * L + block * R
     chunk = block // (L // R)
     k = k_block * BK + tl.arange(0, BK)
-    tile = group * K + tl.arange(0, R)[:, None] * (G * K) + k[None, :]
-    at = token * G * K + tile
+    tile = group * W + tl.arange(0, R)[:, None] * (G * W) + k[None, :]
+    at = token * G * W + tile
     dq = tl.zeros((R, BK), tl.float32)
     dk = tl.zeros((R, BK), tl.float32)
     state_pairs = tl.zeros((BK,), tl.float32)
     for head_of_group in range(F):
         head = group * F + head_of_group
         row = token * H + head
-        of_state = ((batch * H + head) * n + chunk) * K * V
+        of_state = ((batch * H + head) * n + chunk) * W * V
         dq_of_head, dk, state_pairs = through_states(
             do_ptr + row * V, v_ptr + row * V, states_ptr + of_state, grad_states_ptr + of_state,
             k, dk, state_pairs, H, V, R, BV, DOT)
         if gates_ptr is not None:
-            gate = load_gate(gates_ptr, k_block * BK, head, K, F)
+            gate = load_gate(gates_ptr, k_block * BK, head, W, F)
             dgate = tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq_of_head)
-            tl.store(dgates_ptr + tl.program_id(0) * F + head_of_group, dgate)
+            tl.store(dgates_ptr + tl.program_id(0).to(tl.int64) * F + head_of_group, dgate)
             dq_of_head *= gate  # dS has it already
         dq += dq_of_head
-    key_head = group * F + k_block * BK // (K // F)
+    K: constexpr = W // F
+    key_head = group * F + k_block * BK // K
     of_head = (batch * H + key_head) * n
-    k_of_head = k % (K // F)
-    around = state_pairs * tl.exp2(tl.load(decay_ptr + (of_head + chunk) * (K // F) + k_of_head))
-    of_spanned = (of_head * (L // R) + (block ^ (L // R - 1))) * (K // F) + k_of_head
+    decay = tl.load(decay_ptr + (of_head + chunk) * K + k % K)
+    around = state_pairs * tl.exp2(decay)
+    other_block = (of_head * (L // R) + (block ^ (L // R - 1))) * K + k % K
     if L > R:
-        if block % 2 == 0:
-            around += tl.sum(tl.load(k_end_ptr + at).to(tl.float32) * dk, axis=0)
-        else:
-            around += tl.sum(tl.load(q_start_ptr + at).to(tl.float32) * dq, axis=0)
-        seam = (batch * n + chunk) * R * G * K + tile
-        dq, dk = across_blocks(
-            dq, dk, block_decay_ptr + of_spanned, block % 2 == 1,
-            grad_scores_ptr + (token * H + key_head) * L,
-            q_seam_ptr + seam, k_seam_ptr + seam, H * L, DOT)
-    tl.store(around_ptr + of_spanned, around)
+        seam = (batch * n + chunk) * R * G * W + tile
+        dq, dk, around = across_blocks(
+            dq, dk, around, block % 2 == 1, q_start_ptr + at, k_end_ptr + at, q_seam_ptr + seam,
+            k_seam_ptr + seam, block_decay_ptr + other_block,
+            grad_scores_ptr + (token * H + key_head) * L, H * L, DOT)
+    tl.store(around_ptr + other_block, around)
     tl.store(dq_start_ptr + at, dq)
     tl.store(dk_end_ptr + at, dk)
 
@@ -1608,9 +1618,9 @@ def gla_grad_queries_keys(
 @triton.jit
 def meet(q, k, to_q, to_k, grad_scores, pairs, DOT: constexpr):
     """dq and dk by the gradient of the scores (q to_q) (k to_k)^T: to_q and to_k decay
-    both to where they meet. pairs: each pair's weight x gradient, added at its query's
-    row and taken off at its key's. Summed from row t on, pairs wholly after t cancel,
-    exactly only if both have the same rounded factors."""
+    both to where they meet. pairs: each pair's score x gradient, added at its query's row
+    and taken off at its key's. Summed from row t on, pairs wholly after t cancel, exactly
+    only if q dq and k dk have the same rounded q and k as the products."""
     k *= to_k
     q *= to_q
     if DOT is None:
@@ -1629,18 +1639,18 @@ def within_block(
     """dq, dk and `pairs` (see meet) inside one block, at once as in gla_scores, or by
     bits as in gla_scores_steep; and exp(upto) and exp(after). grad_scores is 0 on the
     diagonal and above (multiply_rows): a query with its own key has no decay, and comes
-    as diagonal (R,1). total (1,BK): the sum of g (R,BK), not for STEEP. earlier (R,R): 1
-    where the column comes before the row, else 0, a table: made in registers it took a third
-    of the instructions. (Used here in bfloat16, not STEEP, only.) R is at most 2^7."""
+    as diagonal (R,1). total (1,BK): the sum of g (R,BK), not for STEEP. earlier (R,R), for
+    bfloat16 and not STEEP only: 1 where the column comes before the row, else 0, a table,
+    since made in registers it took a third of the instructions. R is at most 2^7."""
     pairs = tl.zeros(q.shape, tl.float32)
     if STEEP:
         i = tl.arange(0, q.shape[0])[:, None]
         j = tl.arange(0, q.shape[0])[None, :]
-        exp_upto, exp_after = decays_of_piece(g, 7, DOT)
+        exp_upto, exp_after = decays_of_part(g, 7, DOT)
         dq = diagonal * k
         dk = diagonal * q
         for bit in range(7):
-            to_q, to_k = decays_of_piece(g, bit, DOT)
+            to_q, to_k = decays_of_part(g, bit, DOT)
             of_bit = tl.where((i ^ j) >> bit == 1, grad_scores, 0.0)
             dq_of_bit, dk_of_bit, pairs = meet(q, k, to_q, to_k, of_bit, pairs, DOT)
             dq += dq_of_bit
@@ -1658,24 +1668,14 @@ def within_block(
 
 
 @triton.jit
-def store_grad_decays(
-    dg_ptr, g_ptr, pairs, writes, around, earlier, STEEP: constexpr, DOT: constexpr,
-):
-    """dg_t: the pairs from t on, the writes before t, and around (BK,), which spans the
-    whole block."""
-    # A running sum less its last term would drown what is small, so earlier rows are a
-    # product. In bfloat16, where no decay is steep, later rows are all less the earlier:
-    # exact to 2^-16 of the largest.
+def spanning(pairs, writes, earlier, STEEP: constexpr, DOT: constexpr):
+    """For every row t the sum of pairs (R,BK) from t on and of writes before t. A running
+    sum less its last term would drown what is small, so earlier rows are a product. In
+    bfloat16, where no decay is steep, the sum of later rows is that of all less that of
+    earlier ones, exact to 2^-16 of the largest."""
     if STEEP or DOT is not None:
-        dg = tl.cumsum(pairs, 0, reverse=True) + sum_rows(earlier, writes, DOT)
-    else:  # one product
-        dg = tl.sum(pairs, 0)[None, :] + sum_rows(earlier, writes - pairs, DOT)
-    dg += around[None, :]
-    if STEEP:
-        # What log2_decay raised has no gradient. Only steep blocks have such a g (288 bits are
-        # more than is_steep's 180). Loaded again, since a kept mask costs registers.
-        dg = tl.where(tl.load(g_ptr) > FORGOTTEN_32, dg, 0.0)
-    tl.store(dg_ptr, dg)
+        return tl.cumsum(pairs, 0, reverse=True) + sum_rows(earlier, writes, DOT)
+    return tl.sum(pairs, 0)[None, :] + sum_rows(earlier, writes - pairs, DOT)  # one product
 
 
 @chunk_kernel
@@ -1691,10 +1691,10 @@ def gla_grad_decays(
     H: constexpr, K: constexpr, L: constexpr, R: constexpr,
     PK: constexpr, BK: constexpr, STEEP: constexpr, DOT: constexpr,
 ):
-    """dq, dk and dg. A second launch, STEEP, stores those of steep blocks over the first's.
-    One program owns PK channels of one block of one head. One of the first launch fills a
-    processor, where nothing else runs while it waits: so loads come first, and where PK > BK
-    those of the next BK channels before the work on these (num_stages)."""
+    """dq, dk and dg. A second launch, STEEP, stores those of steep blocks over the
+    first's. One program owns PK channels of one block of one head. One of the first launch
+    fills a processor, where nothing else runs while it waits: so loads come first, and
+    where PK > BK those of the next BK channels before the work on these (num_stages)."""
     k_block, rest = split(tl.program_id(0), K // PK)
     head, block, batch = split3(rest, H, n, L // R)
     of_block = ((batch * H + head) * n * (L // R) + block) * K
@@ -1727,68 +1727,73 @@ def gla_grad_decays(
         tl.store(dq_ptr + at, (dq + dq_before) * scale)
         tl.store(dk_ptr + at, dk + dk_after)
         pairs += q * dq_before
-        store_grad_decays(dg_ptr + at, g_ptr + at, pairs, k * dk_after, around, earlier, STEEP, DOT)
+        dg = spanning(pairs, k * dk_after, earlier, STEEP, DOT) + around[None, :]
+        if STEEP:
+            # What log2_decay raised has no gradient. Only steep blocks have such a g (288
+            # bits are more than is_steep's 180). Loaded again: a kept mask costs registers.
+            dg = tl.where(tl.load(g_ptr + at) > FORGOTTEN_32, dg, 0.0)
+        tl.store(dg_ptr + at, dg)
 
 
-MIX_TOKENS = 16  # divides every chunk, and is the least that a product can sum over
+# divides every chunk; the product of the diagonal sums over so many tokens, 16 at least
+MIX_TOKENS = 16
 
 
 @functools.cache
-def gla_launches(H, f, K, V, L, R, dtype, states, whole=False):
-    """The kernels with their sizes and tiles, the fastest measured on an H100 at the sizes of
-    layers(), for B H f `states` of K x V. Tiles of float32 are half as wide, for they take
-    twice the registers and shared memory. whole: a program of gla_grad_decays takes all
-    channels of its block."""
+def gla_launches(H, f, K, V, L, R, dtype, heads, whole=False):
+    """The kernels with their sizes and tiles, the fastest measured on an H100 at the sizes
+    of layers(), for B H = `heads`. Tiles of float32 are half as wide, for they take twice
+    the registers and shared memory. whole: a program of gla_grad_decays takes all channels
+    of its block."""
     narrow = dtype == torch.bfloat16
-    of_keys = dict(H=H, K=K, L=L, R=R, DOT=None if narrow else "tf32x3")
-    of_states = of_keys | dict(G=H // f, K=f * K, V=V)
+    DOT = None if narrow else "tf32x3"
+    W = f * K
+    sizes = dict(H=H, K=K, L=L, R=R, DOT=DOT)
+    with_states = dict(H=H, G=H // f, W=W, V=V, L=L, R=R, DOT=DOT)
     BK = power_of_two(K, 16, 64)
     BV = power_of_two(V, 16, 64)
     wide_k = power_of_two(K, 16, 128 if narrow else 64)
     wide_v = power_of_two(V, 16, 128 if narrow else 64)
-    scan = dict(H=H, HX=H // f, HY=H, K=f * K, V=V, L=L, BK=BK, DOT=of_keys["DOT"])
+    scan = dict(H=H, HX=H // f, HY=H, W=W, V=V, L=L, BK=BK, DOT=DOT)
     # of the scan, were its tiles BK x wide_v; a large GPU has 132 processors
-    programs = K // BK * (V // wide_v) * states
-    if not narrow:
-        programs = 0  # its small tiles, below
-    if programs >= 1024 and L > R:
-        scan |= dict(BK=wide_k, BV=wide_v, BT=32, num_warps=4, num_stages=6)
-    elif programs >= 128 and L > R:
-        scan |= dict(BV=wide_v, BT=64, num_warps=4, num_stages=4)
-    elif programs >= 128:
-        scan |= dict(BV=wide_v, BT=R, num_warps=8, num_stages=2)
-    else:
+    programs = heads * (W // BK) * (V // wide_v)
+    if not narrow or programs < 128:
         scan |= dict(BV=BV, BT=R, num_warps=4, num_stages=3)
-    scan |= dict(cut={"BK": f * K, "BV": V}, tables=("BK", "BV"))
+    elif L == R:
+        scan |= dict(BV=wide_v, BT=R, num_warps=8, num_stages=2)
+    elif programs < 1024:
+        scan |= dict(BV=wide_v, BT=64, num_warps=4, num_stages=4)
+    else:
+        scan |= dict(BK=wide_k, BV=wide_v, BT=32, num_warps=4, num_stages=6)
+    scan |= dict(cut={"BK": W, "BV": V}, tables=("BK", "BV"))
     BF = power_of_two(f, 16)  # the least that a matrix product takes
     BE = power_of_two((2048 if narrow else 1024) // BF, 16)
     # tf32 holds a bfloat16, and of a gate 11 bits
     mix = dict(H=H, F=f, L=L, R=R, BT=MIX_TOKENS, BE=BE, BF=BF, num_warps=1, num_stages=1)
     mix |= dict(DOT="tf32" if narrow else "tf32x3")
-    rows = dict(of_states, cut={"BV": V}, BK=BK, BV=wide_v)
+    rows = dict(with_states, cut={"BV": V}, BK=BK, BV=wide_v, BJ=min(L, 64))
     rows |= dict(num_warps=8, num_stages=4) if L > R else dict(num_warps=4, num_stages=3)
-    few_k = power_of_two(K, 16, 32)  # where many tiles are in registers at once
-    of_decays = dict(of_keys, cut={"PK": K}, PK=K if whole else few_k, BK=few_k, num_warps=8)
+    small_k = power_of_two(K, 16, 32)  # where many tiles are in registers at once
+    decays = dict(sizes, cut={"PK": K}, PK=K if whole else small_k, BK=small_k, num_warps=8)
     return types.SimpleNamespace(
-        scores=Launch(gla_scores, BK=BK, num_warps=8, num_stages=1, **of_keys),
-        scores_steep=Launch(gla_scores_steep, BK=few_k, num_warps=8, num_stages=1, **of_keys),
-        scores_across=Launch(gla_scores_across, BK=wide_k, num_warps=8, num_stages=3, **of_keys),
+        scores=Launch(gla_scores, BK=BK, num_warps=8, num_stages=1, **sizes),
+        scores_steep=Launch(gla_scores_steep, BK=small_k, num_warps=8, num_stages=1, **sizes),
+        scores_across=Launch(gla_scores_across, BK=wide_k, num_warps=8, num_stages=3, **sizes),
         scan=Launch(gla_scan_states, REVERSE=False, **scan),
         scan_back=Launch(gla_scan_states, REVERSE=True, **scan),
         mix_scores=Launch(gla_mix_scores, **mix),
         outputs=Launch(gla_outputs, **rows),
         grad_values=Launch(gla_grad_values, **rows),
         grad_scores=Launch(
-            gla_grad_scores, BK=BV, num_warps=8, num_stages=3, **(of_keys | dict(K=V))),
+            gla_grad_scores, H=H, K=V, L=L, R=R, BK=BV, DOT=DOT, num_warps=8, num_stages=3),
         grad_mix_scores=Launch(gla_grad_mix_scores, **mix),
         grad_queries_keys=Launch(
-            gla_grad_queries_keys, cut={"BK": f * K}, BK=wide_k, BV=BV, num_warps=8, num_stages=3,
-            **of_states),
-        grad_decays=Launch(
-            gla_grad_decays, STEEP=False, num_stages=3 if whole else 1, **of_decays),
+            gla_grad_queries_keys, cut={"BK": W}, BK=wide_k, BV=BV, num_warps=8, num_stages=3,
+            **with_states),
+        grad_decays=Launch(gla_grad_decays, STEEP=False, num_stages=3 if whole else 1, **decays),
         # programs that return at once: two of them fit a processor
         grad_decays_steep=Launch(
-            gla_grad_decays, STEEP=True, num_stages=1, maxnreg=128, **of_decays),
+            gla_grad_decays, STEEP=True, num_stages=1, maxnreg=128, **decays),
     )
 
 
@@ -1816,7 +1821,7 @@ def gla_forward(q, k, v, g, gates, state, scale, L, R):
     # an operator may not return one tensor as two results
     if L == R:
         block_decay = decay
-    launches = gla_launches(H, f, K, V, L, R, q.dtype, B * H * f)
+    launches = gla_launches(H, f, K, V, L, R, q.dtype, B * H)
     for launch in (launches.scores, launches.scores_steep):
         launch(B * H * T // R, q, k, g, q_start, k_end, q_seam, k_seam, block_decay, scores,
                scale=scale, n=n)
@@ -1848,7 +1853,7 @@ def gla_backward(q, k, v, g, gates, state, q_start, k_end, q_seam, k_seam, block
     dlast = None if dlast is None else dlast.contiguous()
     # whole blocks, where there are enough for a large GPU
     whole = q.dtype == torch.bfloat16 and B * H * T // R >= 128
-    launches = gla_launches(H, f, K, V, L, R, q.dtype, B * H * f, whole)
+    launches = gla_launches(H, f, K, V, L, R, q.dtype, B * H, whole)
     grad_states = torch.empty_like(states)
     grad_scores = torch.empty_like(scores)
     diagonal = g.new_empty(B, H, T)
@@ -1864,18 +1869,19 @@ def gla_backward(q, k, v, g, gates, state, q_start, k_end, q_seam, k_seam, block
         grad_states, n=n)
     launches.grad_values(B * H * n, k_end, grad_states, mixed, do, dv, n=n)
     launches.grad_scores(B * H * n * (L // R) ** 2, do, v, grad_scores, diagonal, n=n)
-    of_reading = None
+    dgates_reading = None
     if gates is not None:
         tile = launches.grad_queries_keys.options["BK"]
-        of_mixing = g.new_empty(B * T // MIX_TOKENS, *gates.shape)
-        of_reading = g.new_empty(B * T // R, H // f, f, K // tile, f)
+        dgates_mixing = g.new_empty(B * T // MIX_TOKENS, *gates.shape)
+        dgates_reading = g.new_empty(B * T // R, H // f, f, K // tile, f)
         launches.grad_mix_scores(
-            B * H // f * T // MIX_TOKENS, scores, gates, grad_scores, diagonal, of_mixing, n=n)
+            B * H // f * T // MIX_TOKENS, scores, gates, grad_scores, diagonal, dgates_mixing,
+            n=n)
     launches.grad_queries_keys(
-        B * H // f * T // R, do, v, states, grad_states, gates, of_reading, q_start, k_end,
+        B * H // f * T // R, do, v, states, grad_states, gates, dgates_reading, q_start, k_end,
         dq_start, dk_end, q_seam, k_seam, block_decay, decay, grad_scores, around, n=n)
     if gates is not None:
-        dgates.copy_(of_mixing.sum(0) + of_reading.sum((0, 3)))
+        dgates.copy_(dgates_mixing.sum(0) + dgates_reading.sum((0, 3)))
     earlier = torch.ones(R, R, dtype=q.dtype, device=q.device).tril_(-1)
     for launch in (launches.grad_decays, launches.grad_decays_steep):
         launch(B * H * T // R, q, k, g, earlier, block_decay, grad_scores, diagonal, dq_start,
@@ -1933,7 +1939,8 @@ def decay_table(cum_of_query, cum_of_key, query, key):
 
 @triton.jit
 def load_A(A_ptr, head, H: constexpr):
-    """A of head, one or several; -inf as -1e30, for 0 (the padding's dt) * -inf is no number."""
+    """A of head, one or several; -inf as -1e30, for 0 (the padding's dt) * -inf is no
+    number."""
     return tl.maximum(tl.load(A_ptr + head, head < H, 0.0), -1e30)
 
 
@@ -1979,6 +1986,24 @@ def ssd_decays(
 READ_APART = 128
 
 
+@triton.jit
+def read_rows(
+    c_ptr, states_ptr, token, rows, G: constexpr, N: constexpr, BN: constexpr, DOT: constexpr,
+    read_ptr=None, of_rows=0, mine=0,
+):
+    """S c for these tokens and rows of S (their offsets). Where ssd_read_states has made
+    it, it is loaded from read_ptr + of_rows (the chunk's and head's) + mine (the tile's)."""
+    if read_ptr is not None:
+        return tl.load(read_ptr + of_rows + mine).to(tl.float32)
+    read = tl.zeros((token.shape[0], rows.shape[0]), tl.float32)
+    for n0 in range(0, N, BN):
+        channel = n0 + tl.arange(0, BN)
+        c = tl.load(c_ptr + token[:, None] * (G * N) + channel[None, :])
+        s = tl.load(states_ptr + rows[None, :] + channel[:, None])
+        read = tl.dot(c, s, read, input_precision=DOT)
+    return read
+
+
 @chunk_kernel
 def ssd_read_states(
     c_ptr,       # (B,T,G,N)    C, or B
@@ -1999,27 +2024,9 @@ def ssd_read_states(
     c_ptr += (token * G + group) * N
     read_ptr += token * H * P
     rows = ((batch * H + v // P) * n + chunk) * P * N + v % P * N
-    read = read_rows(None, 0, 0, c_ptr, states_ptr, i, rows, G, N, BN, DOT)
+    read = read_rows(c_ptr, states_ptr, i, rows, G, N, BN, DOT)
     at = i[:, None] * (H * P) + v[None, :]
     tl.store(read_ptr + at, read)
-
-
-@triton.jit
-def read_rows(
-    read_ptr, of_rows, mine, c_ptr, states_ptr, token, rows,
-    G: constexpr, N: constexpr, BN: constexpr, DOT: constexpr,
-):
-    """S c for these tokens and rows of S (their offsets): where ssd_read_states made it loaded
-    from read_ptr + of_rows (the chunk's and head's) + mine (the tile's), else made here."""
-    if read_ptr is not None:
-        return tl.load(read_ptr + of_rows + mine).to(tl.float32)
-    read = tl.zeros((token.shape[0], rows.shape[0]), tl.float32)
-    for n0 in range(0, N, BN):
-        channel = n0 + tl.arange(0, BN)
-        c = tl.load(c_ptr + token[:, None] * (G * N) + channel[None, :])
-        s = tl.load(states_ptr + rows[None, :] + channel[:, None])
-        read = tl.dot(c, s, read, input_precision=DOT)
-    return read
 
 
 @chunk_kernel
@@ -2056,7 +2063,7 @@ def ssd_outputs(
     of_rows = (token * H + head) * P
     cum = tl.load(cum_ptr + of_head + query)
     weight = tl.exp2(cum.to(tl.float32))[:, None]
-    y = read_rows(state_read_ptr, of_rows, mine, C_ptr, states_ptr, query, p * N, G, N, BN, DOT)
+    y = read_rows(C_ptr, states_ptr, query, p * N, G, N, BN, DOT, state_read_ptr, of_rows, mine)
     # waited for: else ptxas lets no two products below overlap (its note C7514)
     y = waited_for(y * weight)
 
@@ -2115,7 +2122,7 @@ def ssd_grad_values(
     dt = tl.load(dt_ptr + (token + key) * H + head)
     weight = tl.load(write_weight_ptr + of_head + key)
     after = (tl.load(cum_ptr + of_head + L - 1) - cum).to(tl.float32)
-    dv = read_rows(grad_read_ptr, of_rows, mine, B_ptr, grad_states_ptr, key, p * N, G, N, BN, DOT)
+    dv = read_rows(B_ptr, grad_states_ptr, key, p * N, G, N, BN, DOT, grad_read_ptr, of_rows, mine)
     tl.store(writes_ptr + of_head + key, weight * tl.sum(x * dv, axis=1))
     dv *= tl.exp2(after)[:, None]
     # and what the queries of their chunk read, block by block from the diagonal
@@ -2272,7 +2279,7 @@ def ssd_grad_queries_keys(
         dB = tl.dot(v.to(ds.dtype), ds, dB, input_precision=DOT)
         dC = waited_for(dC)
         dB = waited_for(dB)
-        if block == 0:
+        if block == 0:  # GLA's may have no branch: see through_states; here the code is right
             part = (n_block * heads + batch * H + head) * n
             tl.store(state_pairs_ptr + part + chunk, tl.sum(s.to(tl.float32) * ds.to(tl.float32)))
     tl.store(dC_ptr + (start * G + group) * N + at, dC)
@@ -2327,7 +2334,7 @@ def ssd_launches(H, G, P, N, L, R, dtype, heads):
     narrow = dtype == torch.bfloat16
     apart = N > READ_APART
     DOT = None if narrow else "tf32x3"
-    of_heads = dict(H=H, G=G, P=P, N=N, L=L, R=R, DOT=DOT)
+    sizes = dict(H=H, G=G, P=P, N=N, L=L, R=R, DOT=DOT)
     BN = power_of_two(N, 16, 64)
     # small tiles where others are too few for a large GPU's processors
     scan_n = power_of_two(N, 16, 128)
@@ -2340,7 +2347,7 @@ def ssd_launches(H, G, P, N, L, R, dtype, heads):
         through = dict(BR=128, BN=128 if apart else BN, num_warps=8, num_stages=3)
     else:
         through = dict(BR=R, BN=BN, num_warps=4, num_stages=3)
-    scan = dict(H=H, HX=H, HY=G, K=P, V=N, L=L, BK=P, BV=scan_n, DOT=DOT, num_warps=4)
+    scan = dict(H=H, HX=H, HY=G, W=P, V=N, L=L, BK=P, BV=scan_n, DOT=DOT, num_warps=4)
     scan |= dict(cut={"BK": P, "BV": N}, tables=("BK", "BV"))
     if narrow and apart:
         scan |= dict(BT=min(L, 128), num_stages=2)
@@ -2349,7 +2356,7 @@ def ssd_launches(H, G, P, N, L, R, dtype, heads):
     else:
         scan |= dict(BT=min(L, 128), num_stages=3)
     # maxnreg, a thread's registers: at 128 four programs fit a processor
-    rows = dict(of_heads, BN=BN, num_warps=4, maxnreg=128 if narrow else None)
+    rows = dict(sizes, BN=BN, num_warps=4, maxnreg=128 if narrow else None)
     parts = N // through["BN"]
     return types.SimpleNamespace(
         decays=Launch(ssd_decays, cut={"BH": H}, H=H, L=L, BH=8, num_warps=4),
@@ -2364,15 +2371,10 @@ def ssd_launches(H, G, P, N, L, R, dtype, heads):
         grad_scores=Launch(
             ssd_grad_scores, H=H, G=G, P=P, L=L, R=R, DOT=DOT, num_warps=4, num_stages=3),
         grad_queries_keys=Launch(
-            ssd_grad_queries_keys, cut={"BN": N, "BR": L}, **of_heads, **through),
+            ssd_grad_queries_keys, cut={"BN": N, "BR": L}, **sizes, **through),
         grad_decays=Launch(
             ssd_grad_decays, H=H, L=L, R=R, READS=1 if apart else parts, PARTS=parts, num_warps=4),
     )
-
-
-def exact_sums(x):
-    """The dtype of sums whose differences count: of float32 inputs float64."""
-    return torch.float64 if x.dtype == torch.float32 else torch.float32
 
 
 @operator(results=10)
@@ -2384,7 +2386,8 @@ def ssd_forward(x, dt, A, B, C, D, state, first, L, R):
     n = T // L
     y = torch.empty_like(x)
     last = dt.new_empty(batch, H, P, N)
-    cum, key_cum = (dt.new_empty(batch, H, T, dtype=exact_sums(x)) for _ in range(2))
+    exact = torch.float64 if x.dtype == torch.float32 else torch.float32  # see ssd_decays
+    cum, key_cum = (dt.new_empty(batch, H, T, dtype=exact) for _ in range(2))
     read_weight, write_weight = (dt.new_empty(batch, H, T) for _ in range(2))
     decay = dt.new_empty(batch, H, n)
     scores = x.new_empty(batch, T, G, L)
@@ -2425,7 +2428,7 @@ def ssd_backward(x, dt, A, B, C, D, state, first, cum, key_cum, read_weight, wri
     ddt_of_x = torch.empty_like(read_weight)
     writes = torch.empty_like(read_weight)
     reads = dt.new_empty(1 if apart else parts, batch, H, T)
-    pairs = dt.new_empty(L // R, batch, H, T, dtype=exact_sums(x))
+    pairs = cum.new_empty(L // R, batch, H, T)
     state_pairs = dt.new_empty(parts, batch, H, n)
     dA_parts = dt.new_empty(batch, H, n)
     dD_parts = dt.new_empty(batch, H, T // R)
@@ -2550,13 +2553,13 @@ def conv_gradients(
     dy_ptr,                  # (B,T,D) in rows of DY_ROW elements
     dpre_ptr,                # (B,T,D)
     dweight_ptr, dbias_ptr,  # (B parts,D,TAPS), (B parts,D)  float32
-    T, STEPS,
+    T, steps,
     ROW: constexpr, DY_ROW: constexpr, D: constexpr, TAPS: constexpr, BT: constexpr, BD: constexpr,
 ):
     """dpre = dy silu'(pre), pre computed again; dweight_i sums dpre_t times the element
     of x that weight_i met in pre_t, dbias sums dpre.
 
-    One program owns STEPS tiles of BT tokens, in turn, of BD channels of one sequence,
+    One program owns `steps` tiles of BT tokens, in turn, of BD channels of one sequence,
     and their part of the sums."""
     channel = tl.program_id(1) * BD + tl.arange(0, BD)
     batch = tl.program_id(2).to(tl.int64)
@@ -2574,8 +2577,8 @@ def conv_gradients(
         bias += tl.load(bias_ptr + channel, channel < D, 0.0).to(tl.float32)[None, :]
     dbias = zero
     dweights = (zero,) * TAPS  # over a tile's tokens they are summed once, at the end
-    for step in range(STEPS):
-        t = (tl.program_id(0) * STEPS + step) * BT + tl.arange(0, BT)
+    for step in range(steps):
+        t = (tl.program_id(0) * steps + step) * BT + tl.arange(0, BT)
         stored = (t < T)[:, None] & inside
         pre = bias
         shifted = ()
@@ -2635,7 +2638,7 @@ def conv_backward(x, weight, bias, document, dy):
     dweights = x.new_empty(B * parts, *weight.shape, dtype=torch.float32)
     dbiases = x.new_empty(B * parts, D, dtype=torch.float32)
     conv_gradients[(parts, columns, B)](
-        x, weight, bias, document, dy, dpre, dweights, dbiases, T=T, STEPS=steps,
+        x, weight, bias, document, dy, dpre, dweights, dbiases, T=T, steps=steps,
         ROW=x.stride(1), DY_ROW=dy.stride(1), D=D, TAPS=taps, BT=rows, BD=BD, num_warps=4)
     convolve[(-(-T // BT), columns, B)](
         dpre, weight, None, document, dx, T=T, ROW=D, D=D, TAPS=taps, BT=BT, BD=BD, REVERSE=True,
@@ -2666,9 +2669,9 @@ def rows_apart(x):
 
 def conv_fits(x):
     """Whether short_conv takes x (B,T,D): on a GPU, not float64, a sequence within 2^31
-    elements."""
+    elements, and B within a grid's third axis."""
     return (triton_installed and x.is_cuda and x.dtype != torch.float64
-            and x.shape[1] * x.stride(1) < 2**31)
+            and x.shape[1] * x.stride(1) < 2**31 and x.shape[0] < 2**16)
 
 
 def short_conv(x, weight, bias=None, document=None):
@@ -2677,12 +2680,12 @@ def short_conv(x, weight, bias=None, document=None):
 
     x (B,T,D), zeros before it; weight (D,1,taps), as of conv1d; bias (D,) or None, all
     of at most 32 bits; document (B,T), integers, or None: no tap reaches a token of
-    another document. On a GPU or in Triton's interpreter. Returns y (B,T,D) in x's
-    dtype; the sums are in float32. Differentiable once in x, weight and bias. Raises
-    BadInput where shapes or dtypes do not fit."""
+    another document. Call it where conv_fits(x), or in Triton's interpreter. Returns
+    y (B,T,D) in x's dtype; the sums are in float32. Differentiable once in x, weight and
+    bias. Raises BadInput where shapes or dtypes do not fit."""
     for name, tensor, fits, expected in (
             ("x", x, x.dim() == 3, "(B,T,D)"),
-            ("weight", weight, weight.shape[:2] == (x.shape[-1], 1), "(D,1,taps)"),
+            ("weight", weight, weight.shape[:2] == (*x.shape[2:], 1), "(D,1,taps)"),
             ("bias", bias, bias is None or bias.shape == x.shape[2:], "(D,)"),
             ("document", document, document is None or document.shape == x.shape[:2], "(B,T)")):
         if not fits:
