@@ -21,12 +21,17 @@ learn faster. `reinit` is the paper's choice, `inherit` its ablation. In Mamba2 
 rows get equal gradients for ever: `inherit` can use its larger state only where --noise
 breaks the tie.
 
+Other factors for other layers: expand the result again.
+
 An init of your own: (1) its name in INITS, (2) how sizes grow, in `enlarged` (Mamba2:
 by d_state; GLA: heads share keys, or they merge), (3) what every parameter is made of,
-in `plan_gla` or `plan_mamba2`, and (4) a case in `make` if that is a new way. `python
-train.py --init=NAME --out_dir=out/NAME` runs it, for Mamba2 with --block=mamba2; with
-pretrained.pt and lpt.pt of an earlier recipe in out/NAME it trains StateX alone. So it
-does again after `rm out/NAME/statex.pt out/NAME/results.json`.
+in `plan_gla` (where keys are shared, gates start as the identity) or `plan_mamba2`,
+(4) a case in `make` if that is a new way, and (5) `check`, if it takes --noise, --paper
+or --same_state, which are expand.py's alone (noise goes to all that is tiled). `python
+train.py --init=NAME --out_dir=out/NAME` runs it, for Mamba2 with --block=mamba2; where
+pretrained.pt and lpt.pt of an earlier recipe with the same other options were copied to
+out/NAME, it trains StateX alone. So it does again after `rm out/NAME/statex.pt
+out/NAME/results.json`.
 
     python expand.py --ckpt=out/recipe-gla/pretrained.pt --every=1 --out=out/expanded.pt
     python expand.py --ckpt=gla-1.3b --every=6 --dry-run    the report for a public size
@@ -41,7 +46,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from model import LM, SIZES, load_checkpoint, save_checkpoint
+from model import LM, SIZES, as_lm, load_checkpoint, save_checkpoint
 
 INITS = ("preserve", "inherit", "reinit", "reinit-keys", "groups")
 
@@ -56,8 +61,9 @@ def expand(lm, layers, factor=None, init="preserve", seed=0, noise=0.0, same_sta
     deviation. same_state: reinit or reinit-keys without a larger state, as a control.
     paper: start afresh as the paper does, not as our models start (see paper_init).
 
-    Returns (lm, report): the copy, on the same device and in the same dtypes, and what
-    `describe` makes a text of. Raises BadInput."""
+    Returns (lm, report): the copy, on the same device and in the same dtypes, all of it to
+    be trained, and what `describe` makes a text of. Raises BadInput."""
+    lm = as_lm(lm)
     check(lm.config, layers, factor, init, seed, noise, same_state, paper)
     layers = sorted(set(layers))
     config = enlarged(lm.config, layers, factor, init, same_state)
@@ -108,9 +114,10 @@ def enlarged(config, layers, factor, init, same_state):
         f = factor or (new.n_key_head[i] if gla else 4)
         expected = f"a whole number, 2 to {1 << 16:,}"
         if gla:
-            expected = f"a divisor of its {new.n_key_head[i]} heads, above 1"
+            expected = f"a divisor of its {new.n_key_head[i]} heads of keys, above 1"
             if new.n_key_head[i] == 1:
-                raise BadInput(f"layer {i} has one head of keys already, and cannot merge more")
+                raise BadInput(f"layer {i} has one head of keys already, and cannot share or merge "
+                               "more")
         if not 2 <= f <= 1 << 16 or gla and new.n_key_head[i] % f:
             raise BadInput(f"factor {f} cannot enlarge layer {i}; expected {expected}")
         if same_state:
@@ -410,6 +417,8 @@ def main():
                        f"one of {', '.join(SIZES)} with --dry-run")
     if not options.out.endswith(".pt") and not options.dry_run:
         raise BadInput(f"--out={options.out}; expected a checkpoint's name, which ends in .pt")
+    if os.path.realpath(options.out) == os.path.realpath(options.ckpt) and not options.dry_run:
+        raise BadInput(f"{options.ckpt} is the model to expand; name another file with --out")
     if options.ckpt in SIZES:
         if not options.dry_run:
             raise BadInput(f"{options.ckpt} is a size, not a checkpoint; add --dry-run, or name "

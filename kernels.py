@@ -2682,7 +2682,18 @@ def short_conv(x, weight, bias=None, document=None):
     of at most 32 bits; document (B,T), integers, or None: no tap reaches a token of
     another document. Call it where conv_fits(x), or in Triton's interpreter. Returns
     y (B,T,D) in x's dtype; the sums are in float32. Differentiable once in x, weight and
-    bias. Raises BadInput where shapes or dtypes do not fit."""
+    bias. Raises BadInput where shapes, dtypes or devices do not fit."""
+    for name, tensor in {"x": x, "weight": weight, "bias": bias}.items():
+        if name == "bias" and bias is None:
+            continue
+        check_kind("short_conv", name, tensor, "x", x)
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise BadInput(f"short_conv: {name} is {tensor.dtype}; expected at most 32 bits")
+    if not can_launch(x):
+        raise BadInput(f"short_conv takes tensors of a GPU, and x is on {x.device}; see conv_fits")
+    if document is not None and (document.is_floating_point() or document.device != x.device):
+        raise BadInput(f"short_conv: document is {document.dtype} on {document.device}; expected "
+                       f"integers on {x.device}")
     for name, tensor, fits, expected in (
             ("x", x, x.dim() == 3, "(B,T,D)"),
             ("weight", weight, weight.shape[:2] == (*x.shape[2:], 1), "(D,1,taps)"),
@@ -2691,10 +2702,6 @@ def short_conv(x, weight, bias=None, document=None):
         if not fits:
             raise BadInput(f"short_conv: {name} has shape {tuple(tensor.shape)}; expected "
                            f"{expected} for x of shape {tuple(x.shape)}")
-        if tensor is not None and name != "document" and tensor.dtype not in (
-                torch.float32, torch.float16, torch.bfloat16):
-            raise BadInput(f"short_conv: {name} is {tensor.dtype}; expected at most 32 bits, "
-                           "floating")
     bias = None if bias is None else bias.contiguous()
     document = None if document is None else document.to(torch.int32).contiguous()
     return conv_forward(rows_apart(x), weight[:, 0].contiguous(), bias, document)

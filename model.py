@@ -228,6 +228,7 @@ def causal_conv(x, weight, bias, before, sizes, first=None):
 class GLA(nn.Module):
     """Gated linear attention (arXiv 2312.06635, section 4.4).
 
+    A head has K channels of queries and keys and V of values.
     By their public names gk_proj makes the log decays g, g_proj the gate of the output,
     and g_norm_swish_gate is the norm of each head's output.
 
@@ -272,7 +273,7 @@ class GLA(nn.Module):
 
     def log_decays(self, x):
         """x (B,T,d_model) -> g (B,T,d_k), <= 0 and near 0, in float32 or float64."""
-        return F.logsigmoid(at_least_float32(self.gk_proj(x))) / 16   # the paper's tau
+        return F.logsigmoid(at_least_float32(self.gk_proj(x))) / 16   # tau, as published
 
     def forward(self, x, state=None, first=None):
         """x (B,T,d_model); state: (S (B,H,f K,V), causal_conv's `before`) or None;
@@ -376,6 +377,8 @@ class GLABlock(nn.Module):
             "down_proj": nn.Linear(c.d_mlp, c.d_model, bias=False)})
 
     def forward(self, x, update=None, state=None, first=None):
+        """x (B,T,d_model); update as x, the last block's, not added yet, or None. Returns x,
+        this block's update, which the next one adds, and the new state."""
         if update is not None:
             x = x + update
         update, state = self.attn(self.attn_norm(x), state, first)
@@ -392,6 +395,7 @@ class Mamba2Block(nn.Module):
         self.mixer = Mamba2(c, layer)
 
     def forward(self, x, update=None, state=None, first=None):
+        """As GLABlock's."""
         if update is not None:
             x = x + update
         update, state = self.mixer(self.norm(x), state, first)
@@ -443,7 +447,7 @@ class SlicedCrossEntropy(torch.autograd.Function):
     `slice_elements` of them. Without any target that counts the loss is 0."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, slice_elements, slice_loss=slice_loss):
+    def forward(ctx, x, weight, targets, vocab_size, slice_elements, part_loss=slice_loss):
         dtype = weight.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -458,7 +462,7 @@ class SlicedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), at_once):
             tokens = slice(start, start + at_once)
             xs = x[tokens].to(dtype)
-            part, dlogits = slice_loss(xs @ w.T, targets[tokens, None], count)
+            part, dlogits = part_loss(xs @ w.T, targets[tokens, None], count)
             total = total + part
             if need_x:
                 dx[tokens] = (dlogits @ w).to(x.dtype)
@@ -793,10 +797,20 @@ def plain(value):
     return torch.is_tensor(value) or type(value) in (str, int, float, bool, bytes, type(None))
 
 
+def as_lm(lm):
+    """lm, or where it is torch.compile(lm) what was compiled. Raises BadInput for others."""
+    lm = getattr(lm, "_orig_mod", lm)
+    if not isinstance(lm, LM):
+        raise BadInput(f"this is of type {type(lm).__name__}; expected an LM (of a wrapper around "
+                       "one its .module)")
+    return lm
+
+
 def save_checkpoint(path, lm, train=None, weights=None):
     """Write a checkpoint (see write_file). train: a dict that a run goes on from, or None.
     weights: the model's state_dict, where lm holds only a part of it. Raises BadInput, also
     for a train that holds other things than plain containers, numbers, text and tensors."""
+    lm = as_lm(lm)
     if not plain(train):
         raise BadInput(f"cannot write {path}: train holds other things than plain containers, "
                        "numbers, text and tensors")
@@ -858,6 +872,7 @@ def build(config, weights, path):
 def export(lm, folder):
     """Write a folder that flash-linear-attention's GLAForCausalLM or transformers'
     Mamba2ForCausalLM reads (see data/public.py). Raises BadInput."""
+    lm = as_lm(lm)
     public.write_folder(asdict(lm.config), lm.state_dict(), str(folder))
 
 
@@ -905,6 +920,10 @@ def main():
     text = tokenizer.decode(ids)
     printed = ""
     for token in tokens:
+        try:
+            tokenizer.decode_single_token_bytes(token.item())
+        except KeyError:                        # some tokenizers' ids have gaps: no text
+            continue
         ids.append(token.item())
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):

@@ -888,6 +888,8 @@ def test_kernels_refuse_what_is_on_a_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with raises_one_line("takes tensors of a GPU, and these are on cpu"):
         run("gla", inputs("gla", 1, 3, 2, 2, 4, 4), "triton")
+    with raises_one_line("takes tensors of a GPU, and x is on cpu"):
+        kernels.short_conv(torch.zeros(1, 3, 5), torch.zeros(5, 1, 4))
 
 
 @needs_triton
@@ -896,11 +898,18 @@ def test_kernels_refuse_what_is_on_a_cpu(monkeypatch):
     ({"document": (2, 6)}, "document has shape"), ({"x": (7, 5)}, "x has shape")))
 def test_what_the_short_convolution_refuses(change, says):
     shapes = {"x": (2, 7, 5), "weight": (5, 1, 4), "bias": (5,), "document": (2, 7)} | change
+    tensors = {name: torch.zeros(shape, device=DEVICE) for name, shape in shapes.items()}
+    tensors["document"] = tensors["document"].long()
     with raises_one_line(f"short_conv: {says}"):
-        kernels.short_conv(**{name: torch.zeros(shape) for name, shape in shapes.items()})
-    x, weight = torch.zeros(1, 3, 5), torch.zeros(5, 1, 4)
-    for args in ((x.double(), weight), (x, weight.double()), (x, weight, torch.zeros(5).long())):
-        with raises_one_line("expected at most 32 bits, floating"):
+        kernels.short_conv(**tensors)
+    x, weight = (torch.zeros(shape, device=DEVICE) for shape in ((1, 3, 5), (5, 1, 4)))
+    for args, says in (((x.double(), weight), "x is torch.float64; expected at most 32 bits"),
+                       ((x, weight.double()), "weight is torch.float64; expected at most 32 bits"),
+                       ((x, weight, x[0, 0].long()), "expected a floating dtype"),
+                       ((x, None), "weight is of type NoneType"),
+                       ((x, weight.to("meta")), f"on meta; expected {x.device}"),
+                       ((x, weight, None, x[..., 0]), "expected integers on")):
+        with raises_one_line(says):
             kernels.short_conv(*args)
 
 
@@ -1369,6 +1378,20 @@ def test_checkpoint_round_trip(block, changes, tmp_path):
     assert load_checkpoint(tmp_path / "a.pt")[1] == {"step": 4}
 
 
+def test_a_compiled_model_is_saved_and_expanded_as_the_model_itself(tmp_path):
+    lm = small("mamba2")
+    compiled = torch.compile(lm, backend="eager")
+    save_checkpoint(tmp_path / "a.pt", compiled)
+    assert same_weights(load_checkpoint(tmp_path / "a.pt")[0], lm)
+    assert same_weights(expand(compiled, [0])[0], expand(lm, [0])[0])
+    model_script.export(compiled, tmp_path / "public")
+    assert same_weights(LM.from_pretrained(tmp_path / "public"), lm)
+    for wrong in (torch.nn.DataParallel(lm), lm.config):
+        for call in (lambda lm: save_checkpoint(tmp_path / "b.pt", lm), lambda lm: expand(lm, [0])):
+            with raises_one_line("expected an LM"):
+                call(wrong)
+
+
 def test_files_that_hold_no_checkpoint(tmp_path):
     for entries, says in (
             ([1], "expected config, model and train in it"),
@@ -1535,7 +1558,7 @@ def test_transplant_row_by_row_mamba2(init):
                 assert not (new_group[:N, None] == group).all(-1).any()
 
 
-def test_tiled_rows_never_part_without_noise():
+def test_copied_rows_stay_equal_without_noise():
     """Why inherit is no use to Mamba2: copies get equal gradients for ever."""
     lm = small("mamba2")
     idx = torch.randint(61, (4, 40))
@@ -2006,7 +2029,7 @@ def test_a_tokenizer_is_written_id_for_id(pattern, tmp_path):
     assert theirs("<|endofprompt|>")["input_ids"] == [len(ranks) + 19]
 
 
-def test_a_model_takes_its_tokenizer_along(ckpt, tmp_path):
+def test_a_model_takes_its_tokenizer_along(ckpt, tmp_path, monkeypatch):
     """One of ours, one of Hugging Face, one that is not here, none; and the exported model
     generates text."""
     transformers = library("transformers")
@@ -2016,8 +2039,10 @@ def test_a_model_takes_its_tokenizer_along(ckpt, tmp_path):
     for name, tokenizer in (("x", f"hf:{tmp_path}/w"), ("y", "hf:nobody/nothing"), ("z", "")):
         write(small("mamba2", tokenizer=tokenizer), tmp_path / name)
     ours = prepare.load_tokenizer("code4096")
+    monkeypatch.chdir(tmp_path)
     for name, tokenizer in expected.items():
         assert public.read_folder(tmp_path / name)[0]["tokenizer"] == tokenizer
+        assert public.read_folder(name)[0]["tokenizer"] == tokenizer    # for other folders, too
         assert (tmp_path / name / "tokenizer.json").exists() == (name in "wx")
         if name in "wx":
             theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
@@ -2181,11 +2206,14 @@ def test_bad_options_of_the_harness(lm_eval, tmp_path):
         "task": "statex_text", "dataset_path": "json", "test_split": "test",
         "output_type": "generate_until", "dataset_kwargs": {"data_files": "nothing.json"}})})
     fill(tmp_path, {"no.yaml": "task: ["})
+    tasks = task_files(tmp_path / "tasks", lm)
     usual = {"tasks": "statex_text", "include_path": str(tmp_path)}
     for changes, says in (({"tasks": "hellaswagg"}, "no task hellaswagg"),
                           ({}, "cannot run statex_text"), ({"metadata": "{"}, "is not JSON"),
                           ({"tasks": f"{tmp_path}/no.yaml"}, "ParserError"),
                           ({"include_path": "nowhere"}, "nowhere is no folder"),
+                          ({"tasks": f"{tasks}/statex_recall.yaml", "max_length": 4},
+                           "Invalid configuration"),
                           ({"metadata": "[1]"}, "is not an object")):
         with raises_one_line(says):
             harness.evaluate(lm, harness.Options(**usual | changes))
@@ -2457,6 +2485,10 @@ def test_a_bpe_learned_from_your_own_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)                         # found from other folders, too
     prepared("a.txt", "--tokenizer=mine.tiktoken", tmp_path / "out")
     assert prepare.load_corpus(tmp_path / "out").meta["tokenizer"] == bpe
+    fill(tmp_path / "own", {"a.txt": words})            # what it makes is no text of yours
+    for option in ("--train_bpe", "--tokenizer"):
+        train, val = prepared("own", f"{option}=own/its.tiktoken", tmp_path / "own/out")
+        assert train + val == words + "<|endoftext|>"
     fill(tmp_path, {"blank.txt": "", "f.tiktoken/x": ""})
     for text, path, says in (("a.txt", "x.bpe", "does not end in .tiktoken"),
                              ("blank.txt", "n.tiktoken", "no text"),
@@ -2919,7 +2951,8 @@ def test_the_script_prints_the_scores_of_the_run(corpus, text, tmp_path):
     assert f"other.pt, sequence by sequence\nloss {more['text'][0]:+.4f} +- " in said
     assert f"8: {more['mqar']['8'][0]:+.3f} +- " in said
     refused(recall, *args, f"--control={tmp_path}/none.pt", says="no checkpoint at")
-    ran(recall, *args, "--n=1", "--seed=2", "--rare=0", "--windows=3")
+    ran(recall, *args, "--n=1", "--seed=2", "--rare=0", "--windows=3",
+        f"--control={tmp_path}/model.pt")
     other = (tmp_path / "out.json").read_text()
     assert "NaN" not in other                                   # one sequence has no error
     other = json.loads(other)
@@ -2970,6 +3003,7 @@ def test_the_report_pairs_the_arms_by_sequence(tmp_path, monkeypatch):
     said = ran(train_script, f"--plot={tmp_path}")
     assert "With 4 times the state (preserve, seed 3)" in said
     assert "of 4 pairs, LPT 50.0%: +25.0 ± 49.0" in said
+    assert report.with_error(0.25, math.nan) == "+0.250 ± -"        # of one sequence
     assert "StateX - LPT: -0.150 ± 0.098 nats" in said and "pip install matplotlib" in said
     assert "had not learnt to recall yet (50.0% of 4 pairs)" in said
     said = re.sub(" +", " ", said)
@@ -3075,6 +3109,15 @@ def test_a_folder_goes_on_with_its_run_or_is_left_alone(corpus, scratch, tmp_pat
     process.join()
 
 
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_weights_of_16_bits_are_trained_in_float32(dtype, ckpt, corpus, tmp_path):
+    save_checkpoint(tmp_path / "x.pt", LM.from_pretrained(ckpt).to(dtype))
+    said = ran(train_script, f"--ckpt={tmp_path}/x.pt", *TINY, "--steps=2", f"--data={corpus}",
+               f"--out_dir={tmp_path}/o")
+    assert "trained in float32" in said
+    assert load_checkpoint(tmp_path / "o/ckpt.pt")[0].lm_head.weight.dtype == torch.float32
+
+
 def test_another_text_than_before_is_said(ckpt, corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "c")
     onward = (train_script, f"--ckpt={ckpt}", *TINY, "--steps=2")
@@ -3094,6 +3137,8 @@ def test_resume_knows_its_corpus(corpus, scratch, tmp_path):
     refused(train_script, f"--data={tmp_path}/c", "--ckpt=scratch", "--steps=2", *TINY,
             f"--out_dir={tmp_path}/o", says="has changed since the run")
     ran(train_script, *resume, f"--data={tmp_path}/c")              # given on purpose
+    os.rename(tmp_path / "c", tmp_path / "elsewhere")
+    refused(train_script, *resume, says="name the folder of its text with --data")
 
 
 def test_train_stops_at_a_step_and_goes_on_from_python(tmp_path):
@@ -3130,7 +3175,7 @@ def test_the_learning_rate_and_what_it_is_of():
         assert all(group["betas"] == (0.8, 0.7) for group in groups)
 
 
-def test_a_step_reads_what_its_seed_and_number_say(ckpt):
+def test_both_arms_read_the_same_tokens_by_seed_and_step(ckpt):
     """The sizes of recall sequences join in one by one, and every step has all its tokens."""
     _, run = run_of(os.path.dirname(ckpt))
 
@@ -3445,7 +3490,7 @@ def test_two_processes_give_the_same_losses(more, corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others(scratch, tmp_path):
+def test_a_killed_worker_ends_the_others(scratch, tmp_path):
     process = torchrun(2, *scratch, "--steps=100000", f"--out_dir={tmp_path}")
     wait_for((tmp_path / "ckpt.pt").exists, process)
     with open(f"/proc/{process.pid}/task/{process.pid}/children") as f:
@@ -3457,7 +3502,7 @@ def test_a_process_that_dies_ends_the_others(scratch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_stops(scratch, tmp_path):
+def test_ctrl_c_or_a_signal_saves_and_stops(scratch, tmp_path):
     args = (*scratch, "--steps=100000", "--eval_interval=50000")
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     processes = {number: run_in_background(train_script, *args, f"--out_dir={tmp_path}/{number}")
@@ -3592,6 +3637,8 @@ def test_the_script_generates_as_it_was_asked_to(ckpt, monkeypatch):
     assert ran(model_script, f"--ckpt={ckpt}", "--n=7", "--temperature=0.5", "--top_k=0",
                "--top_p=0.9", "--seed=3", "--device=cpu") == "x漢🙂y\n"
     assert asked == [[[4095]], 7, 0.5, None, 0.9, 4095, 3]
+    tokens.insert(1, 99_999)                            # as where a tokenizer's ids have a gap
+    assert ran(model_script, f"--ckpt={ckpt}", "--device=cpu") == "x漢🙂y\n"
 
 
 def test_ids_without_a_text_are_not_drawn(tmp_path):
@@ -3698,6 +3745,7 @@ BAD = (
     (expand_script, (*EXPAND, "--noise=1"), "Mamba2's tiled rows"),
     (expand_script, (*EXPAND, "--paper"), "what starts afresh"),
     (expand_script, (*EXPAND, "--out={tmp}/x.md"), "which ends in .pt"),
+    (expand_script, (*EXPAND, "--out={ckpt}"), "is the model to expand"),
     (expand_script, (*EXPAND, "--ckpt={tmp}/mamba.pt", "--factor=1e15"), "a whole number, 2 to"),
     (expand_script, (*EXPAND, "--ckpt=gla-1.3b"), "add --dry-run"),
     (train_script, ("--data={corpus}", "--out_dir={tmp}/o", "--layers=9"), "out of range"),

@@ -132,23 +132,23 @@ class Options:
     carry_state: bool = option(False, "read text in order, from the state of the slice before")
     documents: bool = option(False, "forget the state where a document ends (scores do not)")
     # the optimizer: AdamW, linear warm-up, cosine to 0
-    steps: int = option(800, "optimizer steps; of the recipe, of either arm")
-    lr: float = option(1e-2, "highest learning rate; of the recipe, of pre-training")
+    steps: int = option(800, "optimizer steps; in the recipe, of each arm")
+    lr: float = option(1e-2, "highest learning rate; in the recipe, of pre-training")
     warmup: int = option(50, "steps of linear warm-up")
     weight_decay: float = option(0.1, "of matrices")
     beta1: float = option(0.9, "of AdamW")
     beta2: float = option(0.95, "of AdamW")
     clip: float = option(1.0, "largest norm of the gradient")
     gates_rate: float = option(1.0, "GLA's gates learn at this many times the rate")
-    # speed and memory: none of these but the last changes what is computed
+    # speed and memory
     accumulate: int = option(1, "passes that a step is cut into, over all processes together")
     compile: bool = option(False, "torch.compile every layer: for GPUs, a minute at the start")
     graph: bool = option(False, "on one GPU: record every pass as a CUDA graph; small models "
                                 "else wait for launches")
     checkpoint_activations: bool = option(False, "keep layers' inputs only, compute the rest again")
     shard: bool = option(False, "with torchrun: FSDP2 in place of DistributedDataParallel")
-    bfloat16_residual: bool = option(False, "on a GPU, train with the residual stream in bfloat16; "
-                                            "it is scored in float32")
+    bfloat16_residual: bool = option(False, "on a GPU, train with the residual stream in bfloat16, "
+                                            "which changes results; it is scored in float32")
     # evaluation, saving, logging
     eval_interval: int = option(500, "steps between evaluations; each saves a checkpoint")
     tensorboard: bool = option(False, "beside log.jsonl")
@@ -1076,6 +1076,9 @@ def one_run(options, processes, stop):
         if options.preset and lm.config.block != options.block:
             raise BadInput(f"{options.ckpt} holds a {lm.config.block} model, and --preset="
                            f"{options.preset} is for {options.block}; take that family's preset")
+        if next(lm.parameters()).dtype in (torch.float16, torch.bfloat16):
+            print(f"{options.ckpt} has weights of 16 bits; they are trained in float32")
+            lm.float()                          # most steps are less than 16 bits can show
     check_model(lm, options, corpus.meta)
     check_memory(lm.config, options, processes)
     lock = lock or open_folder(options, processes)
@@ -1107,6 +1110,9 @@ def resumed(options, given):
     except TypeError as e:                          # an option that this version does not know
         raise other_version(options.path, one_line(e)) from e
     if "data" not in given:
+        if not os.path.exists(options.data):
+            raise BadInput(f"the run in {options.path} was started with --data={options.data}, and "
+                           "that is not here; name the folder of its text with --data")
         same_text(held, options, prepare.load_corpus(options.data).meta)
     return options
 
@@ -1134,7 +1140,7 @@ def recipe(options, processes, stop):
     tokenizer = prepare.load_tokenizer(corpus.meta["tokenizer"])
     sizes = dict(pairs=pair_sizes(options), T=options.block_size)      # of what is scored
     if not options.recall_tokens:
-        sizes |= dict(pairs=(), shots=())
+        sizes |= recall.TEXT_ALONE
     recall.check_text(corpus.val, tokenizer, **sizes)
     lock = open_folder(options, processes)
     post = dict(seed=options.seed + 1, curriculum=0.0, lr=options.post_lr)     # new data
@@ -1173,7 +1179,7 @@ def recipe(options, processes, stop):
     results["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__,
                            "numpy": np.__version__, "threads": torch.get_num_threads()}
     if processes.first:
-        encoded = json.dumps(results, indent=1).encode()
+        encoded = json.dumps(recall.without_nan(results), indent=1).encode()
         write_file(f"{options.out_dir}/results.json", lambda file: file.write(encoded))
         print_report(options.out_dir)
     del lock                                            # kept until here

@@ -134,8 +134,8 @@ def evaluate(lm, options):
                                            limit=options.limit or None)
         except BadInput:
             raise
-        # data that is not there, a wrong file
-        except (OSError, ValueError, KeyError, DatasetsError, YAMLError) as e:
+        # data that is not there, a wrong file, texts that --max_length leaves no room for
+        except (OSError, ValueError, KeyError, AssertionError, DatasetsError, YAMLError) as e:
             raise BadInput(f"the harness cannot run {options.tasks}: "
                            f"{type(e).__name__}: {one_line(e, 300)}") from e
 
@@ -160,6 +160,8 @@ def main():
         raise BadInput("--batch_size and --max_length must be at least 1")
     check_json(options.json)
     lm = LM.from_pretrained(options.ckpt).to(pick_device(options.device)).eval()
+    if options.bfloat16:
+        lm.float()                              # autocast takes no float16
     results = evaluate(lm, options)
     from lm_eval.utils import make_table
     print(make_table(results))

@@ -287,14 +287,19 @@ def files_below(folder):
     return sorted(filter(os.path.isfile, found))
 
 
-def text_files(words, endings):
+def text_files(words, endings, made=()):
     """The files named, and of the folders named the files with one of these endings, or
-    all where there are none. Raises BadInput for what is not there."""
+    all where there are none, but for what we made: these files, and those in these folders.
+    Raises BadInput for what is not there."""
+    made = tuple(os.path.realpath(path) for path in made if path)
+    made += tuple(path + os.sep for path in made)
     found = []
     for word in words:
         if os.path.isdir(word):
             found += [path for path in files_below(word)
-                      if not endings or path.lower().endswith(endings)]
+                      if (not endings or path.lower().endswith(endings))
+                      and os.path.realpath(path) not in made
+                      and not os.path.realpath(path).startswith(made[len(made) // 2:])]
         elif os.path.isfile(word):
             found.append(word)
         else:
@@ -630,7 +635,8 @@ def source(options, left_out):
     if words:
         names = filter(None, options.ext.lower().split(","))
         endings = tuple("." + name.strip(" .") for name in names)
-        return read_documents(text_files(words, endings), left_out), "text"
+        made = [options.train_bpe, options.tokenizer, options.out or f"{HERE}/text"]
+        return read_documents(text_files(words, endings, made), left_out), "text"
     folder = "python-all" if options.site_packages else "python"
     return read_documents(python_files(options.site_packages), left_out), folder
 

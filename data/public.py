@@ -312,7 +312,7 @@ def read_folder(name):
         raise BadInput(f"{folder} has no readable config.json ({type(e).__name__}); expected a "
                        "checkpoint folder") from e
     config = read_config(public, folder)
-    config["tokenizer"] = f"hf:{name}"
+    config["tokenizer"] = f"hf:{os.path.abspath(name) if os.path.isdir(name) else name}"
     if "hidden_size" not in public:                        # mamba_ssm ships no tokenizer: it uses
         config["tokenizer"] = "hf:EleutherAI/gpt-neox-20b"
     if isinstance(public.get("statex_tokenizer"), str):

@@ -252,14 +252,16 @@ class Sizes:
         return {"mqar": self.pairs, "fewshot": self.shots, "passkey": self.lengths}
 
 
+TEXT_ALONE = {"pairs": (), "shots": ()}         # of a model that saw no recall sequences
 CHANCE = {"mqar": lambda pairs: 1 / pairs, "fewshot": lambda shots: 1 / LABELS,
           "passkey": lambda length: 10 ** -DIGITS}
 
 
 def sequences(task, rng, n, size, vocab_size, text, tokenizer):
     """n sequences of a made-up task -> idx, targets. For a task of your own: a case here, its
-    chance above, its sizes in Sizes and Sizes.by_task, and if you like a name for its rows in
-    data/report.py's TASKS. Training has mqar alone: train.py's recall_batch and `evaluate`."""
+    chance and perhaps TEXT_ALONE above, its sizes in Sizes and Sizes.by_task, and if you like a
+    name for its rows in data/report.py's TASKS; the picture has mqar alone. So has training:
+    train.py's recall_batch and `evaluate`."""
     if task == "mqar":
         return mqar(rng, n, size, vocab_size)
     if task == "fewshot":
@@ -655,7 +657,7 @@ def chosen_sizes(options, trained, text):
              "lengths": number_list("lengths", options.lengths),
              "pairs": number_list("pairs", options.pairs or trained.get("pairs", "4,8,16,32"))}
     if trained.get("recall_tokens") == 0 and not options.pairs:
-        sizes |= {"pairs": (), "shots": ()}
+        sizes |= TEXT_ALONE
     return sizes
 
 
@@ -669,9 +671,11 @@ def check_tokens(config, text, meta, folder):
 
 
 def without_nan(value):
-    """JSON has no NaN: an error that cannot be known becomes null. Lists stay."""
+    """JSON has no NaN: an error that cannot be known becomes null."""
     if isinstance(value, dict):
         return {name: without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(entry) for entry in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

@@ -53,6 +53,11 @@ def difference(results, task, size=None):
     return statistics.mean(more), 1.96 * statistics.stdev(more) / math.sqrt(len(more))
 
 
+def with_error(mean, half, digits=3):
+    """The text of both; a dash for an error that one sequence does not give."""
+    return f"{mean:+.{digits}f} ± " + ("-" if math.isnan(half) else f"{half:.{digits}f}")
+
+
 def table(results):
     """The three models side by side, as a Markdown table."""
     labels = {arm: label for arm, label in ARMS.items() if arm in results}
@@ -67,12 +72,12 @@ def table(results):
     row("tokens, millions", "{:.1f}", [arm["tokens"] / 1e6 for arm in arms])
     row("learning rate", "{:g}", [arm["lr"] for arm in arms])
     row("held-out text, nats per token", "{:.3f}", [arm["val_loss"] for arm in arms],
-        "{:+.3f} ± {:.3f}".format(*difference(results, "text")))
+        with_error(*difference(results, "text")))
     for task, of_task in results["lpt"]["chance"].items():
         for size, chance in of_task.items():
             row(TASKS.get(task, task + " {}").format(size), "{:.3f}",
                 [arm["recall"][task][size] for arm in arms],
-                "{:+.3f} ± {:.3f}".format(*difference(results, task, size)), f"{chance:.3f}")
+                with_error(*difference(results, task, size)), f"{chance:.3f}")
     width = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)) + " |"
              for line in rows]
@@ -84,13 +89,13 @@ def closing(results):
     """What was seen, what the intervals are of, and whether the model could recall at all."""
     lpt = results["lpt"]
     statex = results["statex"]
-    more_loss, loss_error = difference(results, "text")
-    text = f"Held-out text, StateX - LPT: {more_loss:+.3f} ± {loss_error:.3f} nats per token."
+    more_loss = with_error(*difference(results, "text"))
+    text = f"Held-out text, StateX - LPT: {more_loss} nats per token."
     sizes = list(statex["recall"]["mqar"])
     if not sizes:                               # trained on text alone
         return text
     size = sizes[-1]
-    more_recall, recall_error = difference(results, "mqar", size)
+    more_recall = with_error(*(100 * x for x in difference(results, "mqar", size)), digits=1)
     times = statex["state_elements"] / lpt["state_elements"]
     share, lpt_share = (arm["recall"]["mqar"][size] for arm in (statex, lpt))
     learnt = results["pretrained"]["recall"]["mqar"].get("4", 1.0)     # 1: not asked
@@ -104,8 +109,8 @@ def closing(results):
                   "occurs once.")
     config = results["config"]
     return (f"With {times:.3g} times the state ({config['init']}, seed {config['seed']}) StateX "
-            f"recalls {share:.1%} of {size} pairs, LPT {lpt_share:.1%}: {100 * more_recall:+.1f} ± "
-            f"{100 * recall_error:.1f} points.\n"
+            f"recalls {share:.1%} of {size} pairs, LPT {lpt_share:.1%}: {more_recall} "
+            "points.\n"
             f"{text}\n(± is the 95 % interval over the sequences asked; another seed makes another "
             f"model.){remark}")
 
@@ -125,7 +130,8 @@ def picture(results, path):
         if arm not in results:
             continue
         scores = [results[arm]["recall"]["mqar"][size] for size in sizes]
-        bars = [1.96 * results[arm]["recall_se"]["mqar"][size] for size in sizes]
+        errors = [results[arm]["recall_se"]["mqar"][size] for size in sizes]
+        bars = [0 if error is None else 1.96 * error for error in errors]   # None: of one sequence
         left.errorbar(range(len(sizes)), scores, bars, color=COLORS.get(arm), marker="o", ms=4,
                       capsize=3, label=label)
     chance = [results["lpt"]["chance"]["mqar"][size] for size in sizes]
