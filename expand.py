@@ -417,8 +417,6 @@ def main():
                        f"one of {', '.join(SIZES)} with --dry-run")
     if not options.out.endswith(".pt") and not options.dry_run:
         raise BadInput(f"--out={options.out}; expected a checkpoint's name, which ends in .pt")
-    if os.path.realpath(options.out) == os.path.realpath(options.ckpt) and not options.dry_run:
-        raise BadInput(f"{options.ckpt} is the model to expand; name another file with --out")
     if options.ckpt in SIZES:
         if not options.dry_run:
             raise BadInput(f"{options.ckpt} is a size, not a checkpoint; add --dry-run, or name "
@@ -441,6 +439,8 @@ def main():
     if is_run(options.out):
         raise BadInput(f"{options.out} holds a trained run, or a checkpoint of another version; "
                        "name another file with --out")
+    if os.path.realpath(options.out) == os.path.realpath(options.ckpt):
+        raise BadInput(f"{options.ckpt} is the model to expand; name another file with --out")
     save_checkpoint(options.out, new)
     print(f"\nwritten: {options.out}")
 

@@ -3745,7 +3745,7 @@ BAD = (
     (expand_script, (*EXPAND, "--noise=1"), "Mamba2's tiled rows"),
     (expand_script, (*EXPAND, "--paper"), "what starts afresh"),
     (expand_script, (*EXPAND, "--out={tmp}/x.md"), "which ends in .pt"),
-    (expand_script, (*EXPAND, "--out={ckpt}"), "is the model to expand"),
+    (expand_script, ("--ckpt={tmp}/mamba.pt", "--out={tmp}/mamba.pt"), "is the model to expand"),
     (expand_script, (*EXPAND, "--ckpt={tmp}/mamba.pt", "--factor=1e15"), "a whole number, 2 to"),
     (expand_script, (*EXPAND, "--ckpt=gla-1.3b"), "add --dry-run"),
     (train_script, ("--data={corpus}", "--out_dir={tmp}/o", "--layers=9"), "out of range"),
