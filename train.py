@@ -1235,6 +1235,8 @@ def resolve(given):
     idle = OTHERS.get(options.block, set()) & set(shaped)
     if options.ckpt in ("", "scratch") and idle:
         say(f"train.py: --{min(idle)} does nothing to a {options.block} model")
+    if "name" in given and not options.ckpt:
+        say("train.py: --name does nothing to the recipe, which has three checkpoints")
     shaped += [name for name in ("size", "block") if name in given]
     if shaped and options.ckpt not in ("", "scratch", "resume"):
         say(f"train.py: --{shaped[0]} is for a model from scratch; the one in {options.ckpt} keeps "
