@@ -1,4 +1,4 @@
-"""The two recurrences of StateX: the definition, chunked PyTorch, Triton.
+"""The two recurrences of StateX (state expansion): definition, chunked PyTorch, Triton.
 
 Both model families are one recurrence. Per head, with a state S of K x V elements:
 
@@ -14,7 +14,7 @@ Both model families are one recurrence. Per head, with a state S of K x V elemen
 
     o, state = gla(q, k, v, g)           y, state = ssd(x, dt, A, B, C)
     python kernels.py                    checks chunked; on a GPU checks and times triton
-    python kernels.py --only=merged      only these layers; --help lists the options
+    python kernels.py --only=340m        only these layers; --help lists the options
 
 "recurrent" is the definition: a loop over time. "chunked" does the same sums with
 matrix products and is the fast path on a CPU. "triton" is the fast path on a GPU; on a
@@ -589,10 +589,10 @@ def ssd_first(
 #   long chunks          a stored state costs K V / L elements per token, most of the
 #                        traffic: 256 tokens where states are large and bfloat16, else
 #                        128, of short sequences fewer
-#   small tiles          a state is split among programs, which fetch its factors ahead
-#   gradients by hand    from the stored states; only factors are computed again
+#   small tiles          a state is split among programs, which fetch tokens ahead
+#   gradients by hand    from the stored states; only decays are computed again
 #
-# Measured on an H100, batch 4, 8192 tokens, bfloat16, forward and backward: long chunks
+# Measured on an H100, one layer, batch 4, 8192 tokens, bfloat16, both passes: long chunks
 # take gla-340m with one head from 1.49 to 1.41 ms and from 0.89 to 0.69 GB, Mamba2-1.3b
 # with d_state 512 from 2.9 to 2.0 GB in the same 4.8 ms; both scans of gla-1.3b with one
 # head took 2.36 ms in tiles of 128 x 256, 0.95 in those of 64 x 128 (and by now, with less
@@ -628,7 +628,7 @@ def ssd_first(
 #   F, W              heads of a group in gla, f above; the f K channels that they share
 #   heads             as a number B H; as a vector the heads of a group
 #   BK, BV, BN        channels of a tile; PK: of a program with several tiles
-#   BT, BR, BI, BJ    tokens of a tile
+#   BT, BR, BJ        tokens of a tile
 #   BE, BF, BH        scores of a tile, F up to a power of two, heads of a program
 #   DOT               tl.dot's input_precision: None for bfloat16, and kernels take None to
 #                     say so; "tf32x3" for float32; "tf32" where float32 gates mix
@@ -644,8 +644,8 @@ def ssd_first(
 #   dx, grad_x        the gradient of x; S is a state, dS its gradient
 #   row               token * H + head
 #   x_table           x (B,T,H,K) as B T rows of H K channels, read in tiles: see Launch
-#   mine, at_, of_    offsets in elements: a scalar of 64 bits for the program, and tiles
-#                     of 32 bits, added last, since a tile of 64 bits costs instructions
+#   mine, at_, of_    offsets in elements: mostly a scalar of 64 bits for the program, and
+#                     tiles of 32, added last, since tiles of 64 cost instructions
 #   processor         one of the GPU's multiprocessors
 #
 # A program of gla's outputs and gradient of values takes all tokens of a chunk, so that a
@@ -738,11 +738,11 @@ def load_decay(decay_ptr, chunk, k, DECAYS: constexpr):
     return decay
 
 
-# What scan_states adds up. q_start, with gates, has no gates in it, and goes from memory
-# straight into the product: so in reverse registers hold dS / gate, and what is stored is
-# multiplied by the gate with which the head reads the tile's channels.
+# What scan_states adds up. q_start goes from memory straight into the product, without
+# gates: so in reverse registers hold dS / gate, and what is stored is multiplied by the
+# gate (if any) with which the head reads the tile's channels.
 #
-#                  x        y   weight         W x V
+#                  x        y   weight         S
 #     gla          k_end    v   None           W x V
 #     gla reverse  q_start  do  None           W x V
 #     ssd          x        B   exp(after) dt  P x N
@@ -863,7 +863,7 @@ def step_state(
 
 @chunk_kernel
 def multiply_rows(
-    x_ptr, y_ptr,  # (B,T,H,K)  for ssd H is G, for gla K is V
+    x_ptr, y_ptr,  # (B,T,H,K)  for ssd H, K are G, N; for gla K is V
     scores_ptr,    # (B,T,H,L)
     diagonal_ptr,  # (B,H,T) or None
     n,
@@ -1362,7 +1362,7 @@ def gla_outputs(
 ):
     """o_i = S^T q_start_i + sum over j <= i in its chunk of scores_ij v_j.
 
-    With gates S has W / F rows per head h of the group, and S^T q_start is the sum of
+    With gates S has W / F rows per head h of the group: read S^T q_start as the sum of
     gate_h S_h^T q_h. q goes from memory straight into the product, and there is one sum
     for all h: so o is kept divided by the gate of the head being added, and the next head
     multiplies it by previous / gate.
@@ -1495,14 +1495,13 @@ def gla_grad_mix_scores(
 #
 #   key      query     which                          gla                    ssd
 #   inside   inside    i >= t, less those of j >= t   pairs                  pairs
-#   before   inside    i >= t                         q dq_before, in pairs  reads, in pairs
-#   inside   after     j < t                          k dk_after: writes     writes
+#   before   inside    i >= t                         q dq_before -> pairs   reads -> pairs
+#   inside   after     j < t                          k dk_after -> writes   writes
 #   before   after     all                            around                 around
 #
 # where "before" and "after" may be in the same chunk, in its other block. (The pairs of
-# j >= t are among those of i >= t.) pairs and writes are the sums of single tokens: of
-# these, those from t on and those before t are added up at last, in the two kernels of
-# the decays.
+# j >= t are among those of i >= t.) pairs and writes hold one sum per token; at last the
+# kernels of the decays add up pairs from t on and writes before t.
 # Summed over a query's pairs score x gradient is q dq, channel by channel, where dq is
 # what these pairs add to its gradient; over a key's pairs it is k dk. A query with its
 # own key spans nothing: it would cancel but for rounding, which may drown small
@@ -1541,7 +1540,7 @@ def across_blocks(
     """Of a chunk's two blocks, takes the dq of the second (where `second`) or the dk of
     the first to the seam, as gradient of q_seam or k_seam: times the other block's decay,
     plus what comes through the scores of the second's queries with the first's keys. Adds
-    what jumps over the other block to around (BK,). The pointers are tiles, (R,BK) and
+    to around (BK,) what jumps over the other block. The pointers are tiles, (R,BK) and
     (BK,), but for grad_scores_ptr: the score of the block's first token with the chunk's
     first key, ROW elements before the next token's."""
     other = tl.exp2(tl.load(other_decay_ptr))[None, :]
@@ -1621,12 +1620,12 @@ def gla_grad_queries_keys(
 
 @triton.jit
 def meet(q, k, to_q, to_k, grad_scores, pairs, DOT: constexpr):
-    """dq and dk by the gradient of the scores (q to_q) (k to_k)^T: to_q and to_k decay
-    both to where they meet. pairs: each pair's score x gradient, added at its query's row
-    and taken off at its key's. Summed from row t on, pairs wholly after t cancel, exactly
+    """dq and dk from the gradient of the scores (q to_q) (k to_k)^T: to_q and to_k decay
+    them to where they meet. pairs: each pair's score x gradient, added at its query's row
+    and taken off at its key's. Summed from row t on, pairs of j >= t cancel, to float32
     only if q dq and k dk have the same rounded q and k as the products."""
-    k *= to_k
-    q *= to_q
+    k = k * to_k
+    q = q * to_q
     if DOT is None:
         k = round_bfloat16(k)
         q = round_bfloat16(q)
@@ -1643,9 +1642,9 @@ def within_block(
     """dq, dk and `pairs` (see meet) inside one block, at once as in gla_scores, or by
     bits as in gla_scores_steep; and exp(upto) and exp(after). grad_scores is 0 on the
     diagonal and above (multiply_rows): a query with its own key has no decay, and comes
-    as diagonal (R,1). total (1,BK): the sum of g (R,BK), not for STEEP. earlier (R,R), for
-    bfloat16 and not STEEP only: 1 where the column comes before the row, else 0, a table,
-    since made in registers it took a third of the instructions. R is at most 2^7."""
+    as diagonal (R,1). total (1,BK): the sum of g (R,BK), not for STEEP. earlier (R,R): 1
+    where the column comes before the row, else 0, a table, since made in registers it took
+    a third of the instructions. R is at most 2^7."""
     pairs = tl.zeros(q.shape, tl.float32)
     if STEEP:
         i = tl.arange(0, q.shape[0])[:, None]
@@ -1674,9 +1673,9 @@ def within_block(
 @triton.jit
 def spanning(pairs, writes, earlier, STEEP: constexpr, DOT: constexpr):
     """For every row t the sum of pairs (R,BK) from t on and of writes before t. A running
-    sum less its last term would drown what is small, so earlier rows are a product. In
-    bfloat16, where no decay is steep, the sum of later rows is that of all less that of
-    earlier ones, exact to 2^-16 of the largest."""
+    sum less its last term would drown what is small, so that of earlier rows is a product.
+    In bfloat16, where no decay is steep, the sum from t on is that of all rows less that
+    of earlier ones, exact to 2^-16 of the largest."""
     if STEEP or DOT is not None:
         return tl.cumsum(pairs, 0, reverse=True) + sum_rows(earlier, writes, DOT)
     return tl.sum(pairs, 0)[None, :] + sum_rows(earlier, writes - pairs, DOT)  # one product
@@ -1688,7 +1687,7 @@ def gla_grad_decays(
     earlier_ptr,                    # (R,R)  see within_block
     block_decay_ptr,                # (B,H,T/R,K)  log2
     grad_scores_ptr, diagonal_ptr,  # (B,T,H,L), (B,H,T)
-    dq_start_ptr, dk_end_ptr,       # (B,T,H,K)  dq, dk of gla_grad_queries_keys
+    dq_start_ptr, dk_end_ptr,       # (B,T,H,K)  of q_start (q_seam), k_end (k_seam)
     around_ptr,                     # (B,H,T/R,K)
     dq_ptr, dk_ptr, dg_ptr,         # (B,T,H,K)
     scale, n,
@@ -1696,7 +1695,7 @@ def gla_grad_decays(
     PK: constexpr, BK: constexpr, STEEP: constexpr, DOT: constexpr,
 ):
     """dq, dk and dg. A second launch, STEEP, stores those of steep blocks over the
-    first's. One program owns PK channels of one block of one head. One of the first launch
+    first's. One program owns PK channels of one block of one head. In the first launch it
     fills a processor, where nothing else runs while it waits: so loads come first, and
     where PK > BK those of the next BK channels before the work on these (num_stages)."""
     k_block, rest = split(tl.program_id(0), K // PK)
@@ -2046,7 +2045,7 @@ def ssd_outputs(
     L: constexpr, R: constexpr, BN: constexpr, DOT: constexpr,
 ):
     """y_i = exp(cum_i) S C_i + D x_i
-           + sum over j <= i of scores_ij exp(cum_i - cum_j) dt_j x_j.
+           + sum over j <= i in its chunk of scores_ij exp(cum_i - cum_j) dt_j x_j.
 
     One program owns R queries of one chunk of one head."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
