@@ -727,6 +727,9 @@ def test_no_tokens(op, impl):
         assert o.shape == args[0].shape[:3] + o.shape[3:] and torch.equal(state, args[-1])
         gradients = torch.autograd.grad([o.sum() + state.sum()], args)
         assert all((g == 0).all() for g in gradients[:-1]) and (gradients[-1] == 1).all()
+    D = torch.full((2,), math.inf)                      # what nothing is multiplied by
+    args = inputs("ssd", 1, 0, 2, 1, 5, 6)
+    assert torch.equal(ssd(*args[:5], D=D, state=args[-1])[1], args[-1])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -3875,6 +3878,8 @@ def test_an_option_of_the_other_family_is_named(tmp_path):
     for block, other in (("gla", "d_state"), ("mamba2", "n_head")):
         _, _, err = cli(train_script, f"--block={block}", f"--{other}=4", f"--data={tmp_path}/none")
         assert f"--{other} does nothing to a {block} model" in err
+    assert "--name does nothing to the recipe" in cli(
+        train_script, "--name=x", f"--data={tmp_path}/none")[2]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="shells and devices of Linux")
