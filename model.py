@@ -273,7 +273,7 @@ class GLA(nn.Module):
 
     def log_decays(self, x):
         """x (B,T,d_model) -> g (B,T,d_k), <= 0 and near 0, in float32 or float64."""
-        return F.logsigmoid(at_least_float32(self.gk_proj(x))) / 16   # tau, as published
+        return F.logsigmoid(at_least_float32(self.gk_proj(x))) / 16   # tau of arXiv 2312.06635
 
     def forward(self, x, state=None, first=None):
         """x (B,T,d_model); state: (S (B,H,f K,V), causal_conv's `before`) or None;

@@ -291,15 +291,17 @@ def text_files(words, endings, made=()):
     """The files named, and of the folders named the files with one of these endings, or
     all where there are none, but for what we made: these files, and those in these folders.
     Raises BadInput for what is not there."""
-    made = tuple(os.path.realpath(path) for path in made if path)
-    made += tuple(path + os.sep for path in made)
+    made = [os.path.realpath(path) for path in made if path]
+
+    def ours(path):
+        path = os.path.realpath(path)
+        return any(path == place or path.startswith(place + os.sep) for place in made)
+
     found = []
     for word in words:
         if os.path.isdir(word):
             found += [path for path in files_below(word)
-                      if (not endings or path.lower().endswith(endings))
-                      and os.path.realpath(path) not in made
-                      and not os.path.realpath(path).startswith(made[len(made) // 2:])]
+                      if (not endings or path.lower().endswith(endings)) and not ours(path)]
         elif os.path.isfile(word):
             found.append(word)
         else:
