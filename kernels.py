@@ -2925,10 +2925,12 @@ def main():
     rates = ceilings()
     print(f"\n{rates[0] / 1e12:.2f} TFLOP/s matrix product, {rates[1] / 1e9:.0f} GB/s copy")
     print("layer              impl         B x     T   forward floor    + back floor")
-    for name in chosen:
-        for B, T in ((4, 8192), (1, 32768), (64, 512)):
-            time_layer(name, known[name], B, T, rates, options)
-        time_step(name, known[name], rates[1])
+    # as train.py: small layers would wait for PyTorch's own thread
+    with torch.autograd.set_multithreading_enabled(False):
+        for name in chosen:
+            for B, T in ((4, 8192), (1, 32768), (64, 512)):
+                time_layer(name, known[name], B, T, rates, options)
+            time_step(name, known[name], rates[1])
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections import Counter
@@ -1009,6 +1010,16 @@ def test_training_with_the_kernels_matches_chunked(block, changes, monkeypatch):
             optimizer.step()
             curve.append(loss.item())
     assert curve[-1] < 0.9 * curve[0] and curves["auto"] == pytest.approx(curve, rel=0.01)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU: elsewhere there is no other thread")
+def test_gradients_are_made_in_the_calling_thread():
+    x = torch.ones(2, device="cuda", requires_grad=True)
+    y = 3 * x
+    threads = []
+    y.register_hook(lambda grad: threads.append(threading.get_ident()))
+    train_script.backward(y.sum())
+    assert threads == [threading.get_ident()] and x.grad.tolist() == [3, 3]
 
 
 def overwrites(ttgir):

@@ -111,7 +111,7 @@ def of_peer(loss, options):
     def forward_backward(idx, targets):
         with train.precision(options):
             value = loss(idx, targets)
-        value.backward()
+        train.backward(value)
         return value.detach()
     return forward_backward
 
