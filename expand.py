@@ -30,8 +30,7 @@ in `plan_gla` (where keys are shared, gates start as the identity) or `plan_mamb
 or --same_state, which are expand.py's alone (noise goes to all that is tiled). `python
 train.py --init=NAME --out_dir=out/NAME` runs it, for Mamba2 with --block=mamba2; where
 pretrained.pt and lpt.pt of an earlier recipe with the same other options were copied to
-out/NAME, it trains StateX alone. So it does again after `rm out/NAME/statex.pt
-out/NAME/results.json`.
+out/NAME, it trains StateX alone.
 
     python expand.py --ckpt=out/recipe-gla/pretrained.pt --every=1 --out=out/expanded.pt
     python expand.py --ckpt=gla-1.3b --every=6 --dry-run    the report for a public size
@@ -417,6 +416,11 @@ def main():
                        f"one of {', '.join(SIZES)} with --dry-run")
     if not options.out.endswith(".pt") and not options.dry_run:
         raise BadInput(f"--out={options.out}; expected a checkpoint's name, which ends in .pt")
+    if not options.dry_run and is_run(options.out):
+        raise BadInput(f"{options.out} holds a trained run, or a checkpoint of another version; "
+                       "name another file with --out")
+    if os.path.realpath(options.out) == os.path.realpath(options.ckpt) and not options.dry_run:
+        raise BadInput(f"{options.ckpt} is the model to expand; name another file with --out")
     if options.ckpt in SIZES:
         if not options.dry_run:
             raise BadInput(f"{options.ckpt} is a size, not a checkpoint; add --dry-run, or name "
@@ -436,11 +440,6 @@ def main():
         os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
     except OSError as e:
         raise BadInput(f"cannot make the folder of {options.out}: {e.strerror}") from e
-    if is_run(options.out):
-        raise BadInput(f"{options.out} holds a trained run, or a checkpoint of another version; "
-                       "name another file with --out")
-    if os.path.realpath(options.out) == os.path.realpath(options.ckpt):
-        raise BadInput(f"{options.ckpt} is the model to expand; name another file with --out")
     save_checkpoint(options.out, new)
     print(f"\nwritten: {options.out}")
 

@@ -159,8 +159,8 @@ def ssd_recurrent(x, dt, A, B, C, D, state, first):
 # chunked: matrix products inside chunks, one state handed from chunk to chunk
 
 
-# exp(FORGOTTEN) is 0 even in float64. g below it is raised to it: so sums stay finite,
-# and in float64 (ssd) keep the digits of small decays beside it.
+# exp(FORGOTTEN) is 0 even in float64. Smaller g are raised to it: so sums are finite, and
+# those of ssd, in float64, keep the digits of small decays.
 FORGOTTEN = -1000.0
 # gla_inside multiplies keys by exp(-upto), upto the running sum of g in a chunk. Where
 # that would be more than exp(MAX_EXPONENT) anywhere, the whole call goes through
@@ -189,7 +189,7 @@ def merge(x):
 
 def gla_chunked(q, k, v, g, scale, state):
     """In a chunk of L tokens (a power of two) o_i is the sum over j <= i of
-    ((q_i * exp(g_{j+1} + ... + g_i)) . k_j) v_j, and what q_i * exp(g_1 + ... + g_i)
+    ((q_i * exp(g_{j+1} + ... + g_i)) . k_j) v_j, plus what q_i * exp(g_1 + ... + g_i)
     reads from the state before the chunk."""
     q, k, v, g, S = widen(q, k, v, g, state)
     batch, T, H, K = q.shape
@@ -225,7 +225,7 @@ def gla_inside(q, k, v, g):
     least -MAX_EXPONENT.
 
     Arguments as chunks makes them. Returns o (B,G,n,heads,L,V), the queries with
-    the decay since the chunk began (B,G,n,heads,L,K), the keys with that to its end
+    the decay since the chunk began (B,G,n,heads,L,K), the keys with the decay to its end
     (B,G,n,L,K), and the decay of whole chunks (B,G,n,K,1)."""
     # A token's own key has no decay, and stays out of the product: there the gradients
     # of its two factors would cancel but for rounding, which may drown the true ones.
@@ -333,7 +333,7 @@ SHAPES = {
 
 
 def broadcast(op, **tensors):
-    """The tensors of `op`, expanded to the sizes that they share. Raises BadInput."""
+    """The tensors of `op`, expanded to the sizes that they share."""
     sizes = {}  # letter: its size, and the argument that has it
     layouts = {}
     shapes = SHAPES["gates" if tensors.get("gates") is not None else op]
@@ -397,8 +397,7 @@ def check_kind(op, name, tensor, like_name, like):
 
 
 def pick(impl, *tensors):
-    """The implementation that computes these tensors when `impl` is asked for. Raises
-    BadInput."""
+    """The implementation that computes these tensors when `impl` is asked for."""
     if impl not in ("recurrent", "chunked", "triton", "auto"):
         raise BadInput(f"impl is {impl!r}; expected 'recurrent', 'chunked', 'triton' or 'auto'")
     if impl == "triton" and not triton_installed:
@@ -429,10 +428,8 @@ def triton_supports(device):
 @functools.cache
 def capability(device):
     """(major, minor) of a GPU. Warns, once, on Hopper (9.x), where Triton before 3.9 may
-    make wrong code: issues 9433 (see waited_for) and 11047 (a wait did not span warp
-    groups), and ptxas 12.8 (of Triton 3.6) may read a register that nothing has set. Our
-    kernels, thanks to waited_for and as Triton 3.6 makes them, had none of these
-    (data/results/README.md)."""
+    make wrong code: see waited_for. That of our kernels, as Triton 3.6 makes them, is
+    right (data/results/README.md)."""
     found = torch.cuda.get_device_capability(device)
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if found[0] == 9 and version < (3, 9):
@@ -493,19 +490,18 @@ def gla_first(
     q_ptr, k_ptr, v_ptr, g_ptr,  # (B,T,H,K), (B,T,G,K), (B,T,H,V), (B,T,G,K)
     state_ptr, o_ptr, last_ptr,  # (B,H,K,V), (B,T,H,V), (B,H,K,V)
     scale, T,
-    H: constexpr, G: constexpr, K: constexpr, V: constexpr, L: constexpr, BV: constexpr,
+    H: constexpr, G: constexpr, K: constexpr, V: constexpr, L: constexpr,
 ):
     """With c the running sum of g in a chunk of L tokens, o_i = S^T (q_i exp c_i) + sum
     over j <= i of (q_i . k_j exp(c_i - c_j)) v_j, and then S becomes exp(c_L) S + sum
     over j of (k_j exp(c_L - c_j)) v_j^T.
 
-    K, L and BV are powers of two. One program owns BV columns of one head's state, in
-    registers from the first token to the last."""
-    v_block, rest = split(tl.program_id(0), V // BV)
-    head, batch = split(rest, H)
+    K, V and L are powers of two. One program owns one head's state, in registers from the
+    first token to the last."""
+    head, batch = split(tl.program_id(0), H)
     i = tl.arange(0, L)
     k_channel = tl.arange(0, K)[None, :]
-    v_channel = v_block * BV + tl.arange(0, BV)[None, :]
+    v_channel = tl.arange(0, V)[None, :]
     of_state = (batch * H + head) * K * V + tl.arange(0, K)[:, None] * V + v_channel
 
     state = tl.load(state_ptr + of_state)
@@ -595,27 +591,27 @@ def ssd_first(
 # Measured on an H100, one layer, batch 4, 8192 tokens, bfloat16, both passes: long chunks
 # take gla-340m with one head from 1.49 to 1.41 ms and from 0.89 to 0.69 GB, Mamba2-1.3b
 # with d_state 512 from 2.9 to 2.0 GB in the same 4.8 ms; both scans of gla-1.3b with one
-# head took 2.36 ms in tiles of 128 x 256, 0.95 in those of 64 x 128 (and by now, with less
-# in the loop, 0.63 in those of 128 x 128).
+# head took 2.36 ms in tiles of 128 x 256, 0.95 in those of 64 x 128.
 #
-# In gla every head has keys of its own here: gla_triton copies shared ones, and with
-# gates cuts a group's f K channels into f heads of K. Without gates f is 1. With gates
-# gla_mix_scores makes every head's scores from those of its group's heads with their
-# own keys. For states nothing is copied: (B,T,H,K) is also (B,T,G,W) in memory, W = f K.
-# Kernels that touch states are given W and G = H / f (HX of the scan), the others K and H.
+# In the kernels every head of gla has K channels of keys of its own: gla_triton copies
+# shared keys, or with gates cuts a group's f K channels into f heads (without gates f is
+# 1), and gla_mix_scores then mixes the scores of a group's heads. Kernels of states see
+# the same memory as (B,T,G,W), W = f K and G = H / f (HX of the scan).
 #
-#   launch             gla (with gates)              ssd (where N > READ_APART)
+# In brackets: with gates only, or where N > READ_APART.
+#
+#   launch             gla                           ssd
 #   decays             in gla_scores                 ssd_decays
-#   scores             gla_scores, _steep, _across   multiply_rows
-#     of all heads     (gla_mix_scores)
+#   scores             gla_scores, _steep, _across   ssd_scores = multiply_rows
+#     of all heads     [gla_mix_scores]
 #   states             scan_states                   scan_states
-#   outputs            gla_outputs                   (ssd_read_states,) ssd_outputs
+#   outputs            gla_outputs                   [ssd_read_states] ssd_outputs
 #   backward: states   scan_states, in reverse       scan_states, in reverse
-#   values             gla_grad_values               (ssd_read_states,) ssd_grad_values
-#   scores             multiply_rows                 ssd_grad_scores
-#     of all heads     (gla_grad_mix_scores)
+#   values             gla_grad_values               [ssd_read_states] ssd_grad_values
+#   scores             gla_grad_scores = multiply_rows   ssd_grad_scores
+#     of all heads     [gla_grad_mix_scores]
 #   queries and keys   gla_grad_queries_keys         ssd_grad_queries_keys
-#   decays             gla_grad_decays, twice        ssd_grad_decays
+#   decays             gla_grad_decays, then STEEP   ssd_grad_decays
 #
 # The chunk kernels (all but step_state) mask neither tokens nor channels: callers pad T
 # to whole chunks (as in gla_chunked, for ssd with dt = 0) and channels to whole tiles.
@@ -624,15 +620,14 @@ def ssd_first(
 #   n, L, R           chunks of a sequence, tokens of a chunk, tokens of a block.
 #                     gla: L is R or 2 R; `block` counts from the sequence's start
 #                     ssd: L is R, 2 R or 4 R; `block` counts from the chunk's start
-#                     A program of BT or BR tokens counts in these.
+#                     Where a program takes BT or BR tokens, `block` counts these.
 #   F, W              heads of a group in gla, f above; the f K channels that they share
 #   heads             as a number B H; as a vector the heads of a group
 #   BK, BV, BN        channels of a tile; PK: of a program with several tiles
 #   BT, BR, BJ        tokens of a tile
-#   BE, BF, BH        scores of a tile, F up to a power of two, heads of a program
-#   DOT               tl.dot's input_precision: None for bfloat16, and kernels take None to
-#                     say so; "tf32x3" for float32; "tf32" where float32 gates mix
-#                     bfloat16 scores
+#   BE, BF, BH        scores of a tile; F up to a power of two; heads of a program
+#   DOT               tl.dot's input_precision: None where factors are bfloat16; "tf32x3"
+#                     for float32; "tf32" where float32 gates mix bfloat16 scores
 #   upto (c, cum)     sum of g from the start of a chunk or block up to a token
 #   key_cum           upto - log dt (ssd): in place of a key's upto it multiplies the
 #                     decays from that key by its dt
@@ -642,10 +637,9 @@ def ssd_first(
 #   q_seam, k_seam    the same of one block, where a chunk's two blocks meet: of the
 #                     second one's queries, of the first one's keys
 #   dx, grad_x        the gradient of x; S is a state, dS its gradient
-#   row               token * H + head
 #   x_table           x (B,T,H,K) as B T rows of H K channels, read in tiles: see Launch
-#   mine, at_, of_    offsets in elements: mostly a scalar of 64 bits for the program, and
-#                     tiles of 32, added last, since tiles of 64 cost instructions
+#   mine, at_, of_    offsets in elements: first the program's, a scalar of 64 bits, then
+#                     tiles of 32 bits, for those of 64 cost instructions
 #   processor         one of the GPU's multiprocessors
 #
 # A program of gla's outputs and gradient of values takes all tokens of a chunk, so that a
@@ -655,9 +649,9 @@ def ssd_first(
 # Programs next to each other read the same tiles, while these are in the cache.
 
 
-# Sizes are constants of the compilation, so that addresses fold into instructions. Not
-# n and heads, for which Triton would by itself compile anew where they are 1 or
-# multiples of 16: so one compilation serves all T and B.
+# Sizes are constants of the compilation, so that addresses fold into instructions. n and
+# heads are not, and Triton shall not compile anew where they are 1 or multiples of 16: so
+# one compilation serves all T and B.
 chunk_kernel = triton.jit(do_not_specialize=["n", "heads"])
 LOG2E = constexpr(1.4426950408889634)
 
@@ -679,19 +673,17 @@ def log2_decay(g):
 
 @triton.jit
 def waited_for(x):
-    """x, a sum of matrix products, waited for by adding 0 (no compiler drops the
-    addition, since -0.0 + 0.0 is 0.0). The first wait of ssd_outputs is for speed; two
-    kinds of loops need it:
+    """x, a sum of matrix products, waited for by adding 0 (no compiler drops that, since
+    -0.0 + 0.0 is 0.0). The first wait of ssd_outputs is for speed. Loops need it where
+    the next turn may begin while a product still reads
 
-    - Where both registers and a product still under way read a tile: Triton's pipeliner
-      counts too few buffers for it, and the next fetch may write over it
-      (triton-lang/triton issue 6691, open).
-    - Where a product's left factor is in registers: ptxas before 13.3 gives these to
-      others while the product still reads them (issue 9433; Triton 3.9 brings 13.4).
+    - a tile that registers read, too: Triton's pipeliner counts too few buffers for it,
+      and the next fetch may write over it (triton-lang/triton issue 6691);
+    - registers, as its left factor: ptxas before 13.3 gives them to others (issue 9433;
+      Triton 3.9 brings 13.4).
 
     Not where a turn itself uses its product (gla_grad_decays) or may use the sum, in a
-    branch (scan_states), nor with num_stages=1 (gla_scores): no product is then under
-    way when the next turn begins."""
+    branch (scan_states), nor with num_stages=1 (gla_scores)."""
     return x + 0.0
 
 
@@ -719,9 +711,9 @@ def sum_rows(which, x, DOT: constexpr):
 
 @triton.jit
 def load_gate(gates_ptr, channel, head, W: constexpr, F: constexpr):
-    """Of gates (G,F,F) the one by which `head` reads `channel`, one of its group's W. (A
-    tile has channels of one head.) A gate below 1e-20 in size counts as 1e-20, so that one
-    can divide by it."""
+    """Of gates (G,F,F) the one by which `head` reads `channel`, one of its group's W. (All
+    channels of a tile are of one head.) A gate below 1e-20 in size counts as 1e-20, so
+    that one can divide by it."""
     key_head = head // F * F + channel // (W // F)
     gate = tl.load(gates_ptr + key_head * F + head % F)
     return tl.where(tl.abs(gate) < 1e-20, 1e-20, gate)
@@ -738,9 +730,9 @@ def load_decay(decay_ptr, chunk, k, DECAYS: constexpr):
     return decay
 
 
-# What scan_states adds up. q_start goes from memory straight into the product, without
-# gates: so in reverse registers hold dS / gate, and what is stored is multiplied by the
-# gate (if any) with which the head reads the tile's channels.
+# What scan_states adds up. Tiles go from memory straight into the product, where q_start
+# meets no gate: so in reverse registers hold dS / gate, and what is stored is multiplied
+# by the gate (if any) with which the head reads the tile's channels.
 #
 #                  x        y   weight         S
 #     gla          k_end    v   None           W x V
@@ -791,7 +783,7 @@ def scan_states(
     for step in range(n * PIECES):
         piece = n * PIECES - 1 - step if REVERSE else step
         chunk = (piece // PIECES).to(tl.int64)
-        # Forget once, on entering the chunk: x or weight has the decays inside it.
+        # Forget once, on entering the chunk: the decays inside it are in x or weight.
         if step % PIECES == 0:
             tl.store(states_ptr + chunk * W * V + mine, state * gate)
             state *= tl.exp2(decay)
@@ -871,7 +863,7 @@ def multiply_rows(
 ):
     """scores_ij = x_i . y_j, in blocks of keys no later than queries. For ssd C . B,
     shared by the heads of a group: their decays, 0 for j > i, come later. For gla
-    do . v, the gradient of scores: 0 for j > i, and the diagonal apart, for it has no
+    do . v, the gradient of scores: 0 for j >= i, with the diagonal apart, for it has no
     decay. One program owns one block of queries and one of keys, of one head."""
     key_block, rest = split(tl.program_id(0), L // R)
     query_block, rest = split(rest, L // R)
@@ -915,16 +907,15 @@ gla_grad_scores = ssd_scores = multiply_rows
 class Launch:
     """A kernel with its sizes and its tile. A call launches `programs` programs, times
     the number of tiles in each size of `cut`: {"BV": H * P} is one for every BV of H P
-    channels. tables: the kernel reads its first arguments (B,T,H,K) as tables of B T rows
-    and H K columns, in tiles of BT rows; the names are those of the tiles' columns.
-    Hopper's tensor memory accelerator (TMA) then computes the addresses, on older GPUs
-    threads do, as for pointers. Such a descriptor takes the host 4 microseconds.
+    channels. tables: the kernel reads as many of its first arguments (B,T,H,K) as tables
+    of B T rows and H K columns, in tiles of BT rows and of as many columns as the option
+    of that name says. Hopper's tensor memory accelerator (TMA) then computes the addresses,
+    on older GPUs threads do. Such a descriptor takes the host 4 microseconds.
 
-    gla_launches and ssd_launches are cached (one set per batch size), so that a Launch
-    learns: where the GPU's shared memory does not hold num_stages stages of the pipeline,
-    it takes fewer from then on; and it keeps compiled kernels, by the kind of their
-    arguments. Triton looks at every argument to find one, which takes longer than to
-    launch it."""
+    gla_launches and ssd_launches are cached, so that a Launch learns: where the GPU's
+    shared memory does not hold num_stages stages of the pipeline, it takes fewer from then
+    on; and it keeps compiled kernels by the kind of their arguments, for Triton looks at
+    every argument to find one, which takes longer than to launch it."""
 
     def __init__(self, kernel, cut=None, tables=(), **options):
         self.kernel = kernel
@@ -936,7 +927,9 @@ class Launch:
     def __call__(self, programs, *pointers, **numbers):
         options = self.options
         grid = (programs * self.tiles, 1, 1)  # the other axes end at 65,535
-        kind = self.kind(pointers)
+        # what Triton compiles a kernel for; no numbers: see chunk_kernel
+        tensors = [x if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in pointers]
+        kind = (pointers[0].device, *tensors)
         pointers = list(pointers)
         for position, columns in enumerate(self.tables):
             x = pointers[position]
@@ -952,13 +945,6 @@ class Launch:
         named = options | numbers
         names = self.kernel.arg_names[len(pointers):]
         compiled[grid](*pointers, *[named[name] for name in names])
-
-    def kind(self, pointers):
-        """What Triton compiles a kernel for: the device, which pointers are None, their
-        types, and whether their addresses are multiples of 16. No numbers: see
-        chunk_kernel."""
-        tensors = [x if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in pointers]
-        return pointers[0].device, *tensors
 
     def compile(self, grid, pointers, numbers):
         """The compiled kernel, which has been launched, too."""
@@ -1008,15 +994,15 @@ def needs_grad(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-# What operators take: tensors or None, but for these; a number of your own goes here, too.
+# The arguments of operators that are numbers. All others are tensors or None.
 TYPES = {"scale": "float", "L": "int", "R": "int"}
 
 
 def operator(results):
-    """Makes steps, a generator, a PyTorch operator, whole to torch.compile. It allocates
-    its results, that many tensors, yields them, and goes on to fill them; torch.compile,
-    which asks for their shapes only, runs it up to the yield. `.plain` is the same function
-    without PyTorch's dispatcher, which takes long."""
+    """Makes the generator `steps` a PyTorch operator, into which torch.compile does not
+    look. It allocates its results, that many tensors, yields them, and goes on to fill
+    them; torch.compile, which asks for their shapes only, runs it up to the yield. `.plain`
+    is the same function without PyTorch's dispatcher, which takes long."""
     def make(steps):
         names = inspect.signature(steps).parameters
         arguments = ", ".join(f"{TYPES.get(name, 'Tensor?')} {name}" for name in names)
@@ -1129,7 +1115,7 @@ def where_ends_go(
     q_start_ptr, k_end_ptr, q_seam_ptr, k_seam_ptr, batch, block, head, n,
     H: constexpr, K: constexpr, L: constexpr, R: constexpr,
 ):
-    """Where a block's q exp(upto) and k exp(after) go: to q_start and k_end. Where they
+    """Where a block's q exp(upto) and k exp(after) go: to q_start and k_end, or, if they
     have yet to cross the chunk's other block, to q_seam (the second block's) and k_seam
     (the first block's), from which gla_scores_across takes them on."""
     of_block = ((batch * n * L + block * R) * H + head) * K
@@ -1264,7 +1250,7 @@ def gla_scores_across(
 ):
     """Of a chunk of two blocks, the scores of the second one's queries with the first
     one's keys: their decay splits at the seam. Also the second block's q_start and the
-    first one's k_end, taken on over the other block, and the chunk's decay.
+    first one's k_end, decayed over the other block, too, and the chunk's decay.
 
     One program owns one chunk of one head."""
     head, chunk, batch = split3(tl.program_id(0), H, n)
@@ -1301,8 +1287,8 @@ def tile_of_group(
     start, element, heads,
     H: constexpr, F: constexpr, L: constexpr, R: constexpr,
 ):
-    """Offsets, for each of these heads, of elements of a BT x L table of scores, and
-    which were stored (see load_scores). Rows are queries, from the chunk's token
+    """Of each of these heads' table of BT x L scores the offsets of these elements, and
+    which of them were stored (see load_scores). Rows are queries, from the chunk's token
     `start` on; columns are keys."""
     query = element // L
     key = element % L
@@ -1573,10 +1559,10 @@ def gla_grad_queries_keys(
     """dq_i = S do_i and dk_j = dS v_j, of q_start and k_end, sums over the heads that
     read these channels. dgates: q_start . S do, a part of each program.
 
-    around, for pairs that jump over a block: S dS exp(decay) jumps over both of a chunk,
-    what the second reads from S (q_start dq) over the first, and what the first writes to
-    dS (k_end dk) over the second. So a program stores it for the other block, if there
-    are two. One program owns BK channels of one block."""
+    around: sums over pairs that span a whole block. S dS exp(decay) spans both blocks of
+    a chunk, q_start dq of the second one the first, k_end dk of the first the second. So a
+    program stores what it has for the other block, if there are two. One program owns BK
+    channels of one block."""
     F: constexpr = H // G
     k_block, rest = split(tl.program_id(0), W // BK)
     group, block, batch = split3(rest, G, n, L // R)
@@ -1622,8 +1608,8 @@ def gla_grad_queries_keys(
 def meet(q, k, to_q, to_k, grad_scores, pairs, DOT: constexpr):
     """dq and dk from the gradient of the scores (q to_q) (k to_k)^T: to_q and to_k decay
     them to where they meet. pairs: each pair's score x gradient, added at its query's row
-    and taken off at its key's. Summed from row t on, pairs of j >= t cancel, to float32
-    only if q dq and k dk have the same rounded q and k as the products."""
+    and taken off at its key's. In the sum of rows from t on, pairs of j >= t have to cancel:
+    so q dq and k dk have q and k as rounded in the products."""
     k = k * to_k
     q = q * to_q
     if DOT is None:
@@ -1643,8 +1629,8 @@ def within_block(
     bits as in gla_scores_steep; and exp(upto) and exp(after). grad_scores is 0 on the
     diagonal and above (multiply_rows): a query with its own key has no decay, and comes
     as diagonal (R,1). total (1,BK): the sum of g (R,BK), not for STEEP. earlier (R,R): 1
-    where the column comes before the row, else 0, a table, since made in registers it took
-    a third of the instructions. R is at most 2^7."""
+    where the column comes before the row, else 0 (loaded: made in registers it took a
+    third of the instructions). R is at most 2^7."""
     pairs = tl.zeros(q.shape, tl.float32)
     if STEEP:
         i = tl.arange(0, q.shape[0])[:, None]
@@ -1696,7 +1682,7 @@ def gla_grad_decays(
 ):
     """dq, dk and dg. A second launch, STEEP, stores those of steep blocks over the
     first's. One program owns PK channels of one block of one head. In the first launch it
-    fills a processor, where nothing else runs while it waits: so loads come first, and
+    has a processor to itself, where nothing runs while it waits: so loads come first, and
     where PK > BK those of the next BK channels before the work on these (num_stages)."""
     k_block, rest = split(tl.program_id(0), K // PK)
     head, block, batch = split3(rest, H, n, L // R)
@@ -1738,16 +1724,16 @@ def gla_grad_decays(
         tl.store(dg_ptr + at, dg)
 
 
-# divides every chunk; the product of the diagonal sums over so many tokens, 16 at least
+# tokens of a program that mixes: a divisor of L, and the least that tl.dot sums over
 MIX_TOKENS = 16
 
 
 @functools.cache
 def gla_launches(H, f, K, V, L, R, dtype, heads, whole=False):
     """The kernels with their sizes and tiles, the fastest measured on an H100 at the sizes
-    of layers(), for B H = `heads`. Tiles of float32 are half as wide, for they take twice
-    the registers and shared memory. whole: a program of gla_grad_decays takes all channels
-    of its block."""
+    of layers(), for B H = `heads`. The wide tiles are half as wide in float32, which takes
+    twice the registers and shared memory. whole: a program of gla_grad_decays takes all
+    channels of its block."""
     narrow = dtype == torch.bfloat16
     DOT = None if narrow else "tf32x3"
     W = f * K
@@ -1895,6 +1881,7 @@ gla_kernels = differentiable(gla_forward, gla_backward)
 
 
 def gla_triton(q, k, v, g, scale, state, gates):
+    """gla by the kernels, whose sizes and types it pads, copies and casts for."""
     _, T, _, K = q.shape
     V = v.shape[3]
     if T == 1 and state is not None and not needs_grad(q, k, v, g, state, gates):
@@ -2097,8 +2084,8 @@ def ssd_grad_values(
     L: constexpr, R: constexpr, BN: constexpr, DOT: constexpr,
 ):
     """With v = dt x: dv_j = exp(after_j) dS B_j
-           + sum over i >= j of scores_ij exp(cum_i - cum_j) dy_i; dx = dt dv + D dy,
-    which may be stored over grad_read. One program owns R keys of one chunk of one head."""
+           + sum over i >= j of scores_ij exp(cum_i - cum_j) dy_i; dx = dt dv + D dy.
+    dx and grad_read may be one. One program owns R keys of one chunk of one head."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
     block, chunk = split(block, L // R)
     group = head // (H // G)
@@ -2282,7 +2269,7 @@ def ssd_grad_queries_keys(
         dB = tl.dot(v.to(ds.dtype), ds, dB, input_precision=DOT)
         dC = waited_for(dC)
         dB = waited_for(dB)
-        if block == 0:  # GLA's may have no branch: see through_states; here the code is right
+        if block == 0:  # a branch that GLA's must not have (see through_states); here it is right
             part = (n_block * heads + batch * H + head) * n
             tl.store(state_pairs_ptr + part + chunk, tl.sum(s.to(tl.float32) * ds.to(tl.float32)))
     tl.store(dC_ptr + (start * G + group) * N + at, dC)
@@ -2382,8 +2369,8 @@ def ssd_launches(H, G, P, N, L, R, dtype, heads):
 
 @operator(results=10)
 def ssd_forward(x, dt, A, B, C, D, state, first, L, R):
-    """T is a multiple of L; P 16, 32 or 64; N as K in gla_forward. state_read is empty for
-    N <= READ_APART."""
+    """T is a multiple of L; P 16, 32 or 64; N a multiple of 128, or a power of two from 16.
+    state_read is empty for N <= READ_APART."""
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
     n = T // L
@@ -2461,6 +2448,7 @@ ssd_kernels = differentiable(ssd_forward, ssd_backward)
 
 
 def ssd_triton(x, dt, A, B, C, D, state, first):
+    """As gla_triton."""
     _, T, _, P = x.shape
     N = B.shape[3]
     if D is not None and D.dim() == 2:  # one D per channel: not in the kernels
@@ -2500,7 +2488,8 @@ def ssd_triton(x, dt, A, B, C, D, state, first):
 # Triton: the short convolution of Mamba2 (and of GLA, where it has one)
 #
 # pre_t = bias + sum over i < taps of weight_i x_{t - taps + 1 + i}, y = silu(pre).
-# Shifted copies of a tile come out of the cache. Offsets in a sequence have 32 bits.
+# A tile is loaded shifted, once per tap, mostly from the cache. Offsets in a sequence have
+# 32 bits.
 
 
 @triton.jit
@@ -2674,7 +2663,7 @@ def conv_fits(x):
     """Whether short_conv takes x (B,T,D): on a GPU, not float64, a sequence within 2^31
     elements, and B within a grid's third axis."""
     return (triton_installed and x.is_cuda and x.dtype != torch.float64
-            and x.shape[1] * x.stride(1) < 2**31 and x.shape[0] < 2**16)
+            and x.shape[1] * max(x.shape[2], x.stride(1)) < 2**31 and x.shape[0] < 2**16)
 
 
 def short_conv(x, weight, bias=None, document=None):

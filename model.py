@@ -59,14 +59,14 @@ class Config:
     tokenizer: str = ""              # of the ids, by data/prepare.py's name; "": unknown
     # GLA
     n_head: int | list = 4
-    n_key_head: int | list | None = None    # of keys; None: n_head; fewer: shared
+    n_key_head: int | list | None = None    # heads of keys; None: n_head; fewer: heads share
     expand_k: float = 0.5            # key channels over d_model
     expand_v: float = 1.0            # value channels over d_model
     d_mlp: int = 0                   # 0: 8/3 d_model, rounded up to a multiple of 256
     # Mamba2
     d_state: int | list = 128
     headdim: int = 64                # inner channels of a head
-    expand: int = 2                  # inner channels over d_model
+    expand: int = 2                  # inner channels over d_model (mamba_ssm's name)
     n_groups: int = 1                # heads of a group share B and C
     norm_groups: int = 0             # of the gated norm; 0: n_groups (public models)
 
@@ -201,7 +201,7 @@ def causal_conv(x, weight, bias, before, sizes, first=None):
                            f"{(batch, taps - 1, D)}")
         x = torch.cat((before.to(x.dtype), x), dim=1)
     start = max(0, x.shape[1] - taps + 1)
-    last = x[:, start:]                 # what the next call needs; of documents before, 0
+    last = x[:, start:]                 # the next call's `before`; 0 of another document
     document = None                     # of each input, the number of its document
     if first is not None and T:
         document = F.pad(first.cumsum(1), (x.shape[1] - T, 0))
@@ -264,7 +264,8 @@ class GLA(nn.Module):
         for module in self.children():
             if module is not self.gk_proj:
                 module.reset_parameters()
-        nn.init.kaiming_uniform_(self.gk_proj[0].weight, a=5 ** 0.5)    # as nn.Linear does
+        # as nn.Linear does; nn.Sequential has no reset_parameters
+        nn.init.kaiming_uniform_(self.gk_proj[0].weight, a=5 ** 0.5)
         nn.init.kaiming_uniform_(self.gk_proj[1].weight, a=5 ** 0.5)
         nn.init.zeros_(self.gk_proj[1].bias)
         if self.gates is not None:
@@ -405,8 +406,9 @@ class Mamba2Block(nn.Module):
 # ---------------------------------------------------------------------------------------
 # the loss, without the (tokens, vocabulary) table of logits
 #
-# PyTorch 2.13 has torch.nn.functional.linear_cross_entropy for this, 2.11 has not. Ours
-# leaves out, on a CPU, the rows that are not counted: most of a recall sequence's.
+# PyTorch 2.13 has torch.nn.functional.linear_cross_entropy for this, 2.11, with which GPUs
+# are also used, has not. Ours leaves out, on a CPU, the rows that are not counted: most of
+# a recall sequence's.
 
 
 def slice_loss(logits, targets, count):
@@ -596,7 +598,7 @@ class LM(nn.Module):
         among the likeliest that together have this probability. stop: a token id; a prompt
         that has reached it is filled up with it, and when all have, the stream ends. seed:
         prompt i draws as it would alone with seed + i; None draws from torch's generator.
-        A step carries the state and one token, no more. Raises BadInput."""
+        A step carries the state and one token, no more. Raises BadInput at the first token."""
         check_sampling(n, temperature, top_k, top_p, stop, seed)
         x, state = self.read_prompts(idx)
         if not x.isfinite().all():
@@ -659,7 +661,7 @@ class LM(nn.Module):
         token = token.clone()
         state = map_state(torch.clone, state)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.device_of(token), torch.cuda.graph(graph):
             x, new_state = self.features(token[:, None], state)
             x = x[:, -1]
             map_state(torch.Tensor.copy_, state, new_state)

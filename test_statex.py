@@ -474,8 +474,7 @@ def test_the_first_kernels_are_the_definition(decay):
     for T in (1, 17, 40):
         q, k, v, g, state = args = inputs("gla", 2, T, 4, 2, 16, 32, device=DEVICE, decay=decay)
         o, last = torch.empty_like(v), torch.empty_like(state)
-        kernels.gla_first[(2 * 4 * 2,)](
-            q, k, v, g, state, o, last, 0.25, T, H=4, G=2, K=16, V=32, L=16, BV=16)
+        kernels.gla_first[(2 * 4,)](q, k, v, g, state, o, last, 0.25, T, H=4, G=2, K=16, V=32, L=16)
         want = run("gla", [a.double() for a in args], "recurrent")
         assert gap(o, want[0]) < 1e-4 and gap(last, want[1]) < 1e-4
 

@@ -130,7 +130,7 @@ class Options:
     pairs: str = option("2,4,8,16,32", "key-value pairs of a recall sequence, one of these a step")
     curriculum: float = option(0.0, "share of the steps over which these sizes join in")
     carry_state: bool = option(False, "read text in order, from the state of the slice before")
-    documents: bool = option(False, "forget the state where a document ends (scores do not)")
+    documents: bool = option(False, "in training forget the state where a document ends")
     # the optimizer: AdamW, linear warm-up, cosine to 0
     steps: int = option(800, "optimizer steps; in the recipe, of each arm")
     lr: float = option(1e-2, "highest learning rate; in the recipe, of pre-training")
@@ -141,7 +141,7 @@ class Options:
     clip: float = option(1.0, "largest norm of the gradient")
     gates_rate: float = option(1.0, "GLA's gates learn at this many times the rate")
     # speed and memory
-    accumulate: int = option(1, "passes that a step is cut into, over all processes together")
+    accumulate: int = option(1, "passes that a step is cut into, those of all processes")
     compile: bool = option(False, "torch.compile every layer: for GPUs, a minute at the start")
     graph: bool = option(False, "on one GPU: record every pass as a CUDA graph; small models "
                                 "else wait for launches")
@@ -298,7 +298,7 @@ class Stop:
     def wait(self, ear):
         self.signal = os.read(ear, 1)[0]
         if "RANK" not in os.environ:
-            say("\ntrain.py: saving and stopping after this step; once more to stop at once")
+            say("\ntrain.py: saving and stopping after the next step; once more to stop at once")
             os.read(ear, 1)
         else:
             time.sleep(20)
@@ -957,7 +957,7 @@ def same_text(held, options, meta):
 def prepared(options, processes):
     """The corpus in options.data; the default one is made when it is missing."""
     default = Options().data
-    if options.data == default and not os.path.exists(f"{default}/meta.json"):
+    if os.path.abspath(options.data) == default and not os.path.exists(f"{default}/meta.json"):
         if processes.first:
             print("preparing the Python source on this machine")
             documents = prepare.read_documents(prepare.python_files())

@@ -124,8 +124,8 @@ def whole_number(text):
 
 
 def pick_device(name):
-    """`name`, or where it is empty the GPU if there is one, else the CPU. Raises BadInput
-    where tensors cannot be put there and read back."""
+    """`name`, or where it is empty the GPU if there is one, else the CPU. A GPU with a number
+    becomes the current one. Raises BadInput where tensors cannot be put there and read back."""
     import torch
     if not name:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,6 +137,8 @@ def pick_device(name):
             torch.zeros(1, device=device).item()
         elif (device.index or 0) >= torch.cuda.device_count():
             raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs that PyTorch can use")
+        elif device.index is not None:      # what is recorded or measured is on the current one
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
         raise BadInput(f"--device={name} cannot be used here: {one_line(e)}") from e
     return name
