@@ -923,11 +923,10 @@ def main():
     printed = ""
     for token in tokens:
         try:
-            tokenizer.decode_single_token_bytes(token.item())
+            text = tokenizer.decode([*ids, token.item()])
         except KeyError:                        # some tokenizers' ids have gaps: no text
             continue
         ids.append(token.item())
-        text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):
             print(text[len(printed):], end="", flush=True)
             printed = text

@@ -982,7 +982,7 @@ def check_model(lm, options, meta):
     """Raises BadInput where the corpus' token ids mean nothing to the model, or where
     --gates_rate finds no gates in it."""
     c = lm.config
-    prepare.same_tokenizer(c.tokenizer, meta)
+    prepare.check_tokenizer(c.tokenizer, meta)
     prepare.check_vocabulary(c, meta, options.data)
     half = min(recall.SYMBOLS, c.vocab_size) // 2
     if options.recall_tokens and pair_sizes(options)[-1] > half:

@@ -18,6 +18,7 @@ import errno
 import functools
 import math
 import os
+import re
 import signal
 import sys
 
@@ -92,9 +93,9 @@ class Parser(argparse.ArgumentParser):
 
 def underscored(word):
     """--block-size=3 as --block_size=3; a word that is no option, and -x, as it is."""
-    if not word.startswith("--"):
-        return word
     name, equals, value = word.partition("=")
+    if not re.fullmatch(r"--[\w-]+", name):
+        return word
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
@@ -132,14 +133,14 @@ def pick_device(name):
     try:
         device = torch.device(name)
         if device.type == "cpu":
-            return "cpu"                                # cpu:0 is no other
+            return "cpu"                                # cpu:0 is the same one
         if device.type != "cuda":
             torch.zeros(1, device=device).item()
         elif (device.index or 0) >= torch.cuda.device_count():
             raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs that PyTorch can use")
         elif device.index is not None:      # what is recorded or measured is on the current one
             torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:
         raise BadInput(f"--device={name} cannot be used here: {one_line(e)}") from e
     return name
 

@@ -54,7 +54,7 @@ from data.options import (
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-# The words that a byte-level BPE of ours does not merge across.
+# How a byte-level BPE of ours cuts text into words: no token crosses their ends.
 WORDS = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
          r"|\s+(?!\S)|\s+")
 DATASETS = {            # name here -> the hub's name, subset
@@ -175,7 +175,7 @@ def fingerprint(tokenizer):
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def same_tokenizer(name, meta):
+def check_tokenizer(name, meta):
     """Raises BadInput unless the tokenizer `name`, a model's, gives the ids of the corpus
     that `meta` tells of. Other names of the same tokenizer are the same, such as those of two
     copies of a folder; "" is a tokenizer that nobody knows, and passes."""
@@ -184,12 +184,10 @@ def same_tokenizer(name, meta):
     if not name or (name == prepared and not expected):
         return
     try:
-        found = fingerprint(load_tokenizer(name))
-    except BadInput:
-        if name == prepared:        # it cannot be loaded here, and need not be
-            return
-        found = None
-    if found is not None and found == expected:
+        same = fingerprint(load_tokenizer(name)) == expected
+    except BadInput:                # it cannot be loaded here
+        same = name == prepared
+    if same:
         return
     if name == prepared:
         raise BadInput(f"the tokenizer {name} has changed since the text was prepared with it; "
@@ -200,7 +198,7 @@ def same_tokenizer(name, meta):
 
 def check_vocabulary(config, meta, folder):
     """Raises BadInput where the model has no embedding for ids of the text that `meta` tells of,
-    whose tokenizer is the model's (see same_tokenizer). Such a tokenizer may have more ids than
+    whose tokenizer is the model's (see check_tokenizer). Such a tokenizer may have more ids than
     its model: tokens that were added, for padding say, and that no text contains."""
     ids = meta["vocab_size"]
     if config.tokenizer and "largest_id" in meta:       # corpora of earlier versions have none
@@ -289,7 +287,7 @@ def files_below(folder):
 
 def text_files(words, endings, made=()):
     """The files named, and of the folders named the files with one of these endings, or
-    all where there are none, but for what we made: these files, and those in these folders.
+    all where there are none. made: files and folders of ours, which are left out.
     Raises BadInput for what is not there."""
     made = [os.path.realpath(path) for path in made if path]
 
@@ -549,7 +547,7 @@ def encoded(documents, encoder):
 def within_limits(text):
     """The text in pieces: one, but for a cut after each 100,000 blanks in a row, which
     no token then crosses. tiktoken 0.14 panics at a run of 1,000,000, where the engine
-    of its pattern is out of steps, with an exception that is no Exception."""
+    of its pattern is out of steps, by what `except Exception` does not catch."""
     limit = 100_000
     if len(text) <= limit:
         return [text]
@@ -637,7 +635,10 @@ def source(options, left_out):
     if words:
         names = filter(None, options.ext.lower().split(","))
         endings = tuple("." + name.strip(" .") for name in names)
-        made = [options.train_bpe, options.tokenizer, options.out or f"{HERE}/text"]
+        made = [options.train_bpe, options.out or f"{HERE}/text"]
+        tokenizer = from_any_folder(options.tokenizer).removeprefix("hf:")
+        if os.path.isabs(tokenizer):        # else it is a name, and no file
+            made.append(tokenizer)
         return read_documents(text_files(words, endings, made), left_out), "text"
     folder = "python-all" if options.site_packages else "python"
     return read_documents(python_files(options.site_packages), left_out), folder
@@ -654,8 +655,11 @@ def from_any_folder(tokenizer):
 
 
 def main():
-    options = Options(**command_line(Options, __doc__))
+    given = command_line(Options, __doc__)
+    options = Options(**given)
     tokenizer = options.tokenizer
+    if options.train_bpe and "tokenizer" in given:
+        raise BadInput("--train_bpe learns the tokenizer that cuts the text; leave out --tokenizer")
     if options.train_bpe:
         documents, name = source(options, [])
         check_place(os.path.realpath(options.out or f"{HERE}/{name}"))

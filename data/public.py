@@ -43,17 +43,17 @@ class Format:
     """What the config.json of one library may say, and what that means here.
 
     fields: our Config's field -> the library's names for it, the newest first; the type; the
-    library's default. only: an option of which one meaning is built -> the values that
-    have it. ignored: options that do not change the function: they choose a kernel, a
-    precision or an initialisation, or the library does not read them."""
+    library's default. only: an option -> its values that mean what is built. ignored:
+    options that do not change the function: they choose a kernel, a precision or an
+    initialisation, or the library does not read them."""
     block: str
     fields: dict
     only: dict
     ignored: str
 
 
-# Ignored in every library. What transformers writes for every model is among them,
-# before version 5 also how to generate.
+# Ignored in every library. Among them is what transformers writes for every model: before
+# version 5, also how to generate.
 COMMON = """architectures model_type torch_dtype dtype transformers_version auto_map use_cache
     bos_token_id eos_token_id pad_token_id sep_token_id tokenizer_class return_dict
     output_hidden_states output_attentions is_decoder is_encoder_decoder add_cross_attention
@@ -178,7 +178,7 @@ def read_config(public, folder):
     where = f"{folder}/config.json"
     if not isinstance(public, dict):
         raise BadInput(f"{where} holds a {type(public).__name__}; expected the options of a model")
-    options = {name: plain(value) for name, value in public.items() if not name.startswith("_")}
+    options = {name: value for name, value in public.items() if not name.startswith("_")}
     library = recognise(options, where)
     config = {"block": library.block}
     for field, (names, kind, default) in library.fields.items():
@@ -212,17 +212,6 @@ def recognise(options, where):
         return MAMBA2
     raise BadInput(f"{where}: model_type is {kind!r}; expected gla, mamba2, or state-spaces' "
                    "ssm_cfg")
-
-
-def plain(value):
-    """value without transformers' spelling of infinity in strict JSON, and without tuples."""
-    if value == {"__float__": "Infinity"}:
-        return math.inf
-    if isinstance(value, dict):
-        return {name: plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value
 
 
 def take(options, names, kind, default, where):
@@ -307,7 +296,7 @@ def read_folder(name):
     folder = local_folder(str(name))
     try:
         with open(f"{folder}/config.json", encoding="utf-8-sig") as file:   # some begin with a BOM
-            public = json.load(file)
+            public = json.load(file, object_hook=infinity)
     except (OSError, ValueError, RecursionError) as e:
         raise BadInput(f"{folder} has no readable config.json ({type(e).__name__}); expected a "
                        "checkpoint folder") from e
@@ -331,6 +320,11 @@ def read_folder(name):
     return config, tensors
 
 
+def infinity(value):
+    """An object of a JSON file; that by which transformers spells infinity, as a number."""
+    return math.inf if value == {"__float__": "Infinity"} else value
+
+
 def our_tensors(name, tensor, config):
     """Yields name here, tensor for a public parameter. flash-linear-attention until
     February 2025 had the MLP's gate and up projections in one."""
@@ -345,8 +339,8 @@ def our_tensors(name, tensor, config):
 
 
 def tie(config, tensors):
-    """One tensor under both names, whichever is there. Where both are and differ, transformers
-    does not tie them, and neither does this."""
+    """One tensor under both names, whichever is there. Where both are there and differ,
+    transformers does not tie them, and neither does this."""
     embedding = tensors.get("embeddings.weight", tensors.get("lm_head.weight"))
     if embedding is None:
         return
@@ -433,9 +427,9 @@ def write_folder(config, tensors, folder):
     flash-linear-attention's GLAForCausalLM or transformers' Mamba2ForCausalLM reads.
 
     config: a dict of our Config's fields (dataclasses.asdict). tensors: the model's
-    state_dict; it is not changed. Returns the names of the files: without tokenizer.json
-    where the tokenizer is unknown or not on this machine. Raises BadInput where the public
-    format cannot hold the model, and where the folder cannot be written."""
+    state_dict; it is not changed. There is no tokenizer.json where the tokenizer is unknown or
+    not on this machine. Raises BadInput where the public format cannot hold the model, and
+    where the folder cannot be written."""
     folder = os.path.realpath(folder)
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise BadInput(f"{folder} exists; expected the name of a new folder")
@@ -462,7 +456,6 @@ def write_folder(config, tensors, folder):
         raise BadInput(f"cannot write {folder}: {e}; expected a folder that can be made") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return sorted(os.listdir(folder))
 
 
 def public_config(config, tensors, end_of_text):

@@ -54,7 +54,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.prepare import check_vocabulary, load_corpus, load_tokenizer, same_tokenizer
+from data.prepare import check_tokenizer, check_vocabulary, load_corpus, load_tokenizer
 from model import LM, load_checkpoint
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -65,8 +65,8 @@ DIGITS = 5              # of a passkey
 NEAR = 512              # distance, in tokens, from which a repeat is no longer near
 FAR = 2048              # distance, in tokens, from which it is far
 # A bigram is rare if training has it at most this often. At every threshold two thirds of the
-# near repeats can be had by copying what followed the token last time: a lower one
-# would only leave fewer tokens to score (see data/results/README.md).
+# near repeats can be had by copying what followed the token last time, so a lower one only
+# leaves fewer tokens to score (see data/results/README.md).
 RARE = 10
 
 
@@ -156,33 +156,16 @@ class Needle:
         if len(text) <= length:
             raise BadInput(f"a passkey sequence of {length} tokens needs more than that of "
                            f"held-out text, and there are {len(text)}; take a shorter length")
-        return length - self.line_tokens - self.question_tokens
-
-
-def passkey(rng, n, length, text, tokenizer):
-    """n sequences of `length` tokens: held-out text (token ids) with `passkey = ddddd`
-    on a line of its own at a random depth, then `passkey = ` and the digits, which are
-    asked for. -> idx, targets. Raises BadInput, see Needle.room."""
-    needle = Needle(tokenizer)
-    room = needle.room(length, text)
-    idx = np.empty((n, length), np.int64)
-    targets = np.full((n, length), -100, np.int64)
-    for i in range(n):
-        key = needle.digits[rng.integers(10, size=DIGITS)]
-        begin = rng.integers(len(text) - room)
-        depth = rng.integers(room)
-        words = text[begin:begin + room]
-        idx[i] = np.concatenate((words[:depth], needle.start, key, needle.end, words[depth:],
-                                 needle.start, key))
-        targets[i, -DIGITS - 1:-1] = key
-    return idx, targets
+        return length - self.question_tokens
 
 
 def needle_pairs(rng, n, length, text, tokenizer):
-    """As passkey, but each text twice: with the line written over it at a random depth,
-    and as it was, both with the question. -> idx with the line, idx without, targets"""
+    """n pairs of sequences of `length` tokens: held-out text (token ids), then `passkey = `
+    and five digits, which are asked for. In the first of a pair `passkey = ddddd` is written
+    over the text, on a line of its own at a random depth. -> idx with the line, idx
+    without, targets. Raises BadInput, see Needle.room."""
     needle = Needle(tokenizer)
-    room = needle.room(length, text) + needle.line_tokens
+    room = needle.room(length, text)
     present = np.empty((n, length), np.int64)
     absent = np.empty((n, length), np.int64)
     targets = np.full((n, length), -100, np.int64)
@@ -266,9 +249,8 @@ def sequences(task, rng, n, size, vocab_size, text, tokenizer):
         return mqar(rng, n, size, vocab_size)
     if task == "fewshot":
         return fewshot(rng, n, size, vocab_size)
-    if task == "passkey":
-        return passkey(rng, n, size, text, tokenizer)
-    raise BadInput(f"there is no task {task}")
+    idx, _, targets = needle_pairs(rng, n, size, text, tokenizer)
+    return idx, targets
 
 
 def score(lm, text, tokenizer, **sizes):
@@ -306,8 +288,6 @@ def check_text(text, tokenizer, **sizes):
     rng = np.random.default_rng(0)
     for task, of_task in sizes.by_task().items():
         for size in of_task:
-            if task not in CHANCE:
-                raise BadInput(f"CHANCE does not say how often {task} is right by chance")
             sequences(task, rng, 1, size, tokenizer.n_vocab, text, tokenizer)
     text_windows(text, min(sizes.T, len(text) - 1), 1)
 
@@ -663,7 +643,7 @@ def chosen_sizes(options, trained, text):
 
 def check_tokens(config, text, meta, folder):
     """Raises BadInput where the ids of a corpus are not what the model learned."""
-    same_tokenizer(config.tokenizer, meta)
+    check_tokenizer(config.tokenizer, meta)
     check_vocabulary(config, meta, folder)
     if text.max() >= config.vocab_size:
         raise BadInput(f"{folder} has the token id {text.max()}, which its meta.json denies; "

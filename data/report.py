@@ -26,11 +26,11 @@ def print_report(folder):
     except ValueError as e:
         raise BadInput(f"{folder}/results.json is damaged ({one_line(e)}); without it the recipe "
                        "scores its models again") from e
-    for arm in ARMS:
-        if arm not in results:
-            print(f"{folder}/results.json has no arm {arm}; without that file the recipe trains "
-                  "what is missing")
     try:
+        for arm in ARMS:
+            if arm not in results:
+                print(f"{folder}/results.json has no arm {arm}; without that file the recipe "
+                      "trains what is missing")
         print(f"\n{table(results)}\n\n{closing(results)}\n")
         print(f"{folder}/results.json{picture(results, f'{folder}/recipe.png')}")
     except BadInput:                            # the picture cannot be written
