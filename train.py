@@ -539,7 +539,7 @@ def loss_and_gradients(run, idx, targets, first, weight, state=None):
 
 def backward(loss):
     """loss.backward() in this thread. PyTorch's own thread for a GPU takes 0.2 ms to wake, and
-    then runs Python slower: a third of the time of a step of 20M parameters."""
+    then runs Python slower: up to a third of a step of 20M parameters."""
     with torch.autograd.set_multithreading_enabled(False):
         loss.backward()
 
