@@ -66,7 +66,8 @@ def gla(q, k, v, g, scale=None, state=None, impl="auto", gates=None):
 
     Returns o (B,T,H,V) in v's dtype and the final state in float32 (float64 where any
     input is). Differentiable in every tensor, through both results: recurrent and
-    chunked any number of times, triton once (a second derivative raises RuntimeError).
+    chunked any number of times, triton once and not by torch.func (a second derivative
+    raises RuntimeError).
     Raises BadInput where shapes, dtypes or devices do not fit.
     """
     q, k, v, g, state, gates = broadcast("gla", q=q, k=k, v=v, g=g, state=state, gates=gates)
@@ -147,7 +148,7 @@ def gla_recurrent(q, k, v, g, scale, state):
 def ssd_recurrent(x, dt, A, B, C, D, state, first):
     """The same with g = dt A, q = C, k = B and v = dt x, its state the other way round."""
     x, dt, A, B, C, D, S = widen(x, dt, A, B, C, D, state)
-    g = dt * A
+    g = dt * A.clamp_min(-1e30)  # 0 * -inf is no number
     if first is not None:
         g = g.masked_fill(first[..., None], -torch.inf)
     v = dt[..., None] * x
@@ -286,7 +287,7 @@ def ssd_chunked(x, dt, A, B, C, D, state, first):
     heads = H // G
     L = min(64, T)
 
-    g = dt * A
+    g = dt * A.clamp_min(-1e30)
     if first is not None:
         g = g.masked_fill(first[..., None], FORGOTTEN)
     g = chunks(g[..., None], G, L).squeeze(5)  # (B,G,n,heads,L)
@@ -388,7 +389,9 @@ def check_kind(op, name, tensor, like_name, like):
     wrong = ""
     if name == "first" and tensor.dtype != torch.bool:
         wrong = f"{tensor.dtype}; expected torch.bool"
-    elif name != "first" and not tensor.is_floating_point():
+    elif name == "document" and (tensor.is_floating_point() or tensor.is_complex()):
+        wrong = f"{tensor.dtype}; expected integers"
+    elif name not in ("first", "document") and not tensor.is_floating_point():
         wrong = f"{tensor.dtype}; expected a floating dtype"
     elif tensor.device != like.device:
         wrong = f"on {tensor.device}; expected {like.device}, where {like_name} is"
@@ -830,7 +833,7 @@ def step_state(
     if dt_ptr is not None:
         dt = tl.load(dt_ptr + bh)
         value = dt * x
-        log_decay = dt * tl.load(A_ptr + head)
+        log_decay = dt * load_A(A_ptr, head, H)
     out = tl.zeros((BV,), tl.float32)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
@@ -1167,7 +1170,8 @@ def gla_scores(
         at = i[:, None] * (H * K) + channel[None, :]
         q = tl.load(q_ptr + at).to(tl.float32) * scale
         k = tl.load(k_ptr + at).to(tl.float32)
-        g = log2_decay(tl.load(g_ptr + at))
+        g = tl.load(g_ptr + at)  # as log2_decay, but a NaN stays one
+        g = tl.maximum(g, FORGOTTEN_32, tl.PropagateNan.ALL) * LOG2E
         diagonal += tl.sum(q * k, axis=1)
 
         total = tl.sum(g, axis=0)
@@ -1930,8 +1934,8 @@ def decay_table(cum_of_query, cum_of_key, query, key):
 @triton.jit
 def load_A(A_ptr, head, H: constexpr):
     """A of head, one or several; -inf as -1e30, for 0 (the padding's dt) * -inf is no
-    number."""
-    return tl.maximum(tl.load(A_ptr + head, head < H, 0.0), -1e30)
+    number. A NaN stays one."""
+    return tl.maximum(tl.load(A_ptr + head, head < H, 0.0), -1e30, tl.PropagateNan.ALL)
 
 
 @chunk_kernel
@@ -1955,7 +1959,7 @@ def ssd_decays(
 
     dt = tl.load(dt_ptr + token * H + i[:, None] * H + head[None, :], inside, 0.0)
     g = dt * load_A(A_ptr, head, H)[None, :]
-    g = tl.maximum(g, FORGOTTEN_32)
+    g = tl.maximum(g, FORGOTTEN_32, tl.PropagateNan.ALL)
     if first_ptr is not None:
         g = tl.where(tl.load(first_ptr + token + i)[:, None] != 0, FORGOTTEN_32, g)
     g = g.to(tl.float64) * LOG2E
@@ -2510,7 +2514,7 @@ def load_shifted(
 @triton.jit
 def convolve(
     x_ptr, weight_ptr, bias_ptr,  # (B,T,D) in rows of ROW elements, (D,TAPS), (D,) or None
-    document_ptr,                 # (B,T) int32 or None
+    document_ptr,                 # (B,T) int64 or None
     y_ptr,                        # (B,T,D)
     T,
     ROW: constexpr, D: constexpr, TAPS: constexpr, BT: constexpr, BD: constexpr,
@@ -2656,7 +2660,8 @@ def rows_apart(x):
     2^31."""
     row = x.stride(1)
     apart = x.stride(2) == 1 and x.stride(0) == x.shape[1] * row and x.shape[1] * row < 2**31
-    return x if apart else x.contiguous()
+    # a dimension of 1 may have any stride, and counts as contiguous: so flat first
+    return x if apart else x.contiguous().view(-1).view(x.shape)
 
 
 def conv_fits(x):
@@ -2675,17 +2680,14 @@ def short_conv(x, weight, bias=None, document=None):
     another document. Call it where conv_fits(x), or in Triton's interpreter. Returns
     y (B,T,D) in x's dtype; the sums are in float32. Differentiable once in x, weight and
     bias. Raises BadInput where shapes, dtypes or devices do not fit."""
-    for name, tensor in {"x": x, "weight": weight, "bias": bias}.items():
-        if name == "bias" and bias is None:
+    for name, tensor in {"x": x, "weight": weight, "bias": bias, "document": document}.items():
+        if name in ("bias", "document") and tensor is None:
             continue
         check_kind("short_conv", name, tensor, "x", x)
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if tensor.dtype == torch.float64:
             raise BadInput(f"short_conv: {name} is {tensor.dtype}; expected at most 32 bits")
     if not can_launch(x):
         raise BadInput(f"short_conv takes tensors of a GPU, and x is on {x.device}; see conv_fits")
-    if document is not None and (document.is_floating_point() or document.device != x.device):
-        raise BadInput(f"short_conv: document is {document.dtype} on {document.device}; expected "
-                       f"integers on {x.device}")
     for name, tensor, fits, expected in (
             ("x", x, x.dim() == 3, "(B,T,D)"),
             ("weight", weight, weight.shape[:2] == (*x.shape[2:], 1), "(D,1,taps)"),
@@ -2695,7 +2697,7 @@ def short_conv(x, weight, bias=None, document=None):
             raise BadInput(f"short_conv: {name} has shape {tuple(tensor.shape)}; expected "
                            f"{expected} for x of shape {tuple(x.shape)}")
     bias = None if bias is None else bias.contiguous()
-    document = None if document is None else document.to(torch.int32).contiguous()
+    document = None if document is None else document.long().contiguous()
     return conv_forward(rows_apart(x), weight[:, 0].contiguous(), bias, document)
 
 
@@ -2802,7 +2804,7 @@ def check(device):
             worst = []
             for impl, dtype in impls:
                 args = example(op, 2, 200, 6, 24, 40, G=2, dtype=dtype, device=device, decay=decay)
-                error = max(errors(op, args, impl).values())
+                error = torch.tensor([*errors(op, args, impl).values()]).max()  # NaN if one is
                 worst.append(f"{impl} {str(dtype)[6:]} {error:.1e}")
             about = "of a model" if decay is None else decay
             print(f"{op} decay {about}:".ljust(23), "   ".join(worst), flush=True)
@@ -2903,7 +2905,7 @@ def main():
     options = Options(**command_line(Options, __doc__))
     device = pick_device(options.device)
     known = layers()
-    parts = [part.strip() for part in options.only.split(",")]
+    parts = [part.strip() for part in options.only.strip(" ,").split(",")]
     chosen = [name for name in known if any(part in name for part in parts)]
     if not chosen:
         raise BadInput(f"--only={options.only} names no layer; they are {', '.join(known)}")

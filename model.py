@@ -908,6 +908,9 @@ def main():
         export(lm, options.export)
         needs = "; transformers reads it after `import fla`" if lm.config.block == "gla" else ""
         print(f"{options.export}: a folder in the public format{needs}")
+        if not glob.glob("tokenizer*", root_dir=options.export):
+            print(f"without a tokenizer: {lm.config.tokenizer or 'it is unknown'} is not to be had "
+                  "here; copy its files into the folder")
         return
     if not lm.config.tokenizer:
         raise BadInput(f"{options.ckpt} does not say what its token ids mean (tokenizer is empty)")

@@ -112,7 +112,7 @@ def evaluate(lm, options):
         raise BadInput(f"--include_path={options.include_path} is no folder")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            end_of_text = write_tokenizer(lm.config.tokenizer, folder)
+            _, end_of_text = write_tokenizer(lm.config.tokenizer, folder)
         except OSError as e:
             raise BadInput(f"cannot write the tokenizer into {folder}: {why(e)}") from e
         if end_of_text is None:

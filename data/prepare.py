@@ -23,6 +23,7 @@ import base64
 import contextlib
 import difflib
 import errno
+import functools
 import glob
 import hashlib
 import itertools
@@ -128,15 +129,24 @@ class HuggingFace:
     def __init__(self, name):
         try:
             from transformers import AutoTokenizer
+            from transformers.utils import logging
         except ImportError as e:
             raise BadInput("hf: tokenizers need transformers: pip install transformers") from e
         self.name = name
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()       # it warns of a model, such as GLA, that it has not
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name.removeprefix("hf:"))
         except Exception as e:      # whatever a folder's files, or the network, lead it to
             raise BadInput(f"no tokenizer at {name!r}: {one_line(e)}") from e
-        self.decode = self.tokenizer.decode
+        finally:
+            logging.set_verbosity(verbosity)
+        self.decode = functools.partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
         self.vocabulary = self.tokenizer.get_vocab()
+        # without a tokenizer's files transformers may make one by the model's type
+        if set(self.vocabulary) <= set(self.tokenizer.get_added_vocab()):
+            raise BadInput(f"no tokenizer at {name!r}: it has no tokens but special ones; are the "
+                           "tokenizer's files there?")
         # ids may have gaps, so that their number is no bound
         self.n_vocab = max(self.vocabulary.values(), default=0) + 1
         self.eot_token = self.tokenizer.eos_token_id
@@ -150,7 +160,8 @@ class HuggingFace:
         return self.encode_ordinary_batch([text])[0]
 
     def encode_ordinary_batch(self, texts):
-        """Special tokens that are spelled out in a text are text."""
+        """Special tokens that are spelled out in a text are text (but not for a Unigram
+        tokenizer whose pieces they are)."""
         try:
             return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True,
                                   verbose=False)["input_ids"]
@@ -204,8 +215,10 @@ def check_vocabulary(config, meta, folder):
     if config.tokenizer and "largest_id" in meta:       # corpora of earlier versions have none
         ids = meta["largest_id"] + 1
     if ids > config.vocab_size:
-        raise BadInput(f"{folder} has {ids} token ids, the model {config.vocab_size}; prepare the "
-                       "text with the model's tokenizer")
+        hint = "prepare the text with the model's tokenizer"
+        if config.tokenizer:
+            hint = "its tokenizer has tokens that it has no embedding for, and the text has them"
+        raise BadInput(f"{folder} has {ids} token ids, the model {config.vocab_size}; {hint}")
 
 
 def byte_letters():

@@ -133,7 +133,7 @@ MAMBA2 = Format(
     },
     ignored="""time_step_rank time_step_min time_step_max time_step_floor time_step_scale
         time_step_init_scheme dt_min dt_max dt_init_floor conv_init A_init_range rms_norm
-        intermediate_size""",
+        A_initializer_range conv_initializer_range emb_initializer_range intermediate_size""",
 )
 
 STATE_SPACES = Format(
@@ -439,9 +439,9 @@ def write_folder(config, tensors, folder):
     config, tensors = uniform(config, tensors)
     temporary = temporary_folder(folder)
     try:
-        end_of_text = write_tokenizer(config["tokenizer"], temporary)
+        begin, end = write_tokenizer(config["tokenizer"], temporary)
         with open(f"{temporary}/config.json", "w", encoding="utf-8") as file:
-            json.dump(public_config(config, tensors, end_of_text), file, indent=1)
+            json.dump(public_config(config, tensors, begin, end), file, indent=1)
         safetensors.torch.save_file(public_tensors(config, tensors),
                                     f"{temporary}/model.safetensors", metadata={"format": "pt"})
         # safetensors 0.8 lets nobody but the owner read what it wrote
@@ -458,8 +458,8 @@ def write_folder(config, tensors, folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def public_config(config, tensors, end_of_text):
-    """config.json of a model whose layers are alike. end_of_text: a token id, or None."""
+def public_config(config, tensors, begin, end):
+    """config.json of a model whose layers are alike. begin, end: see write_tokenizer."""
     library = GLA if config["block"] == "gla" else MAMBA2
     public = {names[0]: config[field] for field, (names, _, _) in library.fields.items()
               if field in config}
@@ -475,8 +475,8 @@ def public_config(config, tensors, end_of_text):
     if not os.path.exists(name.removeprefix("hf:")):       # what is a path here is none elsewhere
         public["statex_tokenizer"] = name
     dtype = str(tensors["embeddings.weight"].dtype).removeprefix("torch.")
-    return public | {"torch_dtype": dtype, "bos_token_id": end_of_text,
-                     "eos_token_id": end_of_text, "pad_token_id": None}
+    return public | {"torch_dtype": dtype, "bos_token_id": begin, "eos_token_id": end,
+                     "pad_token_id": None}
 
 
 # What the public layers have, by our names.
@@ -599,19 +599,20 @@ def pad_rows(tensor, dim, rows):
 
 def write_tokenizer(name, folder):
     """The files from which transformers.AutoTokenizer makes the tokenizer `name`, as
-    load_tokenizer knows it: same text, same ids. Returns the id of end-of-text; None,
-    and no files, where the tokenizer is not known or not to be had here. Raises
-    BadInput where the library that writes it is missing, OSError where the disk is full."""
+    load_tokenizer knows it: same text, same ids. Returns the ids that begin and end a
+    text, each or None; None twice, and no files, where the tokenizer is not known or not to
+    be had here. Raises BadInput where the library that writes it is missing, OSError where
+    the disk is full."""
     try:
         tokenizer = load_tokenizer(name)
     except BadInput:                                       # no such name, or no files here
-        return None
+        return None, None
     if name.startswith("hf:"):
         try:
             tokenizer.tokenizer.save_pretrained(folder)
         except Exception as e:                             # the tokenizers library has no other
             raise OSError(one_line(e)) from e
-        return tokenizer.eot_token
+        return tokenizer.tokenizer.bos_token_id, tokenizer.eot_token
     with open(f"{folder}/tokenizer.json", "w", encoding="utf-8") as file:
         file.write(byte_pair_tokenizer(tokenizer).to_str(pretty=True))
     end = tokenizer.decode([tokenizer.eot_token])
@@ -619,7 +620,7 @@ def write_tokenizer(name, folder):
         json.dump({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end,
                    "eos_token": end, "pad_token": end, "clean_up_tokenization_spaces": False},
                   file, indent=1)
-    return tokenizer.eot_token
+    return tokenizer.eot_token, tokenizer.eot_token
 
 
 def byte_pair_tokenizer(encoding):
