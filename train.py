@@ -538,8 +538,8 @@ def loss_and_gradients(run, idx, targets, first, weight, state=None):
 
 
 def backward(loss):
-    """loss.backward() in this thread. PyTorch's own thread for a GPU takes 0.2 ms to wake, and
-    then runs Python slower: up to a third of a step of 20M parameters."""
+    """loss.backward() in this thread. To wake PyTorch's own thread for a GPU takes about 0.2 ms
+    where the host is slow, which steps of small models feel (data/results/README.md)."""
     with torch.autograd.set_multithreading_enabled(False):
         loss.backward()
 
