@@ -2720,6 +2720,11 @@ def test_what_the_sequences_need(text):
     with raises_one_line("needs more than that of held-out text"):
         recall.needle_pairs(rng, 1, 64, tokens[:64], tokenizer)
     assert recall.needle_pairs(rng, 9, 64, tokens[:65], tokenizer)[0].shape == (9, 64)
+    with raises_one_line("`sequences` makes none of the task copying"):
+        recall.sequences("copying", rng, 1, 64, 4096, tokens, tokenizer)
+    with pytest.MonkeyPatch.context() as patch, raises_one_line("how often mqar is right"):
+        patch.delitem(recall.CHANCE, "mqar")            # as for a task of your own
+        recall.check_text(tokens, tokenizer, pairs=(2,))
     with raises_one_line("a token for every digit"):
         recall.Needle(SimpleNamespace(encode_ordinary=lambda words: [0]))
     for pairs, lengths in (((4, 200), ()), ((), (8,)), ((), (10**6,))):

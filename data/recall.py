@@ -249,8 +249,10 @@ def sequences(task, rng, n, size, vocab_size, text, tokenizer):
         return mqar(rng, n, size, vocab_size)
     if task == "fewshot":
         return fewshot(rng, n, size, vocab_size)
-    idx, _, targets = needle_pairs(rng, n, size, text, tokenizer)
-    return idx, targets
+    if task == "passkey":
+        idx, _, targets = needle_pairs(rng, n, size, text, tokenizer)
+        return idx, targets
+    raise BadInput(f"`sequences` makes none of the task {task}")
 
 
 def score(lm, text, tokenizer, **sizes):
@@ -288,6 +290,8 @@ def check_text(text, tokenizer, **sizes):
     rng = np.random.default_rng(0)
     for task, of_task in sizes.by_task().items():
         for size in of_task:
+            if task not in CHANCE:
+                raise BadInput(f"CHANCE does not say how often {task} is right by chance")
             sequences(task, rng, 1, size, tokenizer.n_vocab, text, tokenizer)
     text_windows(text, min(sizes.T, len(text) - 1), 1)
 
