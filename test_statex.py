@@ -2724,7 +2724,7 @@ def test_what_the_sequences_need(text):
         recall.sequences("copying", rng, 1, 64, 4096, tokens, tokenizer)
     with pytest.MonkeyPatch.context() as patch, raises_one_line("how often mqar is right"):
         patch.delitem(recall.CHANCE, "mqar")            # as for a task of your own
-        recall.check_text(tokens, tokenizer, pairs=(2,))
+        recall.check_text(tokens, tokenizer, T=64, pairs=(2,))
     with raises_one_line("a token for every digit"):
         recall.Needle(SimpleNamespace(encode_ordinary=lambda words: [0]))
     for pairs, lengths in (((4, 200), ()), ((), (8,)), ((), (10**6,))):
