@@ -25,12 +25,12 @@ Other factors for other layers: expand the result again.
 
 An init of your own: (1) its name in INITS, (2) how sizes grow, in `enlarged` (Mamba2:
 by d_state; GLA: heads share keys, or they merge), (3) what every parameter is made of,
-in `plan_gla` (where keys are shared, gates start as the identity) or `plan_mamba2`,
-(4) a case in `make` if that is a new way, and (5) `check`, if it takes --noise, --paper
-or --same_state, which are expand.py's alone (noise goes to all that is tiled). `python
-train.py --init=NAME --out_dir=out/NAME` runs it, for Mamba2 with --block=mamba2; where
-pretrained.pt and lpt.pt of an earlier recipe with the same other options were copied to
-out/NAME, it trains StateX alone.
+in `plan_gla` (where keys are shared, gates start as the identity) or `plan_mamba2` (rows
+of B and C: `plan_rows`), (4) a case in `make` if that is a new way, and (5) `check`, if
+it takes --noise, --paper or --same_state, options that train.py has not (noise goes to
+all that is tiled). `python train.py --init=NAME --out_dir=out/NAME` runs it, for Mamba2
+with --block=mamba2; where pretrained.pt and lpt.pt of an earlier recipe with the same
+other options were copied to out/NAME, it trains StateX alone.
 
     python expand.py --ckpt=out/recipe-gla/pretrained.pt --every=1 --out=out/expanded.pt
     python expand.py --ckpt=gla-1.3b --every=6 --dry-run    the report for a public size
@@ -349,7 +349,7 @@ def describe(r):
     after = r["state_elements_after"]
     lines += ["",
               f"parameters      {millions(params)} -> {millions(r['params_after'])}   "
-              f"+{more / 1e6:.1f}M ({more:,d}, {100 * more / params:+.4f} %)",
+              f"{more:+,d} ({100 * more / params:+.4f} %)",
               f"state elements  {millions(before)} -> {millions(after)}   x {after / before:.2f}",
               f"state bytes     {4 * before:,d} -> {4 * after:,d} per sequence, in float32"]
     return "\n".join(lines)

@@ -220,7 +220,7 @@ def ckpt(scratch, tmp_path_factory):
     """A checkpoint of two steps of training."""
     out = tmp_path_factory.mktemp("run")
     said = ran(train_script, *scratch, "--steps=2", f"--out_dir={out}")
-    assert re.search(r"loss \d\.\d{3} recall \d\.\d{3} of [24] pairs", said), said
+    assert re.search(r"loss \d\.\d{3} recall loss \d\.\d{3} \([24] pairs\)", said), said
     return f"{out}/ckpt.pt"
 
 
@@ -1663,8 +1663,9 @@ def test_counts_of_the_public_sizes(size, params, every, before, after, more):
     assert layers[:2] == [0, every]
     for init in ("preserve", "reinit"):
         _, report = expand(lm, layers, init=init)
-        assert f"{before} -> {after}" in describe(report) and more in describe(report)
-        assert abs(report["params_before"] / params - 1) < 0.03
+        grown = report["params_after"] - report["params_before"]
+        assert f"{before} -> {after}" in describe(report) and f"{grown:+,d}" in describe(report)
+        assert abs(report["params_before"] / params - 1) < 0.03 and f"{grown / 1e6:+.1f}M" == more
 
 
 # ---------------------------------------------------------------------------------------

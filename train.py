@@ -62,7 +62,7 @@ except ImportError:                     # Windows: no lock on out_dir, no peak o
     fcntl = resource = None
 
 from data import prepare, recall
-from data.report import print_report
+from data.report import ARMS, print_report
 from expand import INITS, check_choice, choose_layers, describe, expand
 from model import LM, SIZES, Config, load_checkpoint, map_state, save_checkpoint
 
@@ -777,7 +777,7 @@ class Log:
         speed = self.speed()
         text = f"loss {text_loss:.3f}"
         if run.options.recall_tokens:
-            text += f" recall {recall_loss:.3f} of {run.pairs} pairs"
+            text += f" recall loss {recall_loss:.3f} ({run.pairs} pairs)"
         text += f" {speed['tokens_per_s']:,} tokens/s"
         if "mfu" in speed:
             text += f" MFU {speed['mfu']:.0%}"
@@ -1139,9 +1139,10 @@ def recipe(options, processes, stop):
             larger, _ = expand(load_run(kept[0])[0], layers, **transplant)
             same_start(replace(options, name="statex"), load_run(kept[1])[1], larger)
         print_report(options.out_dir)
-        return print(f"These are the results of an earlier run in {options.out_dir}. Without its "
-                     "results.json the models are scored again, without statex.pt as well StateX "
-                     "is trained again; --overwrite trains all, as after a change of model.py")
+        return print(f"These are the results of an earlier run in {options.out_dir}. Remove its "
+                     "results.json to score the models again (as after a change of recall.py), "
+                     "statex.pt too to train StateX again; --overwrite trains all again (as after "
+                     "a change of model.py)")
     small = new_model(options, corpus.meta, processes)
     check_model(expand(small, layers, **transplant)[0], options, corpus.meta)   # before training
     tokenizer = prepare.load_tokenizer(corpus.meta["tokenizer"])
@@ -1151,9 +1152,8 @@ def recipe(options, processes, stop):
     recall.check_text(corpus.val, tokenizer, **sizes)
     lock = open_folder(options, processes)
     post = dict(seed=options.seed + 1, curriculum=0.0, lr=options.post_lr)     # new data
-    phases = {"pretrained": replace(options, name="pretrained", steps=options.pretrain_steps),
-              "lpt": replace(options, name="lpt", **post),
-              "statex": replace(options, name="statex", **post)}
+    phases = {name: replace(options, name=name, **post) for name in ARMS}
+    phases["pretrained"] = replace(options, name="pretrained", steps=options.pretrain_steps)
     steps = 0
     for of_phase in phases.values():                # a run of other options is refused here
         _, held = held_run(of_phase, corpus.meta)

@@ -435,15 +435,16 @@ def write_folder(config, tensors, folder):
         raise BadInput(f"{folder} exists; expected the name of a new folder")
     if config["block"] not in ("gla", "mamba2"):
         raise BadInput(f"no public format holds {config['block']}; keep the checkpoint")
-    safetensors = import_safetensors()
     config, tensors = uniform(config, tensors)
+    public = public_tensors(config, tensors)
+    safetensors = import_safetensors()
     temporary = temporary_folder(folder)
     try:
         begin, end = write_tokenizer(config["tokenizer"], temporary)
         with open(f"{temporary}/config.json", "w", encoding="utf-8") as file:
             json.dump(public_config(config, tensors, begin, end), file, indent=1)
-        safetensors.torch.save_file(public_tensors(config, tensors),
-                                    f"{temporary}/model.safetensors", metadata={"format": "pt"})
+        safetensors.torch.save_file(public, f"{temporary}/model.safetensors",
+                                    metadata={"format": "pt"})
         # safetensors 0.8 lets nobody but the owner read what it wrote
         shutil.copymode(f"{temporary}/config.json", f"{temporary}/model.safetensors")
         for name in os.listdir(temporary):

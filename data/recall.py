@@ -244,7 +244,8 @@ def sequences(task, rng, n, size, vocab_size, text, tokenizer):
     """n sequences of a made-up task -> idx, targets. For a task of your own: a case here, its
     chance and perhaps TEXT_ALONE above, its sizes in Sizes and Sizes.by_task, and if you like a
     name for its rows in data/report.py's TASKS; the picture has mqar alone. So has training:
-    train.py's recall_batch and `evaluate`."""
+    train.py's recall_batch and `evaluate`. (A finished recipe is scored anew where its
+    results.json was removed.)"""
     if task == "mqar":
         return mqar(rng, n, size, vocab_size)
     if task == "fewshot":
@@ -593,7 +594,8 @@ def main():
         contexts = [sizes["T"]]
     for length in contexts:
         needle.room(length, text)
-    print(f"{options.ckpt} on the held-out text of {options.data}; +- is one standard error")
+    print(f"{options.ckpt} on the held-out text of {options.data}; +- is one standard error, "
+          "(in brackets) chance")
     trained_on = trained.get("data", options.data)
     if os.path.realpath(trained_on) != os.path.realpath(options.data):
         print(f"(it was trained on {trained_on})")

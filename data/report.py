@@ -8,7 +8,8 @@ import json
 import math
 import statistics
 
-# In the table and the picture; an arm of your own in train.py's `recipe` goes here, too.
+# In the table and the picture; an arm of your own in train.py's `recipe` goes here, too, with a
+# color in COLORS.
 ARMS = {"pretrained": "pre-trained", "lpt": "LPT", "statex": "StateX"}
 COLORS = {"pretrained": "0.6", "lpt": "tab:blue", "statex": "tab:red"}
 TASKS = {"mqar": "of {} pairs recalled", "fewshot": "few-shot, right after {}"}
@@ -32,7 +33,7 @@ def print_report(folder):
                 print(f"{folder}/results.json has no arm {arm}; without that file the recipe "
                       "trains what is missing")
         print(f"\n{table(results)}\n\n{closing(results)}\n")
-        print(f"{folder}/results.json{picture(results, f'{folder}/recipe.png')}")
+        print(f"{folder}/results.json{picture(results, folder)}")
     except BadInput:                            # the picture cannot be written
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
@@ -115,13 +116,13 @@ def closing(results):
             f"model.){remark}")
 
 
-def picture(results, path):
-    """Recall by the number of pairs, and held-out text over post-training. Returns what to
-    print of it."""
+def picture(results, folder):
+    """folder/recipe.png: recall by the number of pairs, and held-out text over post-training.
+    Returns what to print of it."""
     try:
         import matplotlib
     except ImportError:
-        return "   (no picture: pip install matplotlib, then python train.py --plot=FOLDER)"
+        return f"   (no picture: pip install matplotlib, then python train.py --plot={folder})"
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
@@ -140,15 +141,18 @@ def picture(results, path):
              ylabel="accuracy", ylim=(0, 1.02))
     left.set_xticks(range(len(sizes)), sizes)
     left.legend(fontsize=8)
-    for arm in ("lpt", "statex"):
+    for arm, label in ARMS.items():
+        if arm == "pretrained" or arm not in results:
+            continue
         seen = [tokens / 1e6 for tokens, _, _ in results[arm]["evaluations"]]
         losses = [text for _, text, _ in results[arm]["evaluations"]]
-        right.plot(seen, losses, color=COLORS[arm], marker="o", ms=4, label=ARMS[arm])
+        right.plot(seen, losses, color=COLORS.get(arm), marker="o", ms=4, label=label)
     right.axhline(results["pretrained"]["val_loss"], color=COLORS["pretrained"],
                   label="pre-trained")
     right.set(title="held-out text", xlabel="post-training tokens, millions",
               ylabel="nats per token")
     right.legend(fontsize=8)
+    path = f"{folder}/recipe.png"
     write_file(path, lambda file: figure.savefig(file, dpi=150))
     plt.close(figure)
     return f" and {path}"
