@@ -171,7 +171,7 @@ MAX_EXPONENT = 30.0
 
 
 def chunks(x, G, L):
-    """x (B,T,H,D) -> (B,G,n,heads,L,D): n chunks, heads = H / G (of keys 1). Zeros fill
+    """x (B,T,H,D) -> (B,G,n,heads,L,D): n chunks, heads = H / G (keys: 1). Zeros fill
     the last chunk: k = v = g = 0 leaves the state alone."""
     x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % L))
     x = x.unflatten(2, (G, -1)).transpose(1, 2)  # (B,G,n L,heads,D)
@@ -181,11 +181,6 @@ def chunks(x, G, L):
 def halves(x):
     """The left and the right blocks of all pairs of neighbours, x (B,G,blocks,...)."""
     return x.unflatten(2, (-1, 2)).unbind(3)
-
-
-def merge(x):
-    """x (B,G,blocks,heads,tokens,D) with neighbouring blocks as one."""
-    return x.unflatten(2, (-1, 2)).transpose(3, 4).flatten(4, 5)
 
 
 def gla_chunked(q, k, v, g, scale, state):
@@ -269,7 +264,8 @@ def gla_inside_steep(q, k, v, g):
         o = torch.cat((o0, o1 + scores.view(*o1.shape[:-1], -1) @ v0), dim=-2)
         upto = torch.cat((upto0, upto1 + upto0[..., -1:, :]), dim=-2)
         after = torch.cat((after0 + upto1[..., -1:, :], after1), dim=-2)
-        q, k, v = merge(q), merge(k), merge(v)
+        # neighbouring blocks as one
+        q, k, v = (x.unflatten(2, (-1, 2)).transpose(3, 4).flatten(4, 5) for x in (q, k, v))
     decay = upto.squeeze(3)[..., -1, :, None].exp()
     return o, q * upto.exp(), (k * after.exp()).squeeze(3), decay
 
@@ -361,19 +357,19 @@ def broadcast(op, **tensors):
                 raise misfit(name, f", {letter} = {known} as {source}")
             if known == 1:
                 sizes[letter] = (size, name)
-    G, keys = sizes["G"]
-    H, queries = sizes["H"]
+    G, of_G = sizes["G"]
+    H, of_H = sizes["H"]
     if H == 1:
         H = G
     if H % G:
-        raise misfit(keys, f", G a divisor of the {H} heads of {queries}")
+        raise misfit(of_G, f", G a divisor of the {H} heads of {of_H}")
     if "gates" in layouts:
         f = H // G
         if sizes["f"][0] != f:
             raise misfit("gates", f", f = H / G = {f}")
-        W, wide = sizes["W"]
+        W, of_W = sizes["W"]
         if W != f * sizes["K"][0]:
-            raise misfit(wide, f", W = f K = {f * sizes['K'][0]} as gates of {f} heads")
+            raise misfit(of_W, f", W = f K = {f * sizes['K'][0]} as gates of {f} heads")
     final = {letter: size for letter, (size, _) in sizes.items()} | {"H": H}
     for name, layout in layouts.items():
         shape = tuple(final[letter] for letter in layout)
@@ -431,8 +427,8 @@ def triton_supports(device):
 @functools.cache
 def capability(device):
     """(major, minor) of a GPU. Warns, once, on Hopper (9.x), where Triton before 3.9 may
-    make wrong code: see waited_for. That of our kernels, as Triton 3.6 makes them, is
-    right (data/results/README.md)."""
+    make wrong code: see waited_for. Of these kernels Triton 3.6 makes right code
+    (data/results/README.md)."""
     found = torch.cuda.get_device_capability(device)
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if found[0] == 9 and version < (3, 9):
@@ -484,7 +480,7 @@ FORGOTTEN_32 = constexpr(-200.0)
 
 @triton.jit
 def split(number, size):
-    """inner and outer of number = inner + size * outer (divmod has them the other way)."""
+    """inner, outer of number = inner + size * outer (divmod gives outer first)."""
     return number % size, number // size
 
 
@@ -596,10 +592,10 @@ def ssd_first(
 # with d_state 512 from 2.9 to 2.0 GB in the same 4.8 ms; both scans of gla-1.3b with one
 # head took 2.36 ms in tiles of 128 x 256, 0.95 in those of 64 x 128.
 #
-# In the kernels every head of gla has K channels of keys of its own: gla_triton copies
-# shared keys, or with gates cuts a group's f K channels into f heads (without gates f is
-# 1), and gla_mix_scores then mixes the scores of a group's heads. Kernels of states see
-# the same memory as (B,T,G,W), W = f K and G = H / f (HX of the scan).
+# In gla's kernels every head has keys of its own, of K channels: gla_triton copies shared
+# keys; with gates it cuts a group's f K channels into f heads, whose scores
+# gla_mix_scores mixes. Kernels of states see the same memory as (B,T,G,W), W = f K and
+# G = H / f (HX of the scan); without gates f is 1 and G is H.
 #
 # In brackets: with gates only, or where N > READ_APART.
 #
@@ -616,7 +612,7 @@ def ssd_first(
 #   queries and keys   gla_grad_queries_keys         ssd_grad_queries_keys
 #   decays             gla_grad_decays, then STEEP   ssd_grad_decays
 #
-# The chunk kernels (all but step_state) mask neither tokens nor channels: callers pad T
+# Kernels of chunks (those that take n) mask neither tokens nor channels: callers pad T
 # to whole chunks (as in gla_chunked, for ssd with dt = 0) and channels to whole tiles.
 # Their names (in shapes B is the batch):
 #
@@ -634,8 +630,9 @@ def ssd_first(
 #   upto (c, cum)     sum of g from the start of a chunk or block up to a token
 #   key_cum           upto - log dt (ssd): in place of a key's upto it multiplies the
 #                     decays from that key by its dt
-#   after             sum of g after a token to the end
-#                     All three are in bits (log2, exp2), though formulas write exp.
+#   after             sum of g after a token to the chunk's or block's end
+#                     All these, and decays, are in bits (log2, exp2), though formulas
+#                     write exp.
 #   q_start, k_end    q exp(upto), k exp(after): what meets the states around a chunk
 #   q_seam, k_seam    the same of one block, where a chunk's two blocks meet: of the
 #                     second one's queries, of the first one's keys
@@ -670,8 +667,8 @@ def split3(number, H, n, blocks: constexpr = 1):
 
 @triton.jit
 def log2_decay(g):
-    """log2(exp(g)): the GPU's exponential is exp2."""
-    return tl.maximum(g, FORGOTTEN_32) * LOG2E
+    """log2(exp(g)): the GPU's exponential is exp2. A NaN stays one."""
+    return tl.maximum(g, FORGOTTEN_32, tl.PropagateNan.ALL) * LOG2E
 
 
 @triton.jit
@@ -680,8 +677,8 @@ def waited_for(x):
     -0.0 + 0.0 is 0.0). The first wait of ssd_outputs is for speed. Loops need it where
     the next turn may begin while a product still reads
 
-    - a tile that registers read, too: Triton's pipeliner counts too few buffers for it,
-      and the next fetch may write over it (triton-lang/triton issue 6691);
+    - a tile that registers read, too: Triton's pipeliner has too few buffers for it, and
+      the next fetch may write over it (triton-lang/triton issue 6691);
     - registers, as its left factor: ptxas before 13.3 gives them to others (issue 9433;
       Triton 3.9 brings 13.4).
 
@@ -733,9 +730,9 @@ def load_decay(decay_ptr, chunk, k, DECAYS: constexpr):
     return decay
 
 
-# What scan_states adds up. Tiles go from memory straight into the product, where q_start
-# meets no gate: so in reverse registers hold dS / gate, and what is stored is multiplied
-# by the gate (if any) with which the head reads the tile's channels.
+# What scan_states adds up. Tiles go from memory straight into the product, q_start without
+# its gate: so in reverse registers hold dS / gate, and what is stored is multiplied by the
+# gate (if any) with which the head reads the tile's channels.
 #
 #                  x        y   weight         S
 #     gla          k_end    v   None           W x V
@@ -790,7 +787,7 @@ def scan_states(
         if step % PIECES == 0:
             tl.store(states_ptr + chunk * W * V + mine, state * gate)
             state *= tl.exp2(decay)
-        token = (batch * n * L + piece * BT).to(tl.int32)  # what a table takes
+        token = (batch * n * L + piece * BT).to(tl.int32)  # tables take 32 bits
         x = x_table.load([token, x_column])  # (BT,BK)
         y = y_table.load([token, y_column])
         # The next chunk's decay, already now: Triton itself fetches ahead only factors of
@@ -980,8 +977,8 @@ def pad(x, multiples):
 
 
 def chunk_lengths(T, R, large):
-    """L and R: tokens of a chunk, and of its blocks; R is the most that a block has. Chunks
-    are longer where states are large, which halves what is kept of them."""
+    """L and R: tokens of a chunk, and of its blocks, of R at most. Chunks are longer where
+    states are large, which halves what is kept of them."""
     if T <= 32:
         L = power_of_two(T, 16)
         return L, L
@@ -997,10 +994,6 @@ def needs_grad(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-# The arguments of operators that are numbers. All others are tensors or None.
-TYPES = {"scale": "float", "L": "int", "R": "int"}
-
-
 def operator(results):
     """Makes the generator `steps` a PyTorch operator, into which torch.compile does not
     look. It allocates its results, that many tensors, yields them, and goes on to fill
@@ -1008,7 +1001,8 @@ def operator(results):
     is the same function without PyTorch's dispatcher, which takes long."""
     def make(steps):
         names = inspect.signature(steps).parameters
-        arguments = ", ".join(f"{TYPES.get(name, 'Tensor?')} {name}" for name in names)
+        numbers = {"scale": "float", "L": "int", "R": "int"}
+        arguments = ", ".join(f"{numbers.get(name, 'Tensor?')} {name}" for name in names)
         schema = f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
 
         def call(*arguments):
@@ -1045,14 +1039,15 @@ def one_step(kernel, q, k, v, state, BK, BV, scale=1.0, g=None, dt=None, A=None,
 def differentiable(forward_operator, backward_operator):
     """Two operators as one differentiable function: as they are for torch.compile, else
     plain. The first takes tensors (or None), then numbers. The second takes the tensors,
-    all results but the first two, the gradients of those two (or None), and the numbers.
+    all results but the first two, the gradients of those (or None), and the numbers.
     It makes the gradients of the tensors in turn, empty where there is none."""
     def save(ctx, inputs, output):
         tensors = [x for x in inputs if x is None or isinstance(x, torch.Tensor)]
         ctx.numbers = inputs[len(tensors):]
         ctx.inputs = len(inputs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output[2:])
+        kept = output[2:] if isinstance(output, tuple) else ()
+        ctx.save_for_backward(*tensors, *kept)
 
     def chain(backward, ctx, *gradients):
         saved = ctx.saved_tensors
@@ -1080,8 +1075,8 @@ def differentiable(forward_operator, backward_operator):
             return chain(backward_operator if again else backward_operator.plain, ctx, *gradients)
 
     def call(*inputs):
-        run = forward_operator if torch.compiler.is_compiling() else Plain.apply
-        return run(*inputs)
+        function = forward_operator if torch.compiler.is_compiling() else Plain.apply
+        return function(*inputs)
     return call
 
 
@@ -1104,7 +1099,7 @@ def is_steep(decay_ptr, K: constexpr, BK: constexpr, DOT: constexpr):
 
 @triton.jit
 def decays_of_part(g, bit, DOT: constexpr):
-    """exp(upto) and exp(after) of g (R,BK), of every row in its part of 2^bit rows."""
+    """exp(upto) and exp(after) of g's rows (R,BK), each inside its part of 2^bit rows."""
     i = tl.arange(0, g.shape[0])[:, None]
     j = tl.arange(0, g.shape[0])[None, :]
     same = (i ^ j) >> bit == 0
@@ -1170,8 +1165,7 @@ def gla_scores(
         at = i[:, None] * (H * K) + channel[None, :]
         q = tl.load(q_ptr + at).to(tl.float32) * scale
         k = tl.load(k_ptr + at).to(tl.float32)
-        g = tl.load(g_ptr + at)  # as log2_decay, but a NaN stays one
-        g = tl.maximum(g, FORGOTTEN_32, tl.PropagateNan.ALL) * LOG2E
+        g = log2_decay(tl.load(g_ptr + at))
         diagonal += tl.sum(q * k, axis=1)
 
         total = tl.sum(g, axis=0)
@@ -1267,8 +1261,9 @@ def gla_scores_across(
     q_start_ptr += (second_token * H + head) * K
     k_end_ptr += (first_token * H + head) * K
     scores_ptr += (second_token * H + head) * L
-    block_decay_ptr += ((batch * H + head) * n + chunk) * 2 * K
-    decay_ptr += ((batch * H + head) * n + chunk) * K
+    of_chunk = ((batch * H + head) * n + chunk) * K
+    block_decay_ptr += 2 * of_chunk
+    decay_ptr += of_chunk
 
     scores = tl.zeros((R, R), tl.float32)
     for k0 in range(0, K, BK):
@@ -1518,7 +1513,7 @@ def through_states(
         dk = tl.dot(v, tl.trans(ds), dk, input_precision=DOT)
         # never in a branch: of that ptxas 12.8 made wrong code (data/results/README.md)
         state_pairs += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
-        dk = waited_for(dk)  # products end in turn: so dq's has, too
+        dk = waited_for(dk)  # and so for dq: products end in turn
     return dq, dk, state_pairs
 
 
@@ -1613,7 +1608,7 @@ def meet(q, k, to_q, to_k, grad_scores, pairs, DOT: constexpr):
     """dq and dk from the gradient of the scores (q to_q) (k to_k)^T: to_q and to_k decay
     them to where they meet. pairs: each pair's score x gradient, added at its query's row
     and taken off at its key's. In the sum of rows from t on, pairs of j >= t have to cancel:
-    so q dq and k dk have q and k as rounded in the products."""
+    so q dq and k dk take q and k as rounded for the products."""
     k = k * to_k
     q = q * to_q
     if DOT is None:
@@ -1664,7 +1659,7 @@ def within_block(
 def spanning(pairs, writes, earlier, STEEP: constexpr, DOT: constexpr):
     """For every row t the sum of pairs (R,BK) from t on and of writes before t. A running
     sum less its last term would drown what is small, so that of earlier rows is a product.
-    In bfloat16, where no decay is steep, the sum from t on is that of all rows less that
+    In bfloat16, unless STEEP, the sum from t on is that of all rows less that
     of earlier ones, exact to 2^-16 of the largest."""
     if STEEP or DOT is not None:
         return tl.cumsum(pairs, 0, reverse=True) + sum_rows(earlier, writes, DOT)
@@ -1793,7 +1788,7 @@ def gla_launches(H, f, K, V, L, R, dtype, heads, whole=False):
 @operator(results=11)
 def gla_forward(q, k, v, g, gates, state, scale, L, R):
     """q, k, g (B,T,H,K): every head has keys of its own. T is a multiple of L; K and V
-    multiples of 128, or powers of two from 16. No seams where a chunk is one block."""
+    multiples of 128, or powers of two from 16. q_seam and k_seam are empty where L = R."""
     B, T, H, K = q.shape
     V = v.shape[3]
     f = 1 if gates is None else gates.shape[1]
@@ -1864,9 +1859,9 @@ def gla_backward(q, k, v, g, gates, state, q_start, k_end, q_seam, k_seam, block
     launches.grad_scores(B * H * n * (L // R) ** 2, do, v, grad_scores, diagonal, n=n)
     dgates_reading = None
     if gates is not None:
-        tile = launches.grad_queries_keys.options["BK"]
+        BK = launches.grad_queries_keys.options["BK"]
         dgates_mixing = g.new_empty(B * T // MIX_TOKENS, *gates.shape)
-        dgates_reading = g.new_empty(B * T // R, H // f, f, K // tile, f)
+        dgates_reading = g.new_empty(B * T // R, H // f, f, K // BK, f)
         launches.grad_mix_scores(
             B * H // f * T // MIX_TOKENS, scores, gates, grad_scores, diagonal, dgates_mixing,
             n=n)
@@ -2089,7 +2084,7 @@ def ssd_grad_values(
 ):
     """With v = dt x: dv_j = exp(after_j) dS B_j
            + sum over i >= j of scores_ij exp(cum_i - cum_j) dy_i; dx = dt dv + D dy.
-    dx and grad_read may be one. One program owns R keys of one chunk of one head."""
+    dx may be grad_read. One program owns R keys of one chunk of one head."""
     head, block, batch = split3(tl.program_id(0), H, n, L // R)
     block, chunk = split(block, L // R)
     group = head // (H // G)
@@ -2296,30 +2291,30 @@ def ssd_grad_decays(
     owns one chunk of one head."""
     head, chunk, batch = split3(tl.program_id(0), H, n)
     i = tl.arange(0, L)
-    T = n * L
-    mine = (batch * H + head) * T + chunk * L + i
-    all_heads = heads.to(tl.int64) * T
+    of_chunk = (batch * H + head) * n + chunk
+    mine = of_chunk * L + i
+    all_chunks = heads.to(tl.int64) * n
 
     pairs = tl.zeros((L,), pairs_ptr.dtype.element_ty)
     for block in range(L // R):
-        pairs += tl.load(pairs_ptr + block * all_heads + mine)
+        pairs += tl.load(pairs_ptr + block * all_chunks * L + mine)
     for part in range(READS):
-        pairs += tl.load(reads_ptr + part * all_heads + mine)
+        pairs += tl.load(reads_ptr + part * all_chunks * L + mine)
     around = 0.0
     for part in range(PARTS):
-        around += tl.load(state_pairs_ptr + (part * heads + batch * H + head) * n + chunk)
-    around *= tl.exp2(tl.load(decay_ptr + (batch * H + head) * n + chunk))
+        around += tl.load(state_pairs_ptr + part * all_chunks + of_chunk)
+    around *= tl.exp2(tl.load(decay_ptr + of_chunk))
     earlier_writes = tl.cumsum(tl.load(writes_ptr + mine - 1, i > 0, 0.0), 0)
     dg = tl.cumsum(pairs, 0, reverse=True) + earlier_writes + around
 
-    token = batch * T + chunk * L + i
+    token = (batch * n + chunk) * L + i
     dt = tl.load(dt_ptr + token * H + head)
     A = load_A(A_ptr, head, H)
     dg = tl.where(dt * A > FORGOTTEN_32, dg, 0.0)
     if first_ptr is not None:
         dg = tl.where(tl.load(first_ptr + token) != 0, 0.0, dg)
     tl.store(ddt_ptr + token * H + head, tl.load(ddt_of_x_ptr + mine) + dg * A)
-    tl.store(dA_ptr + (batch * H + head) * n + chunk, tl.sum(dg * dt, axis=0))
+    tl.store(dA_ptr + of_chunk, tl.sum(dg * dt, axis=0))
 
 
 @functools.cache
@@ -2624,6 +2619,7 @@ def conv_backward(x, weight, bias, document, dy):
     dweight = torch.empty_like(weight)
     dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
     yield dx, dweight, dbias
+    dy = x.new_zeros(x.shape) if dy is None else rows_apart(dy)
     taps = weight.shape[1]
     BT, BD = conv_tile(x)
     columns = -(-D // BD)
@@ -2644,15 +2640,7 @@ def conv_backward(x, weight, bias, document, dy):
         dbias.copy_(dbiases.sum(0))
 
 
-def conv_chain(ctx, dy):
-    saved = ctx.saved_tensors
-    dx, dweight, dbias = conv_backward(*saved, rows_apart(dy))
-    return dx, dweight, None if saved[2] is None else dbias, None
-
-
-# not by `differentiable`: that is of two results and more
-conv_forward.register_autograd(
-    conv_chain, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+conv_kernels = differentiable(conv_forward, conv_backward)
 
 
 def rows_apart(x):
@@ -2698,7 +2686,7 @@ def short_conv(x, weight, bias=None, document=None):
                            f"{expected} for x of shape {tuple(x.shape)}")
     bias = None if bias is None else bias.contiguous()
     document = None if document is None else document.long().contiguous()
-    return conv_forward(rows_apart(x), weight[:, 0].contiguous(), bias, document)
+    return conv_kernels(rows_apart(x), weight[:, 0].contiguous(), bias, document)
 
 
 # --------------------------------------------------------------------------------------
