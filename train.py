@@ -135,7 +135,7 @@ class Options:
     steps: int = option(800, "optimizer steps; in the recipe, of each arm")
     lr: float = option(1e-2, "highest learning rate; in the recipe, of pre-training")
     warmup: int = option(50, "steps of linear warm-up")
-    weight_decay: float = option(0.1, "of matrices")
+    weight_decay: float = option(0.1, "of all but vectors and gates")
     beta1: float = option(0.9, "of AdamW")
     beta2: float = option(0.95, "of AdamW")
     clip: float = option(1.0, "largest norm of the gradient")

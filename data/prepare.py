@@ -8,8 +8,9 @@
 
 A folder of token files holds train.bin and val.bin (token ids one after another, uint16, or
 uint32 for a vocabulary of more than 65,536) and meta.json (tokenizer, counts, sha256 of all
-ids). Each document ends with the end-of-text token. The pinned packages give the same files on
-every machine; data/packages-larger.txt is a second list (--packages=LIST,LIST).
+ids). Each document ends with the end-of-text token, where it is cut in both files. The pinned
+packages give the same files on every machine; data/packages-larger.txt is a second list
+(--packages=LIST,LIST).
 
 About a twentieth is held out: every 20th document, whole. A file longer than a tenth of
 all text gives its own last twentieth instead, and so do all where there are fewer than
@@ -526,12 +527,15 @@ def write_tokens(documents, folder, encoder, max_tokens):
                                f"{encoder.n_vocab}; choose another one")
             ids = ids.astype(dtype)
             cut = len(ids) - int(share * len(ids))
-            ids[:cut].tofile(train)
-            ids[cut:].tofile(val)
-            digest.update(ids.tobytes())
+            to_train, to_val = ids[:cut], ids[cut:]
+            if 0 < cut < len(ids):                      # here, too, the document ends
+                to_train = np.append(to_train, ids[-1])
+            to_train.tofile(train)
+            to_val.tofile(val)
+            digest.update(to_train.tobytes() + to_val.tobytes())
             n_documents += 1
-            n_train += cut
-            n_val += len(ids) - cut
+            n_train += len(to_train)
+            n_val += len(to_val)
             if n_train >= max_tokens:
                 break
         flush(train)

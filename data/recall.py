@@ -9,9 +9,11 @@ targets, both (n, T) int64: targets[i, t] is the token expected after idx[i, :t 
 -100 where nothing is asked.
 
     mqar      multi-query associative recall (Arora et al., arXiv 2312.04927): key-value
-              pairs, then every key again. Chance: 1 / pairs, any value that was shown.
+              pairs, then every key again. Chance: 1 / pairs, any value that was shown;
+              any that was not asked for yet: (1 + 1/2 + ... + 1/pairs) / pairs, 0.127 of
+              32, without knowing a single pair.
     fewshot   a fresh random map from 8 tokens to 4 labels, shown `shots` times, then
-              asked. Chance: 1 / 4.
+              asked. Chance: 1 / 4; always the label that was shown most often: 0.44.
     passkey   5 digits on one line of real text, asked for at its end (Mohtashami and
               Jaggi, arXiv 2305.16300). Right if all five are. Chance: 1e-5.
 

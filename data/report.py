@@ -42,16 +42,46 @@ def print_report(folder):
                        "scores its models again") from e
 
 
+def t_within(t, df):
+    """The probability that Student's t with df degrees of freedom is within -t and t
+    (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    odd = df % 2
+    angle = math.atan(t / math.sqrt(df))
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for i in range(2 + odd, df + 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (i - 1) / i
+    series = math.sin(angle) * total
+    return 2 / math.pi * (angle + series) if odd else series
+
+
+def t_quantile(df, level=0.95):
+    """How many standard errors an interval of this level has on either side."""
+    low, high = 0.0, 1e4
+    for _ in range(100):
+        middle = (low + high) / 2
+        if t_within(middle, df) < level:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def interval(values):
+    """-> (mean, half of the 95 % interval by Student's t); the half is NaN for one value."""
+    if len(values) < 2:
+        return statistics.mean(values), math.nan
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), t_quantile(len(values) - 1) * error
+
+
 def difference(results, task, size=None):
-    """StateX - LPT on the same sequences of a task and size, or windows of "text", as
-    (mean, half of the 95 % interval); the half is NaN for one sequence."""
+    """StateX - LPT on the same sequences of a task and size, or windows of "text": see interval."""
     samples = [results[arm]["samples"][task] for arm in ("statex", "lpt")]
     if size is not None:
         samples = [of_task[size] for of_task in samples]
-    more = [a - b for a, b in zip(*samples, strict=True)]
-    if len(more) < 2:
-        return statistics.mean(more), math.nan
-    return statistics.mean(more), 1.96 * statistics.stdev(more) / math.sqrt(len(more))
+    return interval([a - b for a, b in zip(*samples, strict=True)])
 
 
 def with_error(mean, half, digits=3):
@@ -131,8 +161,8 @@ def picture(results, folder):
         if arm not in results:
             continue
         scores = [results[arm]["recall"]["mqar"][size] for size in sizes]
-        errors = [results[arm]["recall_se"]["mqar"][size] for size in sizes]
-        bars = [0 if error is None else 1.96 * error for error in errors]   # None: of one sequence
+        halves = [interval(results[arm]["samples"]["mqar"][size])[1] for size in sizes]
+        bars = [0 if math.isnan(half) else half for half in halves]         # of one sequence
         left.errorbar(range(len(sizes)), scores, bars, color=COLORS.get(arm), marker="o", ms=4,
                       capsize=3, label=label)
     chance = [results["lpt"]["chance"]["mqar"][size] for size in sizes]

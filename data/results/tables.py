@@ -29,6 +29,8 @@ import re
 import statistics
 from dataclasses import dataclass
 
+from data.report import interval, t_within
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 FAMILIES = {"gla": "GLA", "mamba2": "Mamba2"}
 PRIMARY = "preserve-x16"
@@ -38,40 +40,6 @@ BEST_RATE = 4e-3        # LPT's, by its loss on rare repeats, of those that all 
 
 # ----------------------------------------------------------------------------------------
 # statistics
-
-
-def t_within(t, df):
-    """The probability that Student's t with df degrees of freedom is within -t and t
-    (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    odd = df % 2
-    angle = math.atan(t / math.sqrt(df))
-    term = math.cos(angle) if odd else 1.0
-    total = 0.0
-    for i in range(2 + odd, df + 1, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * (i - 1) / i
-    series = math.sin(angle) * total
-    return 2 / math.pi * (angle + series) if odd else series
-
-
-def t_quantile(df, level=0.95):
-    """How many standard errors an interval of this level has on either side."""
-    low, high = 0.0, 1e4
-    for _ in range(100):
-        middle = (low + high) / 2
-        if t_within(middle, df) < level:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def interval(values):
-    """-> (mean, half of the 95 % interval); the half is NaN for one value."""
-    if len(values) < 2:
-        return statistics.mean(values), math.nan
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values), t_quantile(len(values) - 1) * error
 
 
 def p_value(values):
