@@ -2238,6 +2238,7 @@ def test_bad_options_of_the_harness(lm_eval, tmp_path):
 # data/prepare.py
 
 FOX = "the quick brown fox jumps over the lazy dog. "
+END = "<|endoftext|>"                       # of a document; where it is cut, in both files
 
 
 def prepared(*args):
@@ -2254,8 +2255,7 @@ def test_a_twentieth_is_held_out(tmp_path):
     """Of one file its end, of many every 20th; one huge file among small ones is neither all
     held out nor all trained on."""
     train, val = prepared(fill(tmp_path, {"a.txt": FOX * 400}) / "a.txt", tmp_path / "one")
-    end = "<|endoftext|>"                   # of a document, in both files
-    assert train.endswith(end) and train.removesuffix(end) + val == FOX * 400 + end
+    assert train.endswith(END) and train.removesuffix(END) + val == FOX * 400 + END
     train, val, meta = prepare.load_corpus(tmp_path / "one")
     assert meta["sha256"] == hashlib.sha256(train.tobytes() + val.tobytes()).hexdigest()
     assert 0.04 < len(val) / (len(train) + len(val)) < 0.06
@@ -2389,7 +2389,8 @@ def test_hugging_face_ids_may_have_gaps(step, dtype, tmp_path):
     name = save_hf(tmp_path / "hf", step, eos_token="</s>")
     train, val, meta = corpus_of_letters(tmp_path, name)
     assert max(train.max(), val.max()) < meta["vocab_size"] == 10 * step + 1
-    assert meta["dtype"] == dtype and val[-1] == meta["end_of_text"] == 1 and 1 not in train
+    assert meta["dtype"] == dtype and meta["end_of_text"] == 1
+    assert train[-1] == val[-1] == 1 and 1 not in train[:-1]
 
 
 def test_hugging_face_tokenizers_that_cannot_be_used(tmp_path):
@@ -2501,7 +2502,7 @@ def test_a_bpe_learned_from_your_own_text(tmp_path, monkeypatch):
     bpe = f"{tmp_path}/mine.tiktoken"
     train, val = prepared(fill(tmp_path, {"a.txt": words}) / "a.txt", f"--train_bpe={bpe}",
                           tmp_path / "out")
-    assert (train + val).startswith(words)
+    assert train.removesuffix(END) + val == words + END
     meta = prepare.load_corpus(tmp_path / "out").meta
     assert meta["tokenizer"] == bpe and meta["train_tokens"] + meta["val_tokens"] < 3000 * 10
     monkeypatch.chdir(tmp_path)                         # found from other folders, too
@@ -2510,7 +2511,7 @@ def test_a_bpe_learned_from_your_own_text(tmp_path, monkeypatch):
     fill(tmp_path / "own", {"a.txt": words})            # what it makes is no text of yours
     for option in ("--train_bpe", "--tokenizer"):
         train, val = prepared("own", f"{option}=own/its.tiktoken", tmp_path / "own/out")
-        assert train + val == words + "<|endoftext|>"
+        assert train.removesuffix(END) + val == words + END
     fill(tmp_path / "other", {"a.txt": words})
     name = save_hf(tmp_path / "other/its", letters=sorted(set(words)), eos_token="</s>")
     assert "1 documents" in ran(prepare, "other", f"--tokenizer={name}", f"--out={tmp_path}/out")
