@@ -29,8 +29,8 @@ in `plan_gla` (where keys are shared, gates start as the identity) or `plan_mamb
 of B and C: `plan_rows`), (4) a case in `make` if that is a new way, and (5) `check`, if
 it takes --noise, --paper or --same_state, options that train.py has not (noise goes to
 all that is tiled). `python train.py --init=NAME --out_dir=out/NAME` runs it, for Mamba2
-with --block=mamba2; where pretrained.pt and lpt.pt of an earlier recipe with the same
-other options were copied to out/NAME, it trains StateX alone.
+with --block=mamba2. Copy pretrained.pt and lpt.pt of a recipe with otherwise equal
+options to out/NAME first, and it trains StateX alone.
 
     python expand.py --ckpt=out/recipe-gla/pretrained.pt --every=1 --out=out/expanded.pt
     python expand.py --ckpt=gla-1.3b --every=6 --dry-run    the report for a public size

@@ -856,9 +856,12 @@ def build(config, weights, path):
     if unknown:
         raise BadInput(f"{path} has options that this version does not know: "
                        f"{', '.join(sorted(map(str, unknown)))}")
-    config = Config(**config)
-    with torch.device("meta"):
-        lm = LM(config)
+    try:
+        config = Config(**config)
+        with torch.device("meta"):
+            lm = LM(config)
+    except (TypeError, OverflowError, RuntimeError) as e:
+        raise BadInput(f"{path} has sizes of which no model can be made: {one_line(e)}") from e
     if config.tie_embeddings and "embeddings.weight" in weights:
         weights["lm_head.weight"] = weights["embeddings.weight"]
     try:

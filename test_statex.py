@@ -1883,6 +1883,7 @@ def test_broken_folders(tmp_path, monkeypatch):
             (tensors | {name: torch.ones(32, dtype=torch.int8)}, "is of torch.int8"),
             (tensors | {"layers.1.attn_norm.weight": torch.ones(32)}, "twice"),
             ({"model": Runs(tmp_path / "run")}, "UnpicklingError"),
+            (tensors | {3: torch.ones(2)}, "3 is no tensor"),
             ({"model": tensors}, "model is no tensor"))):
         write_weights(tmp_path / f"{i}", config, weights)
         with raises_one_line(says):
@@ -1901,6 +1902,10 @@ def test_broken_folders(tmp_path, monkeypatch):
         public.read_folder(fill(tmp_path / "empty", {"config.json": json.dumps(config)}))
     with raises_one_line("no file or folder"):
         public.read_folder(tmp_path / "nothing")
+    for i, more in enumerate(({"hidden_size": 10**30}, {"num_hidden_layers": 10**30})):
+        write_weights(tmp_path / f"large{i}", config | more, tensors)
+        with raises_one_line("of which no model can be made"):
+            LM.from_pretrained(tmp_path / f"large{i}")
 
 
 @pytest.mark.parametrize("changes", (
@@ -1951,6 +1956,8 @@ def test_key_channels_survive_the_ratio(d_model, d_k):
                expand_v=4.01 / d_model, conv_size=0)
     config, tensors = public.uniform(asdict(lm.config), lm.state_dict())
     assert Config(**config).d_k == 4 * d_k == len(tensors["layers.0.attn.q_proj.weight"])
+    # fla wants whole products
+    assert config["expand_k"] * d_model == 4 * d_k and config["expand_v"] * d_model == 4
     assert Config("gla", 61, 1, 1000, n_head=1, expand_k=0.57).d_k == 570      # as a float: 569.99
 
 
@@ -2004,6 +2011,14 @@ def test_what_cannot_be_written(tmp_path):
     for lm in (small("mamba2"), code_lm("mamba2")):             # the latter has a tokenizer
         with full_disk(5000), raises_one_line("cannot write"):
             model_script.export(lm, tmp_path / "y")
+    twins = small("mamba2")                                     # two layers, one tensor
+    twins.layers[1].mixer.out_proj.weight = twins.layers[0].mixer.out_proj.weight
+    with raises_one_line("tensors with memory of their own"):
+        model_script.export(twins, tmp_path / "y")
+    untied = small("mamba2", tie_embeddings=True)
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight + 1)
+    with raises_one_line("is not the embeddings"):
+        model_script.export(untied, tmp_path / "y")
     model_script.export(small("mamba2"), tmp_path / "empty")
     assert sorted(os.listdir(tmp_path / "empty")) == ["config.json", "model.safetensors"]
     assert sorted(os.listdir(tmp_path)) == ["empty", "file", "full"]
@@ -2284,9 +2299,15 @@ def test_which_files_of_a_folder_are_read(tmp_path, monkeypatch):
     assert "secret" not in "".join(prepared(folder, tmp_path / "out"))
     train, _ = prepared(folder, "--ext=.md,.rst", tmp_path / "out")
     assert "markdown" in train and "restructured\n" in train and "1,2" not in train
+    fill(tmp_path / "linked", {"l.md": b"\xef\xbb\xbflinked " * 2000})
+    (folder / "b/link").symlink_to(tmp_path / "linked")
+    (folder / "b/loop").symlink_to(folder)
+    train, _ = prepared(folder, "--ext=md", tmp_path / "out")
+    assert "linked" in train and train.count("markdown") < 900
+    assert not train.startswith("\ufeff") and "\ufefflinked" in train     # of the file's start
     os.rename(folder / "b", folder / "code4096")        # a name as the tokenizer's
     monkeypatch.chdir(folder)
-    assert "3 documents" in ran(prepare, ".", f"--out={tmp_path}/out")
+    assert "4 documents" in ran(prepare, ".", f"--out={tmp_path}/out")
     refused(prepare, folder, "--ext=.tex", says="no files that end in .tex")
 
 
@@ -2518,7 +2539,8 @@ def test_a_bpe_learned_from_your_own_text(tmp_path, monkeypatch):
     fill(tmp_path, {"blank.txt": "", "f.tiktoken/x": ""})
     for text, path, says in (("a.txt", "x.bpe", "does not end in .tiktoken"),
                              ("blank.txt", "n.tiktoken", "no text"),
-                             ("a.txt", "f.tiktoken", "it is a folder")):
+                             ("a.txt", "f.tiktoken", "it is a folder"),
+                             ("a.txt", "no/f.tiktoken", "none that it can be in")):
         refused(prepare, tmp_path / text, f"--train_bpe={tmp_path}/{path}", says=says)
 
 
@@ -2593,8 +2615,10 @@ def test_wheels_that_are_not_the_pinned_ones(pins, tmp_path, monkeypatch):
     refused(*args, says="wheels of")
     pins.write_text("dask==1.0\n")
     refused(*args, says="'dask==1.0' in")
+    pins.write_text(2 * f"dask==1.0 --hash=sha256:{'0' * 64}\n")
+    refused(*args, says="names a package again")
     pins.write_text("# nothing\n")
-    refused(*args, says="no text in there")
+    refused(*args, says="names no packages")
     pins.unlink()
     refused(*args, says="cannot read the list")
     assert not (tmp_path / "out").exists()
@@ -2728,6 +2752,11 @@ def test_what_the_sequences_need(text):
     with pytest.MonkeyPatch.context() as patch, raises_one_line("how often mqar is right"):
         patch.delitem(recall.CHANCE, "mqar")            # as for a task of your own
         recall.check_text(tokens, tokenizer, T=64, pairs=(2,))
+    nothing = np.zeros((1, 4), int), np.full((1, 4), -100)
+    for made in (nothing, (nothing[0], nothing[1][:, 1:] + 105)):
+        with pytest.MonkeyPatch.context() as patch, raises_one_line("asks for nothing, or"):
+            patch.setattr(recall, "mqar", lambda *_, made=made: made)
+            recall.check_text(tokens, tokenizer, T=64, pairs=(2,))
     with raises_one_line("a token for every digit"):
         recall.Needle(SimpleNamespace(encode_ordinary=lambda words: [0]))
     for pairs, lengths in (((4, 200), ()), ((), (8,)), ((), (10**6,))):
@@ -3691,6 +3720,10 @@ def test_the_recipe_on_text_alone(tmp_path, monkeypatch):
     refused(train_script, *args, says="remove it (and results.json)")
     os.remove(tmp_path / "results.json")
     refused(train_script, *args, says="with other weights")
+    fill(tmp_path, {"results.json": "{}"})              # stopped, it does not end with the old ones
+    monkeypatch.setattr(train_script, "train", lambda *_, **__: sys.exit(130))
+    assert cli(train_script, *args, "--overwrite")[0] == 130
+    assert not [path for path in tmp_path.iterdir() if path.suffix in (".json", ".pt")]
 
 
 # ---------------------------------------------------------------------------------------
@@ -3770,6 +3803,9 @@ BAD = (
     (prepare, ("{tmp}/short.txt", "--out={tmp}/t"), "too short a text"),
     (prepare, ("{tmp}/none.txt", "--out={tmp}/t"), "no file or folder"),
     (prepare, ("--ext=.md", "--out={tmp}/t"), "--ext chooses among"),
+    (prepare, ("{tmp}", "--ext=*.md"), "expected endings such as .md,.py"),
+    (prepare, ("{tmp}", "--ext=,"), "expected endings such as .md,.py"),
+    (train_script, ("--block=gla", "--preset=recipe-mamba2"), "is for another block"),
     (prepare, ("fineweb", "--out={tmp}/t"), "did you mean fineweb-edu?"),
     (prepare, ("{tmp}/short.txt", "--site-packages"), "name one source"),
     (prepare, ("slimpajama", "--train_bpe=x.tiktoken"), "reads a source to its end"),

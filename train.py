@@ -858,7 +858,7 @@ def diverged(log, what):
     """The BadInput of a run that came to an end by itself."""
     log.close()
     return BadInput(f"step {log.run.step}: {what}; what was saved before is kept; try a smaller "
-                    "--lr or a longer --warmup")
+                    "--lr or a longer --warmup (and a decay of your own: are its logs <= 0?)")
 
 
 # ---------------------------------------------------------------------------------------
@@ -926,13 +926,13 @@ def held_run(options, meta):
             free.discard("data")
         if kept["ckpt"] != "resume":        # a run once resumed does not say what it began with
             free.discard("ckpt")
-        if not options.ckpt and options.name in ("pretrained", "lpt"):
+        if not options.ckpt and options.name != "statex":
             free |= {"every", "layers", "factor", "init"}           # of StateX alone
     other = [name for name, value in asdict(options).items()
              if name not in free and kept[name] != value]
     if other:
         had = ", ".join(f"{name} = {kept[name]}" for name in other)
-        how = ""
+        how = "remove it (and results.json) to train that model again, or "
         if options.ckpt:
             how = (f"--ckpt=resume goes on with that and may change {', '.join(sorted(FREE))}; a "
                    f"run from its end on is --ckpt={shlex.quote(options.path)} in another "
@@ -1040,6 +1040,8 @@ def print_banner(lm, options, corpus, steps):
           f"of state per sequence\non {where}\n"
           f"text: {options.data}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} "
           f"held out, tokenizer {corpus.meta['tokenizer']}", flush=True)
+    if options.warmup > options.steps:
+        print(f"warmup is {options.warmup} steps of {options.steps}: the rate stays below --lr")
     if options.device == "cpu" and params > 1e8:
         print("this is a model for GPUs", flush=True)
     elif options.device == "cpu" and steps:
@@ -1093,7 +1095,8 @@ def one_run(options, processes, stop):
     if os.path.realpath(trained.get("data", options.data)) != os.path.realpath(options.data):
         print(f"before, the model was trained on {trained['data']}", flush=True)
     if held and held["step"] == options.steps:
-        print("all steps are done already; --overwrite makes them anew")
+        print("all steps are done already; the command that began them makes them anew with "
+              f"--overwrite, --ckpt={shlex.quote(options.path)} in another --out_dir goes on")
     r = train(lm, options, corpus, held, processes=processes, stop=stop)
     print(f"{options.path}: {r['tokens']:,} tokens, val loss {r['val_loss']:.4f}, "
           f"{r['tokens_per_s']:,} tokens/s")
@@ -1107,7 +1110,8 @@ def resumed(options, given):
         others = glob.glob("*.pt", root_dir=options.out_dir)
         names = ", ".join(sorted(name.removesuffix(".pt") for name in others))
         how = f"--name is one of {names}" if names else (
-            "a run that was killed before its first save (--eval_interval) starts again")
+            "--out_dir is the run's folder; a run that was killed before its first save is begun "
+            "again by its first command")
         raise BadInput(f"no checkpoint at {options.path}; {how}")
     _, held = load_run(options.path)
     here = {"out_dir": options.out_dir, "name": options.name, "device": options.device,
@@ -1140,9 +1144,9 @@ def recipe(options, processes, stop):
             same_start(replace(options, name="statex"), load_run(kept[1])[1], larger)
         print_report(options.out_dir)
         return print(f"These are the results of an earlier run in {options.out_dir}. Remove its "
-                     "results.json to score the models again (as after a change of recall.py), "
-                     "statex.pt too to train StateX again; --overwrite trains all again (as after "
-                     "a change of model.py)")
+                     "results.json to score the models again (as after a change of recall.py), a "
+                     "model's .pt too to train that one again; --overwrite trains all again (as "
+                     "after a change of model.py)")
     small = new_model(options, corpus.meta, processes)
     check_model(expand(small, layers, **transplant)[0], options, corpus.meta)   # before training
     tokenizer = prepare.load_tokenizer(corpus.meta["tokenizer"])
@@ -1154,15 +1158,23 @@ def recipe(options, processes, stop):
     post = dict(seed=options.seed + 1, curriculum=0.0, lr=options.post_lr)     # new data
     phases = {name: replace(options, name=name, **post) for name in ARMS}
     phases["pretrained"] = replace(options, name="pretrained", steps=options.pretrain_steps)
+    # an arm of your own is named in ARMS; here its options, such as phases["mine"].lr *= 2, and
+    # its model in the last loop
     steps = 0
     for of_phase in phases.values():                # a run of other options is refused here
         _, held = held_run(of_phase, corpus.meta)
         steps += of_phase.steps - (held["step"] if held else 0)
+    if options.overwrite and processes.first:       # stopped, it shall not end with the old ones
+        for name in ("results.json", *(f"{arm}.pt" for arm in phases)):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(f"{options.out_dir}/{name}")
     print_banner(small, options, corpus, steps)
 
     def phase(lm, name):
         """Train lm, or go on where an earlier start of this recipe stopped. -> lm, its
         entry of results.json: what it cost and what it scores"""
+        if name not in phases:
+            raise BadInput(f"{name} is not among the ARMS of data/report.py; add it")
         of_phase = phases[name]
         held_lm, held = held_run(of_phase, corpus.meta)
         if held:
@@ -1228,6 +1240,9 @@ def resolve(given):
             raise BadInput(f"--preset={preset} is of one run; add --ckpt=scratch, or the "
                            "checkpoint that it goes on from")
     options = Options(**PRESETS.get(preset, {}) | given)    # a block of your own has no preset
+    if PRESETS.get(preset, {}).get("block", options.block) != options.block:
+        raise BadInput(f"--preset={preset} is for another block than --block={options.block}; "
+                       "take that one's preset, or no --block")
     of_recipe = [name for name in RECIPE_ALONE if name in given]
     if of_recipe and options.ckpt not in ("", "resume"):
         raise BadInput(f"--{of_recipe[0]} is for the recipe, and --ckpt asks for one run; "

@@ -141,7 +141,8 @@ def pick_device(name):
         elif device.index is not None:      # what is recorded or measured is on the current one
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, ImportError) as e:
-        raise BadInput(f"--device={name} cannot be used here: {one_line(e)}") from e
+        raise BadInput(f"--device={name} cannot be used here; expected cpu, cuda or cuda:1: "
+                       f"{one_line(e)}") from e
     return name
 
 

@@ -8,9 +8,9 @@
 
 A folder of token files holds train.bin and val.bin (token ids one after another, uint16, or
 uint32 for a vocabulary of more than 65,536) and meta.json (tokenizer, counts, sha256 of all
-ids). Each document ends with the end-of-text token, where it is cut in both files. The pinned
-packages give the same files on every machine; data/packages-larger.txt is a second list
-(--packages=LIST,LIST).
+ids). Each document ends with the end-of-text token; one whose end is held out does so in both
+files. The pinned packages give the same files on every machine; data/packages-larger.txt is a
+second list (--packages=LIST,LIST).
 
 About a twentieth is held out: every 20th document, whole. A file longer than a tenth of
 all text gives its own last twentieth instead, and so do all where there are fewer than
@@ -237,6 +237,8 @@ def train_bpe(documents, path):
     if not path.endswith(".tiktoken"):
         raise BadInput(f"--train_bpe={path} does not end in .tiktoken, by which --tokenizer "
                        "knows such a file")
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise BadInput(f"--train_bpe={path}: it is a folder, or there is none that it can be in")
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError as e:
@@ -290,9 +292,18 @@ def is_source(name):
 
 def files_below(folder):
     """Paths of a folder's files, sorted, without those and the folders that are hidden, and
-    without virtual environments."""
+    without virtual environments. Raises BadInput for a folder that cannot be read."""
+    def refuse(e):
+        if not isinstance(e, FileNotFoundError):        # it has gone since it was listed
+            raise BadInput(f"cannot read {e.filename}: {e.strerror}") from e
+
     found = []
-    for root, folders, files in os.walk(folder):
+    seen = set()
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.realpath(root) in seen:              # by a link
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
         folders[:] = [name for name in folders if not name.startswith(".")
                       and not os.path.exists(f"{root}/{name}/pyvenv.cfg")]
         found += [os.path.join(root, name) for name in files if not name.startswith(".")]
@@ -358,7 +369,7 @@ def read_text(path):
     """A file's text, None where it is not UTF-8. Its line ends become \\n. Raises
     BadInput where it cannot be read."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:     # without the mark that Windows puts first
             return f.read()
     except UnicodeDecodeError:
         return None
@@ -390,16 +401,19 @@ def fetch_wheels(pins, folder):
     `name==version --hash=sha256:...` for each package. The wheels are in the folder, or pip
     fetches them there: it checks the hashes, installs nothing and runs nothing of them."""
     try:
-        with open(pins) as f:
+        with open(pins, encoding="utf-8-sig") as f:
             lines = [line.partition("#")[0].strip() for line in f]
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f"cannot read the list of packages {pins} ({type(e).__name__})") from e
     digests = {}
     for line in filter(None, lines):
-        pin = re.fullmatch(r"([\w.-]+)==\S+ +--hash=sha256:([0-9a-f]{64})", line)
-        if not pin:
-            raise BadInput(f"{line!r} in {pins} is not name==version --hash=sha256:...")
+        pin = re.fullmatch(r"([\w.-]+)==[\w.!+-]+ +--hash=sha256:([0-9a-f]{64})", line)
+        if not pin or pin[1] in digests:
+            raise BadInput(f"{line!r} in {pins} is not name==version --hash=sha256:..., or names "
+                           "a package again")
         digests[pin[1]] = pin[2]
+    if not digests:
+        raise BadInput(f"{pins} names no packages")
     wheels = wheels_by_digest(folder)
     missing = set(digests.values()) - set(wheels)
     if missing:
@@ -417,9 +431,10 @@ def fetch_wheels(pins, folder):
         wheels = wheels_by_digest(folder)
         missing = set(digests.values()) - set(wheels)
         if missing:
-            errors = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")]
+            said = pip.stderr or "it said nothing"
+            errors = [line for line in said.splitlines() if line.startswith("ERROR")]
             raise BadInput(f"{len(missing)} wheels of {pins} are not in {folder}, and pip did not "
-                           f"fetch them: {one_line(errors[0] if errors else pip.stderr)}")
+                           f"fetch them: {one_line(errors[0] if errors else said)}")
     return {package: wheels[digest] for package, digest in digests.items()}
 
 
@@ -505,7 +520,9 @@ def check_place(out):
     if os.path.ismount(out):
         raise BadInput(f"{out} is where a disk is mounted; name a folder in it with --out")
     try:
-        held = os.listdir(out) if os.path.isdir(out) else []
+        held = os.listdir(out)
+    except (FileNotFoundError, NotADirectoryError):     # not any more, if another run replaces it
+        held = []
     except OSError as e:
         raise BadInput(f"cannot read {out}: {e.strerror}") from e
     ours = ("train.bin", "val.bin", "meta.json", "bigrams.npz")         # the last: recall.py's
@@ -552,13 +569,25 @@ def write_tokens(documents, folder, encoder, max_tokens):
 
 
 def encoded(documents, encoder):
-    """Yield (ids, share) for each document, a list and a number, encoded 64 at once."""
-    documents = iter(documents)
-    while batch := list(itertools.islice(documents, 64)):
+    """Yield (ids, share) for each document, a list and a number, encoded 64 at once, or fewer
+    if they are long."""
+    for batch in batches(documents):
         pieces = [within_limits(text) for text, _ in batch]             # of each text, a list
         ids = iter(encoder.encode_ordinary_batch(list(itertools.chain(*pieces))))
         for of_text, (_, share) in zip(pieces, batch, strict=True):
             yield list(itertools.chain(*itertools.islice(ids, len(of_text)))), share
+
+
+def batches(documents, most=1 << 22):
+    """Lists of 64 documents, or of fewer which together have `most` characters."""
+    batch = []
+    for document in documents:
+        batch.append(document)
+        if len(batch) == 64 or sum(len(text) for text, _ in batch) >= most:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def within_limits(text):
@@ -622,8 +651,8 @@ def load_corpus(folder):
         train = np.memmap(f"{folder}/train.bin", dtype=dtype, mode="r")
         val = np.memmap(f"{folder}/val.bin", dtype=dtype, mode="r")
     except OSError as e:
-        raise BadInput(f"no token files in {folder} ({type(e).__name__}: {one_line(e)}); "
-                       "data/prepare.py makes them, see its --help") from e
+        raise BadInput(f"no token files in {folder} ({type(e).__name__}: {one_line(e)}); if it "
+                       f"is text: python data/prepare.py {folder} --out=data/NAME") from e
     except (ValueError, KeyError, TypeError) as e:
         raise BadInput(f"the token files in {folder} are damaged ({type(e).__name__}: "
                        f"{one_line(e)}); make them again: python data/prepare.py") from e
@@ -650,8 +679,10 @@ def source(options, left_out):
     if len(words) == 1 and words[0] in DATASETS:
         return download(words[0]), words[0]
     if words:
-        names = filter(None, options.ext.lower().split(","))
-        endings = tuple("." + name.strip(" .") for name in names)
+        names = [name.strip().lower() for name in options.ext.split(",") if options.ext]
+        if not all(re.fullmatch(r"[\w.-]*\w", name) for name in names):
+            raise BadInput(f"--ext={options.ext}; expected endings such as .md,.py")
+        endings = tuple(name if name[0] in "._" else "." + name for name in names)
         made = [options.train_bpe, options.out or f"{HERE}/text"]
         tokenizer = from_any_folder(options.tokenizer).removeprefix("hf:")
         if os.path.isabs(tokenizer):        # else it is a name, and no file

@@ -376,7 +376,7 @@ def read_weights(folder):
             if path.endswith(".bin"):
                 weights = torch.load(path, map_location="cpu", weights_only=True)
                 for name in list(weights):
-                    if not isinstance(weights[name], torch.Tensor):
+                    if not isinstance(name, str) or not isinstance(weights[name], torch.Tensor):
                         raise BadInput(f"{path}: {name} is no tensor; expected a state_dict")
                     yield name, weights.pop(name)
                 continue
@@ -453,8 +453,9 @@ def write_folder(config, tensors, folder):
         if os.path.isdir(folder):                          # empty; Windows does not rename onto it
             os.rmdir(folder)
         os.rename(temporary, folder)
-    except (OSError, safetensors.SafetensorError) as e:
-        raise BadInput(f"cannot write {folder}: {e}; expected a folder that can be made") from e
+    except (OSError, RuntimeError, safetensors.SafetensorError) as e:
+        raise BadInput(f"cannot write {folder}: {one_line(e)}; expected a folder that can be made, "
+                       "and tensors with memory of their own") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -480,6 +481,13 @@ def public_config(config, tensors, begin, end):
                      "pad_token_id": None}
 
 
+def ratio(channels, d_model):
+    """channels / d_model, as the number by which d_model gives exactly that many channels."""
+    close = channels / d_model
+    near = (close, math.nextafter(close, math.inf), math.nextafter(close, 0.0))
+    return next((x for x in near if x * d_model == channels), close)
+
+
 # What the public layers have, by our names.
 LAYER_TENSORS = {
     "gla": r"(attn|mlp)_norm\.weight|mlp\.(gate|up|down)_proj\.weight|attn\.(([qkvgo]_proj|"
@@ -502,6 +510,8 @@ def public_tensors(config, tensors):
     public = {}
     for name, tensor in tensors.items():
         if name == "lm_head.weight" and config["tie_embeddings"]:
+            if not torch.equal(tensor, tensors["embeddings.weight"]):
+                raise BadInput("lm_head.weight is not the embeddings, to which config ties it")
             continue
         if name in ("embeddings.weight", "lm_head.weight"):
             tensor = tensor[:config["vocab_size"]]
@@ -529,12 +539,16 @@ def uniform(config, tensors):
                        "--init=preserve")
     config = config | {"n_head": heads}
     shared = [heads // key_heads for key_heads in config["n_key_head"]]
-    if max(shared) == 1:
-        return config, tensors
-    if config["conv_size"]:
-        raise BadInput("heads share their keys behind a short convolution, which the public format "
-                       f"has no place for; {way_out}")
-    return fold_keys(config, tensors, shared)
+    if max(shared) > 1:
+        if config["conv_size"]:
+            raise BadInput("heads share their keys behind a short convolution, which the public "
+                           f"format has no place for; {way_out}")
+        config, tensors = fold_keys(config, tensors, shared)
+    # of the channels that there are: the library wants products that are whole numbers
+    for name, rows in (("expand_k", "q_proj"), ("expand_v", "v_proj")):
+        channels = len(tensors[f"layers.0.attn.{rows}.weight"])
+        config[name] = ratio(channels, config["d_model"])
+    return config, tensors
 
 
 def pad_states(config, tensors):
@@ -580,11 +594,7 @@ def fold_keys(config, tensors, shared):
                 rows = rows * gates.transpose(1, 2)[..., None, None]           # group, i, j
             rows = pad_rows(rows.flatten(2, 3), 2, width * size)
             tensors[f"{prefix}.{name}"] = rows.flatten(0, 2)
-    expand_k = key_channels * width / config["d_model"]
-    if int(config["d_model"] * expand_k) < key_channels * width:                # rounded down
-        expand_k = math.nextafter(expand_k, math.inf)
-    config = {name: value for name, value in config.items() if name != "n_key_head"}
-    return config | {"expand_k": expand_k}, tensors
+    return {name: value for name, value in config.items() if name != "n_key_head"}, tensors
 
 
 def pad_rows(tensor, dim, rows):

@@ -245,9 +245,9 @@ CHANCE = {"mqar": lambda pairs: 1 / pairs, "fewshot": lambda shots: 1 / LABELS,
 def sequences(task, rng, n, size, vocab_size, text, tokenizer):
     """n sequences of a made-up task -> idx, targets. For a task of your own: a case here, its
     chance and perhaps TEXT_ALONE above, its sizes in Sizes and Sizes.by_task, and if you like a
-    name for its rows in data/report.py's TASKS; the picture has mqar alone. So has training:
-    train.py's recall_batch and `evaluate`. (A finished recipe is scored anew where its
-    results.json was removed.)"""
+    name for its rows in data/report.py's TASKS. A finished recipe is scored anew where its
+    results.json was removed. Training has mqar alone (train.py's recall_batch and `evaluate`),
+    and so have the recipe's picture and closing sentence."""
     if task == "mqar":
         return mqar(rng, n, size, vocab_size)
     if task == "fewshot":
@@ -295,7 +295,10 @@ def check_text(text, tokenizer, **sizes):
         for size in of_task:
             if task not in CHANCE:
                 raise BadInput(f"CHANCE does not say how often {task} is right by chance")
-            sequences(task, rng, 1, size, tokenizer.n_vocab, text, tokenizer)
+            idx, targets = sequences(task, rng, 1, size, tokenizer.n_vocab, text, tokenizer)
+            if idx.shape != targets.shape or (targets == -100).all():
+                raise BadInput(f"a sequence of {task} asks for nothing, or idx and targets have "
+                               f"unlike shapes: {idx.shape}, {targets.shape}")
     text_windows(text, min(sizes.T, len(text) - 1), 1)
 
 
@@ -641,6 +644,8 @@ def chosen_sizes(options, trained, text):
     run, so that the numbers are those that it ended with. Windows are no longer than
     the text. Raises BadInput."""
     T = options.T or trained.get("block_size", 4096)
+    if T >= len(text):
+        print(f"(the held-out text has {len(text)} tokens: windows are no longer than that)")
     sizes = {"T": min(T, len(text) - 1), "n": options.n, "seed": options.seed,
              "lengths": number_list("lengths", options.lengths),
              "pairs": number_list("pairs", options.pairs or trained.get("pairs", "4,8,16,32"))}

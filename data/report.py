@@ -8,8 +8,7 @@ import json
 import math
 import statistics
 
-# In the table and the picture; an arm of your own in train.py's `recipe` goes here, too, with a
-# color in COLORS.
+# In the table and the picture; an arm of your own in train.py's `recipe` goes here, too.
 ARMS = {"pretrained": "pre-trained", "lpt": "LPT", "statex": "StateX"}
 COLORS = {"pretrained": "0.6", "lpt": "tab:blue", "statex": "tab:red"}
 TASKS = {"mqar": "of {} pairs recalled", "fewshot": "few-shot, right after {}"}
@@ -30,8 +29,8 @@ def print_report(folder):
     try:
         for arm in ARMS:
             if arm not in results:
-                print(f"{folder}/results.json has no arm {arm}; without that file the recipe "
-                      "trains what is missing")
+                print(f"{folder}/results.json has no arm {arm}; if it is in the last loop of "
+                      "train.py's `recipe`, remove results.json, and it is trained")
         print(f"\n{table(results)}\n\n{closing(results)}\n")
         print(f"{folder}/results.json{picture(results, folder)}")
     except BadInput:                            # the picture cannot be written
@@ -157,13 +156,14 @@ def picture(results, folder):
     import matplotlib.pyplot as plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     sizes = list(results["lpt"]["recall"]["mqar"])
+    colors = {arm: COLORS.get(arm, f"C{i + 1}") for i, arm in enumerate(ARMS)}
     for arm, label in ARMS.items():
         if arm not in results:
             continue
         scores = [results[arm]["recall"]["mqar"][size] for size in sizes]
         halves = [interval(results[arm]["samples"]["mqar"][size])[1] for size in sizes]
         bars = [0 if math.isnan(half) else half for half in halves]         # of one sequence
-        left.errorbar(range(len(sizes)), scores, bars, color=COLORS.get(arm), marker="o", ms=4,
+        left.errorbar(range(len(sizes)), scores, bars, color=colors[arm], marker="o", ms=4,
                       capsize=3, label=label)
     chance = [results["lpt"]["chance"]["mqar"][size] for size in sizes]
     left.plot(range(len(sizes)), chance, color="0.4", ls=":", label="chance")
@@ -176,7 +176,7 @@ def picture(results, folder):
             continue
         seen = [tokens / 1e6 for tokens, _, _ in results[arm]["evaluations"]]
         losses = [text for _, text, _ in results[arm]["evaluations"]]
-        right.plot(seen, losses, color=COLORS.get(arm), marker="o", ms=4, label=label)
+        right.plot(seen, losses, color=colors[arm], marker="o", ms=4, label=label)
     right.axhline(results["pretrained"]["val_loss"], color=COLORS["pretrained"],
                   label="pre-trained")
     right.set(title="held-out text", xlabel="post-training tokens, millions",
