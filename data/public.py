@@ -474,8 +474,9 @@ def public_config(config, tensors, begin, end):
                    "num_heads": config["d_model"] * config["expand"] // config["headdim"],
                    "norm_eps": config["norm_eps"]}
     name = config["tokenizer"]
-    if not os.path.exists(name.removeprefix("hf:")):       # what is a path here is none elsewhere
-        public["statex_tokenizer"] = name
+    path = name.removeprefix("hf:")
+    if not (os.path.exists(path) and name.startswith("hf:") or path.endswith(".tiktoken")):
+        public["statex_tokenizer"] = name                  # and no path, which is none elsewhere
     dtype = str(tensors["embeddings.weight"].dtype).removeprefix("torch.")
     return public | {"torch_dtype": dtype, "bos_token_id": begin, "eos_token_id": end,
                      "pad_token_id": None}
@@ -576,7 +577,8 @@ def fold_keys(config, tensors, shared):
 
     shared: heads of a group, per layer. The formula is at the top of this file; rows beyond
     those of a group's heads are zero. The public format scales q by its own head size^-0.5,
-    ours by that of one head: the square root of the width makes up for it."""
+    ours by that of one head: the square root of the width makes up for it. In 16 bits the
+    products with gates are rounded anew."""
     heads = config["n_head"]
     key_channels = len(tensors["layers.0.attn.q_proj.weight"])
     size = key_channels // heads

@@ -123,7 +123,7 @@ def closing(results):
     text = f"Held-out text, StateX - LPT: {more_loss} nats per token."
     sizes = list(statex["recall"]["mqar"])
     if not sizes:                               # trained on text alone
-        return text
+        return f"{text} (± is the 95 % interval over windows.)"
     size = sizes[-1]
     more_recall = with_error(*(100 * x for x in difference(results, "mqar", size)), digits=1)
     times = statex["state_elements"] / lpt["state_elements"]
