@@ -27,17 +27,16 @@ An init of your own: (1) its name in INITS, (2) how sizes grow, in `enlarged` (M
 by d_state; GLA: heads share keys, or they merge), (3) what every parameter is made of,
 in `plan_gla` (where keys are shared, gates start as the identity) or `plan_mamba2` (rows
 of B and C: `plan_rows`), (4) a case in `make` if that is a new way, and (5) `check`, if
-it takes --noise, --paper or --same_state, options that train.py has not (noise goes to
-all that is tiled). `python train.py --init=NAME --out_dir=out/NAME` runs it, for Mamba2
-with --block=mamba2. Copy pretrained.pt and lpt.pt of a recipe with otherwise equal
-options to out/NAME first, and it trains StateX alone.
+your init takes --noise (of all that is tiled), --paper or --same_state (none is in
+train.py). `python train.py --init=NAME --out_dir=out/NAME` runs it, for Mamba2 with
+--block=mamba2; it trains StateX alone where you copied pretrained.pt and lpt.pt of an
+otherwise equal recipe to out/NAME.
 
     python expand.py --ckpt=out/recipe-gla/pretrained.pt --every=1 --out=out/expanded.pt
     python expand.py --ckpt=gla-1.3b --every=6 --dry-run    the report for a public size
 """
 from data.options import BadInput, command_line, option, run_script
 
-import copy
 import math
 import os
 import zipfile
@@ -160,8 +159,8 @@ def plan_tensor(name, config, new_config, layers, init):
     if not name.startswith(tuple(f"layers.{i}." for i in layers)):
         return [Piece("kept", "everything outside the chosen layers")]
     _, layer, part = name.split(".", 2)                 # "layers", "0", "attn.gates"
-    plan = plan_gla if config.block == "gla" else plan_mamba2
-    return plan(part, config, new_config, int(layer), init)
+    planner = plan_gla if config.block == "gla" else plan_mamba2
+    return planner(part, config, new_config, int(layer), init)
 
 
 def plan_gla(part, config, new_config, layer, init):
@@ -231,9 +230,9 @@ def fresh_layers(new, layers, seed, paper):
     which no init draws anew, is not scaled here as the mixer's constructor does it.)"""
     fresh = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         for i in layers:
-            layer = copy.deepcopy(new.layers[i]).to_empty(device="cpu")
+            layer = new.layers[i].to_empty(device="cpu")
             for module in layer.modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
@@ -399,8 +398,8 @@ def check_choice(given):
 
 
 def is_run(path):
-    """Whether training is in this checkpoint, or may be, because another version wrote it:
-    any other file may be overwritten."""
+    """Whether this checkpoint holds training, or may, being of another version; any other file
+    may be overwritten."""
     try:
         return load_checkpoint(path)[1] is not None
     except BadInput:

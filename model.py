@@ -191,7 +191,7 @@ def causal_conv(x, weight, bias, before, sizes, first=None):
     what came before, None for one document. Returns y (B,T,D) split into channels of
     `sizes`, and the next call's `before`. Raises BadInput where before does not fit.
 
-    On a GPU each part of y is made by one kernel, so that nothing is copied. For a single
+    On a GPU each part of y is made by one kernel, not cut from y. For a single
     token, and on a CPU, y is a sum of shifted copies: faster there than conv1d."""
     batch, T, D = x.shape
     taps = weight.shape[-1]
@@ -201,9 +201,9 @@ def causal_conv(x, weight, bias, before, sizes, first=None):
                            f"{(batch, taps - 1, D)}")
         x = torch.cat((before.to(x.dtype), x), dim=1)
     start = max(0, x.shape[1] - taps + 1)
-    last = x[:, start:]                 # the next call's `before`; 0 of another document
+    last = x[:, start:]                 # the next `before`; zeros for other documents
     document = None                     # of each input, the number of its document
-    if first is not None and T:
+    if first is not None:
         document = F.pad(first.cumsum(1), (x.shape[1] - T, 0))
         last = last * (document[:, start:] == document[:, -1:])[..., None]
     last = F.pad(last, (0, 0, taps - 1 - last.shape[1], 0))
@@ -260,6 +260,7 @@ class GLA(nn.Module):
             self.gates = nn.Parameter(torch.empty(self.n_key_head, f, f))
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self):
         for module in self.children():
             if module is not self.gk_proj:
@@ -269,8 +270,7 @@ class GLA(nn.Module):
         nn.init.kaiming_uniform_(self.gk_proj[1].weight, a=5 ** 0.5)
         nn.init.zeros_(self.gk_proj[1].bias)
         if self.gates is not None:
-            with torch.no_grad():
-                self.gates.copy_(torch.eye(self.gates.shape[-1]))
+            self.gates.copy_(torch.eye(self.gates.shape[-1]))
 
     def log_decays(self, x):
         """x (B,T,d_model) -> g (B,T,d_k), <= 0 and near 0, in float32 or float64."""
@@ -326,16 +326,16 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=False)
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self):
         for module in self.children():
             module.reset_parameters()
-        with torch.no_grad():
-            # as mamba_ssm: decays of many speeds, steps dt of many lengths
-            self.out_proj.weight /= math.sqrt(self.n_layer)
-            self.D.fill_(1.0)
-            self.A_log.uniform_(1, 16).log_()
-            dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))       # softplus(dt_bias) = dt
+        # as mamba_ssm: decays of many speeds, steps dt of many lengths
+        self.out_proj.weight /= math.sqrt(self.n_layer)
+        self.D.fill_(1.0)
+        self.A_log.uniform_(1, 16).log_()
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))       # softplus(dt_bias) = dt
 
     def forward(self, x, state=None, first=None):
         """As GLA's; state: (S (B,H,P,N), causal_conv's `before`) or None."""
@@ -378,7 +378,7 @@ class GLABlock(nn.Module):
             "down_proj": nn.Linear(c.d_mlp, c.d_model, bias=False)})
 
     def forward(self, x, update=None, state=None, first=None):
-        """x (B,T,d_model); update as x, the last block's, not added yet, or None. Returns x,
+        """x (B,T,d_model); update as x, of the block before, not added yet, or None. Returns x,
         this block's update, which the next one adds, and the new state."""
         if update is not None:
             x = x + update
@@ -445,7 +445,7 @@ class SlicedCrossEntropy(torch.autograd.Function):
     x (n,d); weight (V,d), V >= vocab_size; targets (n,), where -100 is not counted.
     A slice of tokens at a time, the forward pass computes the logits, the loss, and at once
     the gradient (softmax - onehot) / count, which goes straight into x's and weight's
-    gradients; the backward pass only scales them. Peak memory is one slice's logits,
+    gradients; the backward pass only scales them. Of the logits one slice is held,
     `slice_elements` of them. Without any target that counts the loss is 0."""
 
     @staticmethod
@@ -495,7 +495,7 @@ class LM(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.checkpoint_activations = False     # for backward, keep layers' inputs only
+        self.checkpoint_activations = False     # whether backward keeps layers' inputs only
         self.bfloat16_residual = False          # in training, keep the residual stream in it
         self.slice_loss = slice_loss            # train.py puts a compiled one here
         rows = math.ceil(c.vocab_size / c.pad_vocab) * c.pad_vocab
@@ -568,13 +568,16 @@ class LM(nn.Module):
             x = x.index_select(0, counted)
             targets = targets[counted]
         slice_elements = 1 << (28 if x.is_cuda else 20)     # logits at once; a CPU has a cache
-        return SlicedCrossEntropy.apply(x, self.lm_head.weight, targets, self.config.vocab_size,
+        weight = self.lm_head.weight
+        if not torch.is_grad_enabled():         # else its gradient would be made all the same
+            weight = weight.detach()
+        return SlicedCrossEntropy.apply(x, weight, targets, self.config.vocab_size,
                                         slice_elements, self.slice_loss)
 
     def generate(self, idx, n, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None):
         """Continue prompts by at most n tokens each; see `stream` for the options.
 
-        idx: (B,T) token ids, returned as (B,T+n), or less where all have met `stop`; or
+        idx: (B,T) token ids, returned as (B,T+n), shorter where all have met `stop`; or
         a list of prompts of any lengths (lists of ids or 1-D tensors), for which a list
         of 1-D tensors comes back, each cut after its `stop`. Either way a prompt is
         continued as it would be alone, prompt i with seed + i. Raises BadInput."""
@@ -592,7 +595,7 @@ class LM(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, n, temperature=1.0, top_k=None, top_p=None, stop=None, seed=None):
-        """Yield n times the next token of every prompt, (B,). idx: as in `generate`.
+        """Yield up to n times the next token of every prompt, (B,). idx: as in `generate`.
 
         temperature: 0 takes the likeliest token. top_k: draw among the k likeliest. top_p:
         among the likeliest that together have this probability. stop: a token id; a prompt
@@ -666,7 +669,7 @@ class LM(nn.Module):
             x = x[:, -1]
             map_state(torch.Tensor.copy_, state, new_state)
 
-        def step(t, held=state):        # held: the graph reads and writes these tensors
+        def step(t, held=state):        # held: kept, for the graph reads and writes it
             token.copy_(t)
             graph.replay()
             return x
@@ -759,8 +762,8 @@ def check_sampling(n, temperature, top_k, top_p, stop, seed):
 
 
 def random_numbers(batch, n, seed):
-    """(batch,n) in [0,1), in float64; row i from a generator of its own, seeded
-    seed + i; None: all from torch's."""
+    """(batch,n) in [0,1), in float64; row i from a generator seeded with
+    seed + i; seed None: all from torch's."""
     if seed is None:
         return torch.rand(batch, n, dtype=torch.float64)
     chances = torch.empty(batch, n, dtype=torch.float64)
@@ -791,7 +794,7 @@ def choose(logits, temperature, top_k, top_p, chance):
 
 
 def plain(value):
-    """Whether it is of what a checkpoint holds, which torch.load(weights_only=True) reads."""
+    """Whether torch.load(weights_only=True) reads it from a checkpoint."""
     if type(value) in (dict, collections.OrderedDict):
         return all(plain(key) and plain(entry) for key, entry in value.items())
     if type(value) in (list, tuple, set):

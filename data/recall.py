@@ -9,12 +9,12 @@ targets, both (n, T) int64: targets[i, t] is the token expected after idx[i, :t 
 -100 where nothing is asked.
 
     mqar      multi-query associative recall (Arora et al., arXiv 2312.04927): key-value
-              pairs, then every key again. Chance: 1 / pairs, any value that was shown;
-              any that was not asked for yet: (1 + 1/2 + ... + 1/pairs) / pairs, 0.127 of
-              32, without knowing a single pair.
+              pairs, then every key again. Chance: 1 / pairs for any value shown; for any
+              shown and not asked for yet (1 + 1/2 + ... + 1/pairs) / pairs, 0.127 for 32,
+              without knowing a single pair.
     fewshot   a fresh random map from 8 tokens to 4 labels, shown `shots` times, then
               asked. Chance: 1 / 4; always the label that was shown most often: 0.44.
-    passkey   5 digits on one line of real text, asked for at its end (Mohtashami and
+    passkey   5 digits on a line amid real text, asked for at its end (Mohtashami and
               Jaggi, arXiv 2305.16300). Right if all five are. Chance: 1e-5.
 
 Natural text: no training on such sequences is needed.
@@ -150,7 +150,7 @@ class Needle:
             raise BadInput("a passkey needs a tokenizer that has a token for every digit")
 
     def room(self, length, text):
-        """Tokens of text in a sequence of `length` tokens. Raises BadInput where it has
+        """Tokens before the question in a sequence of `length` tokens. Raises BadInput where it has
         none, or the text is too short."""
         if length < self.least:
             raise BadInput(f"a passkey sequence of {length} tokens is too short; it needs at "
@@ -225,7 +225,7 @@ def mean_and_error(scores):
 
 @dataclass
 class Sizes:
-    """What `score` asks for."""
+    """Options of `score`."""
     T: int                              # tokens of a window of text
     pairs: tuple                        # of mqar
     shots: tuple = (1, 2, 4)            # of fewshot
@@ -246,8 +246,8 @@ def sequences(task, rng, n, size, vocab_size, text, tokenizer):
     """n sequences of a made-up task -> idx, targets. For a task of your own: a case here, its
     chance and perhaps TEXT_ALONE above, its sizes in Sizes and Sizes.by_task, and if you like a
     name for its rows in data/report.py's TASKS. A finished recipe is scored anew where its
-    results.json was removed. Training has mqar alone (train.py's recall_batch and `evaluate`),
-    and so have the recipe's picture and closing sentence."""
+    results.json was removed. Training (train.py's recall_batch and `evaluate`), the recipe's
+    picture and its closing sentence know mqar alone."""
     if task == "mqar":
         return mqar(rng, n, size, vocab_size)
     if task == "fewshot":
@@ -264,9 +264,9 @@ def score(lm, text, tokenizer, **sizes):
     text: held-out token ids. sizes: fields of Sizes.
     Returns a dict of val_loss, val_loss_se, icl_score (see text_loss); recall,
     recall_se and chance, each {task: {size: number}} for the tasks mqar, fewshot and
-    passkey, the size a string; and samples, what every sequence scored, {task: {size:
-    list}}, and every window of text, {"text": list}, for differences between models on
-    the same ones. Raises BadInput."""
+    passkey, the size a string; and samples, {task: {size: list}, "text": list}: what
+    every sequence and every window of text scored, to compare models on the same ones.
+    Raises BadInput."""
     sizes = Sizes(**sizes)
     tasks = sizes.by_task()
     means, errors, chance, samples = ({task: {} for task in tasks} for _ in range(4))
@@ -287,7 +287,7 @@ def score(lm, text, tokenizer, **sizes):
 
 
 def check_text(text, tokenizer, **sizes):
-    """Raises BadInput where `score` would for this text and these sizes. Asked before a
+    """Raises BadInput where `score` would for this text and these sizes. Called before a
     training run that ends with a score. Draws one sequence of each kind."""
     sizes = Sizes(**sizes)
     rng = np.random.default_rng(0)
@@ -456,9 +456,9 @@ def rare_repeats(lm, text, counts, eot, T=4096, n=1024, at_most=RARE, control=No
     groups is {name: {"tokens", "loss", "accuracy", and of both the standard errors over
     windows, "_se", and over documents, "_se_documents"}}, without the groups that have
     no token:
-        near     the last occurrence is less than 512 tokens ago
-        middle   less than 2048
-        far      more
+        near     the last occurrence is less than NEAR tokens ago
+        middle   less than FAR
+        far      FAR or more
         repeats  all of these
         new      bigrams as rare, new to the window: what is known without a memory
         other    every token that is not in `repeats`
@@ -553,8 +553,8 @@ def answer_likelihood(lm, idx, targets, choices):
 @dataclass
 class Options:
     ckpt: str = option("", "the checkpoint to score: a .pt, a folder or a hub id")
-    control: str = option("", "another checkpoint: also what --ckpt has more than that, in all "
-                              "but the in-context score and the needle gain")
+    control: str = option("", "another checkpoint: also --ckpt's scores minus its, of all but the "
+                              "in-context score and the needle gain")
     data: str = option(f"{HERE}/python", "folder of token files, see data/prepare.py")
     T: int = option(0, "tokens of a window of text; 0: as the checkpoint was trained, else 4096")
     pairs: str = option("", "of mqar; empty: as the checkpoint was trained, else 4,8,16,32; "
@@ -583,12 +583,11 @@ def main():
     check_tokens(lm.config, text, meta, options.data)
     lm.to(device).eval()
     if control:
-        ours, theirs = ((c.tokenizer, c.vocab_size) for c in (lm.config, control.config))
-        if ours != theirs:
-            raise BadInput(f"{options.ckpt} and --control={options.control} have other tokenizers "
-                           f"({ours[0]}, {theirs[0]}) or vocabularies ({ours[1]}, {theirs[1]}); "
-                           "their scores cannot be compared")
         check_tokens(control.config, text, meta, options.data)
+        ours, theirs = lm.config.vocab_size, control.config.vocab_size
+        if ours != theirs:
+            raise BadInput(f"{options.ckpt} and --control={options.control} have unlike "
+                           f"vocabularies ({ours}, {theirs}); their scores cannot be compared")
         control.to(device).eval()
     tokenizer = load_tokenizer(meta["tokenizer"])
     sizes = chosen_sizes(options, trained, text)
@@ -734,7 +733,7 @@ def print_groups(groups, measures, sign=""):
 
 def print_gains(gains):
     if gains:
-        print("\nneedle gain, nats per digit (among the ten digits, of 2.303)")
+        print("\nneedle gain, nats per digit (among the ten digits: 2.303 is perfect)")
     for length, gain in gains.items():
         print(f"  {length} tokens: {gain['gain']:+.4f} +- {error_text(gain['gain_se'])} "
               f"({gain['digits']:+.4f} +- {error_text(gain['digits_se'])})")
