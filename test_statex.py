@@ -3034,7 +3034,7 @@ def test_scores_of_the_passkey_and_of_text_alone(text):
 
 def made_up_arm(**changes):
     """An entry of results.json: two texts and four sequences per task."""
-    arm = {"params": 1000, "state_elements": 64, "tokens": 2e6, "lr": None, "val_loss": 3.0,
+    arm = {"params": 1000, "state_elements": 64, "tokens": 2e6, "lr": 0.01, "val_loss": 3.0,
            "recall": {"mqar": {"4": 0.5}, "fewshot": {"1": 0.5}}, "evaluations": [[1e6, 3.0, 1.0]],
            "recall_se": {"mqar": {"4": 0.1}},
            "chance": {"mqar": {"4": 0.25}, "fewshot": {"1": 0.25}},
@@ -3208,7 +3208,6 @@ def test_train_stops_at_a_step_and_goes_on_from_python(tmp_path):
     _, ended = load_checkpoint(f"{tmp_path}/ckpt.pt")
     assert ended["start"] == resume["start"] == train_script.fingerprint(small("gla"))
     assert ended["seconds"] > resume["seconds"] > 0
-    assert ended["best"] == min(text + asked for _, text, asked in ended["evaluations"])
 
 
 def test_the_learning_rate_and_what_it_is_of():

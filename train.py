@@ -128,7 +128,8 @@ class Options:
     block_size: int = option(128, "tokens per text sequence")
     recall_tokens: int = option(2048, "tokens of recall sequences per step; 0: text alone")
     pairs: str = option("2,4,8,16,32", "key-value pairs of a recall sequence, one of these a step")
-    curriculum: float = option(0.0, "share of the steps over which these sizes join in")
+    curriculum: float = option(0.0, "share of the steps over which these sizes join in; in the "
+                               "recipe of pre-training")
     carry_state: bool = option(False, "read text in order, from the state of the slice before")
     documents: bool = option(False, "in training forget the state where a document ends")
     # the optimizer: AdamW, linear warm-up, cosine to 0
@@ -282,12 +283,13 @@ class Stop:
         self.agreed = False             # all processes know and stop after this step
 
     def listen(self):
-        """From now on note these signals. Python runs a signal's handler in the main thread
-        only, which may be compiling or hang in a collective, so that a thread listens too,
-        through a pipe: it answers at once, and ends the process at a second signal or when
-        the others have died (torchrun then sends SIGTERM)."""
+        """From now on note these signals. Python's handlers run in the main thread, which may be
+        compiling or hang in a collective, so a thread reads the signals from a pipe. It ends
+        the process at a second signal, or with torchrun (which kills soon after) where no step
+        ends within 20 s."""
         ear, mouth = os.pipe()
-        os.set_blocking(mouth, False)
+        if hasattr(os, "set_blocking"):     # on Windows since Python 3.12, and not needed
+            os.set_blocking(mouth, False)
         signal.set_wakeup_fd(mouth)
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
@@ -378,7 +380,7 @@ def start_run(lm, options, corpus, processes, stop):
 
 def side_by_side(options):
     """A `map` by two threads, one for text and one for recall sequences, where these take about as
-    long: most operations of a small model are too short to be shared by threads. Both add to the
+    long: a small model's operations are too short to be shared by threads. Both add to the
     same gradients, where autograd holds a lock; the sum of two is the same in either order, that
     of more would not be."""
     threads = torch.get_num_threads() // 2
@@ -424,14 +426,15 @@ def share(run, n, k):
 
 
 def batches(run, k):
-    """What this process's k-th pass reads: a list of (idx, targets, first, share of the
-    step's rows), text first, then recall sequences of one size.
+    """What this process's k-th pass reads: a list of (idx, targets, first, share of the step's
+    rows), where first says that a document begins here, or is None; text, then recall
+    sequences of one size.
 
     The data depends on the seed and the step alone, so that both arms see the same tokens in
     the same order, any number of processes the same batch, and a resumed run goes on with
     what comes next."""
     options = run.options
-    rng = np.random.default_rng([options.seed, run.step, 0])    # 0: the order that runs always had
+    rng = np.random.default_rng([options.seed, run.step])
     data = [text_batch(run, rng, k)]
     if options.recall_tokens:
         data.append(recall_batch(run, rng, k))
@@ -449,10 +452,9 @@ def text_batch(run, rng, k):
     else:
         starts = rng.integers(len(tokens) - options.block_size, size=options.batch_size)
     starts = starts[share(run, options.batch_size, k)]
-    text = np.stack([tokens[start:start + options.block_size + 1] for start in starts])
-    text = text.astype(np.int64)
+    text = tokens[starts[:, None] + np.arange(options.block_size + 1)].astype(np.int64)
     first = None
-    if options.documents:                   # one begins after the end of the one before
+    if options.documents:                   # a document begins after the end of one
         first = np.zeros((len(text), options.block_size), bool)
         first[:, 1:] = text[:, :-2] == run.end_of_text
         first[:, 0] = tokens[starts - 1] == run.end_of_text     # for a carried state
@@ -590,16 +592,16 @@ def scoring(lm, options):
 
 
 def evaluate(run):
-    """Loss on held-out text, in windows of block_size but at most 8192 tokens, and on recall
-    sequences, the same ones every time, in nats per answer (0 without any). Appended to
-    run.evaluations, and -> both"""
+    """-> the losses on held-out text, in windows of block_size but at most 8192 tokens, and on
+    recall sequences, always the same ones, in nats per answer (0 without any). Appends both to
+    run.evaluations."""
     options = run.options
     sizes = pair_sizes(options) if options.recall_tokens else []
     asked = 0.0
     with scoring(run.lm, options):
         text = recall.text_loss(run.lm, run.corpus.val, min(options.block_size, 8192))[0]
         for pairs in sizes:
-            rng = np.random.default_rng([7, pairs])         # none of training's
+            rng = np.random.default_rng([7, pairs])         # always the same sequences
             idx, targets = (torch.from_numpy(x).to(options.device)
                             for x in recall.mqar(rng, 64, pairs, run.lm.config.vocab_size))
             asked += run.lm(idx, targets)[1].item() / len(sizes)
@@ -616,8 +618,6 @@ def save(run):
         meta = run.corpus.meta
         entry = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds,
                  "evaluations": run.evaluations, "carried": carried,
-                 # for readers of the file; nothing here asks for it
-                 "best": min((text + asked for _, text, asked in run.evaluations), default=None),
                  "options": asdict(run.options), "optimizer": optimizer, "start": run.start,
                  "corpus": {"sha256": meta.get("sha256"), "tokenizer": meta.get("tokenizer")}}
         save_checkpoint(run.options.path, run.lm, entry, weights)
@@ -654,8 +654,7 @@ def restore(run, held):
         run.tokens = held["tokens"]
         run.seconds = held["seconds"]
         run.evaluations = [[tokens, text, asked] for tokens, text, asked in held["evaluations"]]
-        carried = held["carried"]
-        if carried:
+        if carried := held["carried"]:
             for k in range(passes(run.options, run.processes)):
                 rows = share(run, run.options.batch_size, k)
                 run.carried[k] = map_state(
@@ -789,6 +788,8 @@ class Log:
     def close(self):
         self.bar.close()
         self.file.close()
+        if self.board:
+            self.board.close()
 
 
 # ---------------------------------------------------------------------------------------
@@ -834,7 +835,8 @@ def train(lm, options, corpus, held=None, until=None, processes=Processes(), sto
         if run.step % options.eval_interval == 0 or run.step == until:
             val_loss, val_recall_loss = evaluate(run)
             if not math.isfinite(val_loss + val_recall_loss):
-                raise diverged(log, f"after it the held-out loss is {val_loss:.4g}")
+                raise diverged(log, "after it the held-out loss is "
+                                    f"{val_loss + val_recall_loss:.4g}")
             log.write(val_loss=val_loss, val_recall_loss=val_recall_loss,
                       peak_mem_mib=peak_memory(options.cuda))
             save(run)
@@ -897,7 +899,7 @@ FREE = {"accumulate", "checkpoint_activations", "compile", "data", "device", "ev
 
 
 def fingerprint(lm):
-    """Of all weights: their shapes, and sums of their bits, which are the same in any order."""
+    """Of all weights: their shapes, and sums of their bits, however they are added up."""
     sums = [(name, tuple(t.shape), t.float().view(torch.int32).sum(dtype=torch.int64).item())
             for name, t in lm.state_dict().items()]
     return hashlib.sha256(repr(sums).encode()).hexdigest()
@@ -922,7 +924,7 @@ def held_run(options, meta):
     free = FREE | {"ckpt", "preset", "out_dir", "name", "overwrite", "plot"}
     if options.ckpt != "resume":            # the same command again: with the same start, too
         saved = held["corpus"].get("sha256")
-        if not saved or saved != meta.get("sha256"):    # the same text elsewhere will do
+        if not saved or saved != meta.get("sha256"):    # else the same text elsewhere will do
             free.discard("data")
         if kept["ckpt"] != "resume":        # a run once resumed does not say what it began with
             free.discard("ckpt")
@@ -956,7 +958,7 @@ def same_text(held, options, meta):
 
 def prepared(options, processes):
     """The corpus in options.data; the default one is made when it is missing."""
-    default = Options().data
+    default = os.path.abspath(Options().data)           # on Windows with its own slashes
     if os.path.abspath(options.data) == default and not os.path.exists(f"{default}/meta.json"):
         if processes.first:
             print("preparing the Python source on this machine")
@@ -964,8 +966,7 @@ def prepared(options, processes):
             prepare.write_corpus(documents, default, "code4096")
         if processes.size > 1:
             dist.barrier()
-    corpus = prepare.load_corpus(options.data)
-    tokens, val, meta = corpus
+    tokens, val, meta = corpus = prepare.load_corpus(options.data)
     if options.documents and "end_of_text" not in meta:
         raise BadInput(f"{options.data} is of an earlier version and does not say where documents "
                        "end; prepare it again")
@@ -1137,7 +1138,7 @@ def recipe(options, processes, stop):
     corpus = prepared(options, processes)
     layers = choose_layers(options.n_layer, options.every, options.layers)
     transplant = dict(factor=options.factor or None, init=options.init, seed=options.seed)
-    if already_done(options, corpus.meta):          # unless by another transplant's code
+    if already_done(options, corpus.meta):          # unless expand.py has changed
         kept = [f"{options.out_dir}/{name}.pt" for name in ("pretrained", "statex")]
         if all(map(os.path.exists, kept)):
             larger, _ = expand(load_run(kept[0])[0], layers, **transplant)
@@ -1228,7 +1229,7 @@ RECIPE_ALONE = ("pretrain_steps", "every", "layers", "factor", "init", "post_lr"
 
 
 def resolve(given):
-    """Defaults, then the preset, then what was typed."""
+    """The Options: defaults, then the preset, then what was typed. Raises BadInput."""
     check_choice(given)
     preset = given.get("preset")
     if given.get("ckpt") == "resume" and (preset or given.get("overwrite")):

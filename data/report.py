@@ -15,7 +15,7 @@ TASKS = {"mqar": "of {} pairs recalled", "fewshot": "few-shot, right after {}"}
 
 
 def print_report(folder):
-    """Print the table and what was seen; draw folder/recipe.png where matplotlib is
+    """Print the table and the closing sentence; draw folder/recipe.png where matplotlib is
     there. Raises BadInput where folder/results.json is missing or another version's."""
     try:
         with open(f"{folder}/results.json") as f:
@@ -76,7 +76,7 @@ def interval(values):
 
 
 def difference(results, task, size=None):
-    """StateX - LPT on the same sequences of a task and size, or windows of "text": see interval."""
+    """StateX - LPT, paired by sequence of a task and size, or by window of "text": see interval."""
     samples = [results[arm]["samples"][task] for arm in ("statex", "lpt")]
     if size is not None:
         samples = [of_task[size] for of_task in samples]
@@ -84,19 +84,18 @@ def difference(results, task, size=None):
 
 
 def with_error(mean, half, digits=3):
-    """The text of both; a dash for an error that one sequence does not give."""
+    """mean ± half as text; a dash for the half that one value has not."""
     return f"{mean:+.{digits}f} ± " + ("-" if math.isnan(half) else f"{half:.{digits}f}")
 
 
 def table(results):
-    """The three models side by side, as a Markdown table."""
+    """The models side by side, as a Markdown table."""
     labels = {arm: label for arm, label in ARMS.items() if arm in results}
     arms = [results[arm] for arm in labels]
     rows = [["", *labels.values(), "StateX - LPT", "chance"]]
 
     def row(label, form, values, more="", chance=""):
-        cells = ["" if value is None else form.format(value) for value in values]
-        rows.append([label, *cells, more, chance])
+        rows.append([label, *map(form.format, values), more, chance])
     row("parameters", "{:,}", [arm["params"] for arm in arms])
     row("state elements per sequence", "{:,}", [arm["state_elements"] for arm in arms])
     row("tokens, millions", "{:.1f}", [arm["tokens"] / 1e6 for arm in arms])
@@ -141,8 +140,8 @@ def closing(results):
     return (f"With {times:.3g} times the state ({config['init']}, seed {config['seed']}) StateX "
             f"recalls {share:.1%} of {size} pairs, LPT {lpt_share:.1%}: {more_recall} "
             "points.\n"
-            f"{text}\n(± is the 95 % interval over the sequences asked; another seed makes another "
-            f"model.){remark}")
+            f"{text}\n(± is the 95 % interval over the sequences asked or windows read; another "
+            f"seed makes another model.){remark}")
 
 
 def picture(results, folder):
@@ -157,13 +156,11 @@ def picture(results, folder):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     sizes = list(results["lpt"]["recall"]["mqar"])
     colors = {arm: COLORS.get(arm, f"C{i + 1}") for i, arm in enumerate(ARMS)}
-    for arm, label in ARMS.items():
-        if arm not in results:
-            continue
+    labels = {arm: label for arm, label in ARMS.items() if arm in results}
+    for arm, label in labels.items():
         scores = [results[arm]["recall"]["mqar"][size] for size in sizes]
         halves = [interval(results[arm]["samples"]["mqar"][size])[1] for size in sizes]
-        bars = [0 if math.isnan(half) else half for half in halves]         # of one sequence
-        left.errorbar(range(len(sizes)), scores, bars, color=colors[arm], marker="o", ms=4,
+        left.errorbar(range(len(sizes)), scores, halves, color=colors[arm], marker="o", ms=4,
                       capsize=3, label=label)
     chance = [results["lpt"]["chance"]["mqar"][size] for size in sizes]
     left.plot(range(len(sizes)), chance, color="0.4", ls=":", label="chance")
@@ -171,9 +168,8 @@ def picture(results, folder):
              ylabel="accuracy", ylim=(0, 1.02))
     left.set_xticks(range(len(sizes)), sizes)
     left.legend(fontsize=8)
-    for arm, label in ARMS.items():
-        if arm == "pretrained" or arm not in results:
-            continue
+    labels.pop("pretrained")
+    for arm, label in labels.items():
         seen = [tokens / 1e6 for tokens, _, _ in results[arm]["evaluations"]]
         losses = [text for _, text, _ in results[arm]["evaluations"]]
         right.plot(seen, losses, color=colors[arm], marker="o", ms=4, label=label)
