@@ -3208,6 +3208,7 @@ def test_train_stops_at_a_step_and_goes_on_from_python(tmp_path):
     _, ended = load_checkpoint(f"{tmp_path}/ckpt.pt")
     assert ended["start"] == resume["start"] == train_script.fingerprint(small("gla"))
     assert ended["seconds"] > resume["seconds"] > 0
+    assert ended["best"] == min(text + asked for _, text, asked in ended["evaluations"])
 
 
 def test_the_learning_rate_and_what_it_is_of():

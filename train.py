@@ -618,6 +618,8 @@ def save(run):
         meta = run.corpus.meta
         entry = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds,
                  "evaluations": run.evaluations, "carried": carried,
+                 # for readers of the file; nothing here asks for it
+                 "best": min((text + asked for _, text, asked in run.evaluations), default=None),
                  "options": asdict(run.options), "optimizer": optimizer, "start": run.start,
                  "corpus": {"sha256": meta.get("sha256"), "tokenizer": meta.get("tokenizer")}}
         save_checkpoint(run.options.path, run.lm, entry, weights)
