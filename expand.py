@@ -226,7 +226,7 @@ def plan_rows(part, config, new_config, layer, init):
 
 def fresh_layers(new, layers, seed, paper):
     """The parameters of the chosen layers as a new model of this shape would start, by their
-    names in the state_dict. (`new` is on the meta device and stays there. Mamba2's out_proj,
+    names in the state_dict. (What this leaves in `new` carry_out replaces. Mamba2's out_proj,
     which no init draws anew, is not scaled here as the mixer's constructor does it.)"""
     fresh = {}
     with torch.random.fork_rng(devices=[]):

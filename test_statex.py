@@ -2027,6 +2027,17 @@ def test_what_cannot_be_written(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["empty", "file", "full"]
 
 
+def test_an_export_names_its_tokenizer(monkeypatch, tmp_path):
+    """Not where the name is a path that is there: elsewhere it would be none."""
+    library("safetensors")
+    library("tokenizers")
+    monkeypatch.chdir(fill(tmp_path, {"code4096": "", "here.tiktoken": ""}))
+    for i, name in enumerate(("code4096", "/nowhere/x.tiktoken", f"{tmp_path}/here.tiktoken")):
+        model_script.export(small("mamba2", tokenizer=name), tmp_path / f"{i}")
+        config = json.loads((tmp_path / f"{i}/config.json").read_text())
+        assert config.get("statex_tokenizer") == (None if "here." in name else name)
+
+
 # of cl100k_base: possessive quantifiers
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|"
            r" ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")

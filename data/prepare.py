@@ -521,7 +521,7 @@ def check_place(out):
         raise BadInput(f"{out} is where a disk is mounted; name a folder in it with --out")
     try:
         held = os.listdir(out)
-    except (FileNotFoundError, NotADirectoryError):     # not any more, if another run replaces it
+    except (FileNotFoundError, NotADirectoryError):     # none yet, or another run is replacing it
         held = []
     except OSError as e:
         raise BadInput(f"cannot read {out}: {e.strerror}") from e
@@ -579,7 +579,7 @@ def encoded(documents, encoder):
 
 
 def batches(documents, most=1 << 22):
-    """Lists of 64 documents, or of fewer which together have `most` characters."""
+    """Lists of 64 documents (text, share), or of fewer that together have `most` characters."""
     batch = []
     for document in documents:
         batch.append(document)

@@ -475,8 +475,9 @@ def public_config(config, tensors, begin, end):
                    "norm_eps": config["norm_eps"]}
     name = config["tokenizer"]
     path = name.removeprefix("hf:")
-    if not (os.path.exists(path) and name.startswith("hf:") or path.endswith(".tiktoken")):
-        public["statex_tokenizer"] = name                  # and no path, which is none elsewhere
+    a_path = name.startswith("hf:") or name.endswith(".tiktoken")
+    if not (a_path and os.path.exists(path)):              # what is a path here is none elsewhere
+        public["statex_tokenizer"] = name
     dtype = str(tensors["embeddings.weight"].dtype).removeprefix("torch.")
     return public | {"torch_dtype": dtype, "bos_token_id": begin, "eos_token_id": end,
                      "pad_token_id": None}
@@ -512,7 +513,8 @@ def public_tensors(config, tensors):
     for name, tensor in tensors.items():
         if name == "lm_head.weight" and config["tie_embeddings"]:
             if not torch.equal(tensor, tensors["embeddings.weight"]):
-                raise BadInput("lm_head.weight is not the embeddings, to which config ties it")
+                raise BadInput("lm_head.weight is not the embeddings, to which config ties it; "
+                               "keep the .pt checkpoint")
             continue
         if name in ("embeddings.weight", "lm_head.weight"):
             tensor = tensor[:config["vocab_size"]]
@@ -545,7 +547,7 @@ def uniform(config, tensors):
             raise BadInput("heads share their keys behind a short convolution, which the public "
                            f"format has no place for; {way_out}")
         config, tensors = fold_keys(config, tensors, shared)
-    # of the channels that there are: the library wants products that are whole numbers
+    # flash-linear-attention wants ratios whose products with d_model are whole numbers
     for name, rows in (("expand_k", "q_proj"), ("expand_v", "v_proj")):
         channels = len(tensors[f"layers.0.attn.{rows}.weight"])
         config[name] = ratio(channels, config["d_model"])
